@@ -1,0 +1,35 @@
+// y = m ∘ (x Wᵀ + ((x Dᵀ) ∘ g) Uᵀ) + b, and y += ((x Dᵀ) ∘ g) Uᵀ.
+#pragma once
+
+#include "cpu/isa.h"
+#include "tensor.h"
+
+namespace fastlora {
+
+// Operands of both operators. All matrices are row-major and contiguous on the CPU; the CUDA kernels
+// read x, W, D and U through their strides.
+struct LoraLinear {
+  TensorView y;          // [tokens, out], written (lora_add_: read and written)
+  TensorView x;          // [tokens, in]; without `down`: [tokens, rank]
+  TensorView weight;     // [out, in], undefined: accumulate into y
+  TensorView bias;       // [out] or undefined
+  TensorView down;       // [rank, in] or undefined: x is the rank-r activation
+  TensorView up;         // [out, rank]
+  TensorView gate;       // [rank] or [rows, rank], float32 (float64 with float64 data)
+  TensorView row_scale;  // [out] or undefined
+  TensorView h;          // [tokens, rank] scratch of the CUDA form, undefined on the CPU
+  int64_t tokens = 0, in = 0, out = 0, rank = 0;
+  int64_t tokens_per_row = 0;  // tokens that share one row of the gate
+};
+
+void launch_lora_linear(const LoraLinear& p, void* stream);
+
+// The Python-facing entries: everything as [tokens, ...] matrices, shapes already checked.
+void lora_linear(TensorView y, TensorView x, TensorView weight, TensorView bias, TensorView down,
+                 TensorView up, TensorView gate, TensorView row_scale, TensorView h);
+void lora_add_(TensorView y, TensorView x, TensorView down, TensorView up, TensorView gate,
+               TensorView h);
+
+}  // namespace fastlora
+
+FASTLORA_DECLARE_CPU(lora_linear_loop, const ::fastlora::LoraLinear& p)

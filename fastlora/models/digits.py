@@ -1,0 +1,44 @@
+"""The small text-conditioned diffusion model of handwritten digits: UNet, CLIP text encoder, tokenizer, weights.
+
+`fastlora.models.digits.load()` gives the trained model; `fastlora.methods.pretrain_digits` made its weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .text import Tokenizer, text_encoder
+from .unet import UNet, UNetConfig
+
+WEIGHTS = Path(__file__).with_name("weights") / "digits.safetensors"
+CONFIG = UNetConfig(in_channels=1, block_out_channels=(32, 64, 96), attention=(False, True, True))
+
+
+class DigitsModel(nn.Module):
+    """`model(x [B, 1, 32, 32], t int64 [B], cond [B, 12, 64]) -> v [B, 1, 32, 32]`, pictures in [-1, 1].
+
+    `encode` turns captions into `cond`; "" is the empty caption that guidance takes for unconditional. The model was
+    trained to predict `v = a eps - s x0` on the schedule that `schedule_config` describes.
+    """
+
+    schedule_config = {"kind": "cosine", "T": 1000, "prediction": "v"}
+    shape = (1, 32, 32)
+
+    def __init__(self, config: UNetConfig = CONFIG) -> None:
+        super().__init__()
+        self.tokenizer = Tokenizer()
+        self.text_encoder = text_encoder(self.tokenizer, dim=config.cross_attention_dim)
+        self.unet = UNet(config)
+
+    def encode(self, captions: str | Sequence[str]) -> torch.Tensor:
+        """Hidden states [B, 12, 64] of captions, differentiable with respect to the text encoder."""
+        device = self.text_encoder.get_input_embeddings().weight.device
+        return self.text_encoder(input_ids=self.tokenizer(captions).to(device)).last_hidden_state
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        return self.unet(x, t, cond)
