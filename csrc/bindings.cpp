@@ -1,10 +1,13 @@
 // The table of contents of fastlora._C: one m.def per operator.
 #include <pybind11/pybind11.h>
 
+#include "add_noise.h"
 #include "cpu/isa.h"
 #include "dispatcher.h"
 #include "lora_linear.h"
 #include "python_tensor.h"
+#include "sampler_step.h"
+#include "tiny_call.h"
 
 namespace fastlora {
 namespace {
@@ -12,9 +15,11 @@ namespace {
 pybind11::dict build_info() {
   pybind11::dict info;
   info["compiler"] = FASTLORA_COMPILER;
-  info["cuda"] = FASTLORA_CUDA_VERSION;       // "" without CUDA kernels
-  info["cuda_archs"] = FASTLORA_CUDA_ARCHS;   // as given to the compiler
+  info["openmp"] = bool(FASTLORA_OPENMP);
   info["cpu_isa"] = isa_name();
+  info["cuda"] = FASTLORA_CUDA_VERSION;      // "" without CUDA kernels
+  info["cuda_archs"] = FASTLORA_CUDA_ARCHS;  // as given to the compiler
+  info["cpu_only"] = FASTLORA_CPU_ONLY;      // why there are no CUDA kernels
   return info;
 }
 
@@ -26,7 +31,10 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   m.def("set_exchange_api", &set_exchange_api);
   m.def("build_info", &build_info);
   bind_dispatcher(m);
+  bind_tiny_calls(m);
 
   m.def("lora_linear", &lora_linear);
   m.def("lora_add_", &lora_add_);
+  m.def("sampler_step", &sampler_step);
+  m.def("add_noise", &add_noise);
 }

@@ -1,5 +1,6 @@
 #include "dispatcher.h"
 
+#include <atomic>
 #include <cstring>
 #include <mutex>
 #include <string>
@@ -23,6 +24,7 @@ PyObject* g_grad_enabled = nullptr;  // torch.is_grad_enabled
 PyObject* g_is_neg = nullptr;        // torch.Tensor.is_neg, unbound
 PyObject* g_requires_grad = nullptr;
 PyObject* g_current_level = nullptr;
+std::atomic<PyTypeObject*> g_dtype{nullptr};  // torch.dtype, a static type, once seen
 
 py::object call(PyObject* function) {
   PyObject* result = PyObject_CallNoArgs(function);
@@ -69,9 +71,13 @@ class Signature {
     }
     // A torch.dtype is a singleton, so its address is its value; a tensor subclass goes through
     // the dispatcher.
-    if (PyObject_HasAttrString(object, "__torch_function__")) {
-      subclass_ = true;
-      return;
+    // Asking costs more than all the rest where the answer is no, so torch.dtype is remembered.
+    if (Py_TYPE(object) != g_dtype) {
+      if (PyObject_HasAttrString(object, "__torch_function__")) {
+        subclass_ = true;
+        return;
+      }
+      if (std::strcmp(Py_TYPE(object)->tp_name, "torch.dtype") == 0) g_dtype = Py_TYPE(object);
     }
     push(Kind::kOther, reinterpret_cast<int64_t>(object));
   }
@@ -119,7 +125,13 @@ class Signature {
   }
   void add_tensor(PyObject* object, bool check_grad) {
     read_flags(object, check_grad);
-    const TensorView t = view_of(object);
+    TensorView t;
+    try {
+      t = view_of(object);
+    } catch (const py::error_already_set&) {
+      subclass_ = true;  // what DLPack cannot describe (meta, sparse) is for torch's dispatcher
+      return;
+    }
     const bool real = t.data != nullptr || t.numel() == 0;
     push(Kind::kTensor, (int64_t(t.dtype) << 32) | (int64_t(t.ndim) << 8) |
                             (real ? 4 : 0) | (t.aligned(16) ? 2 : 0) | (t.aligned(64) ? 1 : 0));

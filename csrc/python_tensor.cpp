@@ -3,6 +3,16 @@
 namespace fastlora {
 namespace {
 
+DLDataType dlpack_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat16: return {kDLFloat, 16, 1};
+    case DType::kBFloat16: return {kDLBfloat, 16, 1};
+    case DType::kFloat64: return {kDLFloat, 64, 1};
+    case DType::kInt64: return {kDLInt, 64, 1};
+    default: return {kDLFloat, 32, 1};
+  }
+}
+
 const DLPackExchangeAPI* g_api = nullptr;
 PyTypeObject* g_tensor = nullptr;
 PyTypeObject* g_parameter = nullptr;
@@ -44,6 +54,25 @@ TensorView view_of(PyObject* object) {
   view.device = t.device;
   view.defined = true;
   return view;
+}
+
+PyObject* empty_tensor(const TensorView& like, const int64_t* shape, int32_t ndim,
+                       TensorView* view) {
+  DLTensor prototype{};
+  prototype.device = like.device;
+  prototype.ndim = ndim;
+  prototype.dtype = dlpack_of(like.dtype);
+  prototype.shape = const_cast<int64_t*>(shape);
+  DLManagedTensorVersioned* managed = nullptr;
+  const auto set_error = [](void*, const char*, const char* message) {
+    PyErr_SetString(PyExc_RuntimeError, message);
+  };
+  void* object = nullptr;
+  if (g_api->managed_tensor_allocator(&prototype, &managed, nullptr, set_error) != 0 ||
+      g_api->managed_tensor_to_py_object_no_sync(managed, &object) != 0)
+    throw pybind11::error_already_set();
+  *view = view_of(static_cast<PyObject*>(object));
+  return static_cast<PyObject*>(object);
 }
 
 void* current_stream(const TensorView& t) {

@@ -16,6 +16,10 @@ bool is_plain_tensor(PyObject* object);
 // Borrowed view of a torch tensor; throws TypeError for any other object.
 TensorView view_of(PyObject* object);
 
+// A new, uninitialised torch tensor (new reference) with `like`'s dtype and device.
+PyObject* empty_tensor(const TensorView& like, const int64_t* shape, int32_t ndim,
+                       TensorView* view);
+
 }  // namespace fastlora
 
 namespace pybind11::detail {

@@ -51,6 +51,7 @@ struct TensorView {
     return n;
   }
   bool contiguous() const {
+    if (numel() == 0) return true;  // whatever its strides say, as in torch
     int64_t expected = 1;
     for (int32_t i = ndim - 1; i >= 0; --i) {
       if (shape[i] != 1 && strides[i] != expected) return false;

@@ -1,3 +1,60 @@
-"""fastlora: adapters of diffusion models, fused."""
+"""fastlora: adapters of diffusion models, fused.
+
+    import fastlora
+    fastlora.inject(model, fastlora.LoRA(rank=8), where=r".*attn.*to_[qkv]", name="style")
+
+See the README for a tour and `fastlora.ops` for the operators.
+"""
+
+from fastlora import ops
+from fastlora.adapters import (
+    AdapterError,
+    AdapterInfo,
+    LoRA,
+    Spectral,
+    adapters,
+    disable,
+    enable,
+    fold,
+    inject,
+    load,
+    parameters,
+    remove,
+    save,
+    scaled,
+    set_scale,
+    unfold,
+)
+from fastlora.formats.files import FormatError
+from fastlora.ops import ContractError
+from fastlora.samplers import Schedule, ddim, sample
+from fastlora.verify import VerifyReport, verify
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "AdapterError",
+    "AdapterInfo",
+    "ContractError",
+    "FormatError",
+    "LoRA",
+    "Schedule",
+    "Spectral",
+    "VerifyReport",
+    "adapters",
+    "ddim",
+    "disable",
+    "enable",
+    "fold",
+    "inject",
+    "load",
+    "ops",
+    "parameters",
+    "remove",
+    "sample",
+    "save",
+    "scaled",
+    "set_scale",
+    "unfold",
+    "verify",
+]

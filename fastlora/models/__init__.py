@@ -1,1 +1,1 @@
-"""The small models for demo and tests, with their shipped weights. They import nothing of fastlora."""
+"""The small models for demo and tests, with shipped weights. They import nothing of fastlora."""

@@ -1,17 +1,19 @@
-"""The small text-conditioned diffusion model of handwritten digits: UNet, CLIP text encoder, tokenizer, weights.
+"""The small text-conditioned diffusion model of handwritten digits, with its weights.
 
-`fastlora.models.digits.load()` gives the trained model; `fastlora.methods.pretrain_digits` made its weights.
+`fastlora.models.digits.load()` gives the trained model; `fastlora.methods.pretrain_digits` made its
+weights.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from ._files import load_weights
 from .text import Tokenizer, text_encoder
 from .unet import UNet, UNetConfig
 
@@ -20,14 +22,15 @@ CONFIG = UNetConfig(in_channels=1, block_out_channels=(32, 64, 96), attention=(F
 
 
 class DigitsModel(nn.Module):
-    """`model(x [B, 1, 32, 32], t int64 [B], cond [B, 12, 64]) -> v [B, 1, 32, 32]`, pictures in [-1, 1].
+    """`model(x [B, 1, 32, 32], t int64 [B], cond [B, 12, 64]) -> v [B, 1, 32, 32]`.
 
-    `encode` turns captions into `cond`; "" is the empty caption that guidance takes for unconditional. The model was
-    trained to predict `v = a eps - s x0` on the schedule that `schedule_config` describes.
+    Pictures are in [-1, 1]. `encode` turns captions into `cond`; "" is the empty caption that
+    guidance takes for unconditional. The model was trained to predict `v = a eps - s x0` on the
+    schedule that `schedule_config` describes.
     """
 
-    schedule_config = {"kind": "cosine", "T": 1000, "prediction": "v"}
-    shape = (1, 32, 32)
+    shape: ClassVar[tuple[int, ...]] = (1, 32, 32)
+    schedule_config: ClassVar[dict[str, Any]] = {"kind": "cosine", "T": 1000, "prediction": "v"}
 
     def __init__(self, config: UNetConfig = CONFIG) -> None:
         super().__init__()
@@ -36,9 +39,23 @@ class DigitsModel(nn.Module):
         self.unet = UNet(config)
 
     def encode(self, captions: str | Sequence[str]) -> torch.Tensor:
-        """Hidden states [B, 12, 64] of captions, differentiable with respect to the text encoder."""
-        device = self.text_encoder.get_input_embeddings().weight.device
+        """Hidden states [B, 12, 64] of captions, differentiable in the text encoder's weights."""
+        device = next(self.text_encoder.parameters()).device
         return self.text_encoder(input_ids=self.tokenizer(captions).to(device)).last_hidden_state
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
         return self.unet(x, t, cond)
+
+
+def load(
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    weights: str | Path = WEIGHTS,
+) -> DigitsModel:
+    """The trained model in eval mode, all parameters frozen; float32 on the CPU by default.
+
+    Raises ImportError without transformers, ValueError for foreign weights.
+    """
+    model = DigitsModel()
+    load_weights(model, weights)
+    return model.requires_grad_(False).eval().to(device=device, dtype=dtype)

@@ -1,11 +1,14 @@
-"""A judge of pictures: the digit by a small network, thickness, slant and brightness measured from the pixels.
+"""A judge of pictures: the digit by a small network, all else measured from the pixels.
 
-`Judge.score(images)` needs no labels and never sees captions. The measures are closed forms of the ink's moments:
+`Judge.score(images)` needs no labels and never sees captions. The measures are closed forms:
 
-    thickness = 2 A / P            A the ink's area, P its perimeter (total variation, by the co-area formula), pixels:
-                                   exact for a long stroke, blur changes neither A nor P
-    slant     = -atan(m_xy / m_yy) degrees, right positive (y is down): what a shear of an upright shape by that angle adds
-    brightness = the ink of a covered pixel: the mean of the ink weighted by its square, 0 to 1
+    thickness   the w of Steiner's formula A = w P / 2 - pi chi w^2 / 4 for a round pen drawn along
+                a line: A is the ink's area, P its perimeter (total variation, by the co-area
+                formula; blur moves neither), chi its Euler number (pieces minus loops). Pixels;
+                exact for every line without sharp bends.
+    slant       -atan(m_xy / m_yy) of the ink's second moments, degrees, right positive (y is down):
+                what shearing an upright shape by an angle adds
+    brightness  the ink of a covered pixel, 0 to 1: the mean of the ink weighted by its sixth power
 """
 
 from __future__ import annotations
@@ -16,11 +19,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ._files import load_weights
+
 WEIGHTS = Path(__file__).with_name("weights") / "judge.safetensors"
 
 
 def _ink(images: torch.Tensor) -> torch.Tensor:
-    """Ink in [0, 1], float32 [B, H, W], of pictures [B, 1, H, W] in [-1, 1]; a faint background counts as none."""
+    """Ink float32 [B, H, W] in [0, 1] of pictures [B, 1, H, W]; a faint background is none."""
     if images.ndim != 4 or images.shape[1] != 1:
         raise ValueError(f"judge: images: expected [B, 1, H, W], got {list(images.shape)}")
     ink = ((images[:, 0].float() + 1) / 2).clamp(0, 1)
@@ -28,25 +33,31 @@ def _ink(images: torch.Tensor) -> torch.Tensor:
 
 
 def brightness(images: torch.Tensor) -> torch.Tensor:
-    """Ink of a covered pixel [B]: `sum(ink^3) / sum(ink^2)`, which soft edges hardly move; 0 for an empty picture."""
+    """Ink of a covered pixel [B]: `sum(ink^7) / sum(ink^6)`; 0 for an empty picture."""
     ink = _ink(images).flatten(1)
-    return ink.pow(3).sum(1) / ink.pow(2).sum(1).clamp_min(1e-6)
+    return ink.pow(7).sum(1) / ink.pow(6).sum(1).clamp_min(1e-12)
 
 
 def thickness(images: torch.Tensor) -> torch.Tensor:
     """Mean stroke width in pixels [B], by Steiner's formula; 0 for an empty picture."""
     ink = _ink(images) / brightness(images).clamp_min(0.05)[:, None, None]
-    # A steeper edge at the same place: area and perimeter stay, grey haze and the dip of a thin line's ink go.
+    # A steeper edge at the same place: area and perimeter stay; haze and a thin line's dip go.
     ink = F.pad(((ink - 0.15) / 0.7).clamp(0, 1), (2, 2, 2, 2))
     # Finer, so that the gradient's length hardly depends on the direction of an edge.
     fine = F.interpolate(ink[:, None], scale_factor=4, mode="bilinear", align_corners=False)[:, 0]
     dx = (fine[:, 1:-1, 2:] - fine[:, 1:-1, :-2]) / 2
     dy = (fine[:, 2:, 1:-1] - fine[:, :-2, 1:-1]) / 2
-    perimeter = torch.hypot(dx, dy).sum((1, 2)) / 4  # a fine pixel is 1/16 large, its gradient 1/4 of the coarse one's
+    # A fine pixel is 1/16 large, its gradient 1/4 of the coarse one's.
+    perimeter = torch.hypot(dx, dy).sum((1, 2)) / 4
     area = fine.sum((1, 2)) / 16
     on = (fine > 0.5).float()  # Euler number = vertices - edges + faces of the grid on the ink
     across, down = on[:, :, 1:] * on[:, :, :-1], on[:, 1:] * on[:, :-1]
-    euler = on.sum((1, 2)) - across.sum((1, 2)) - down.sum((1, 2)) + (across[:, 1:] * across[:, :-1]).sum((1, 2))
+    euler = (
+        on.sum((1, 2))
+        - across.sum((1, 2))
+        - down.sum((1, 2))
+        + (across[:, 1:] * across[:, :-1]).sum((1, 2))
+    )
     root = (perimeter.square() - 4 * torch.pi * euler * area).clamp_min(0).sqrt()
     return 4 * area / (perimeter + root).clamp_min(1e-6)
 
@@ -59,11 +70,19 @@ def slant(images: torch.Tensor) -> torch.Tensor:
     x = torch.arange(ink.shape[2], device=ink.device, dtype=ink.dtype)[None, :]
     y = y - ((ink * y).sum((1, 2)) / total)[:, None, None]  # [B, H, 1]
     x = x - ((ink * x).sum((1, 2)) / total)[:, None, None]  # [B, 1, W]
-    return -torch.rad2deg(torch.atan2((ink * x * y).sum((1, 2)), (ink * y * y).sum((1, 2)).clamp_min(1e-6)))
+    return -torch.rad2deg(
+        torch.atan2((ink * x * y).sum((1, 2)), (ink * y * y).sum((1, 2)).clamp_min(1e-6))
+    )
+
+
+def normalised(images: torch.Tensor) -> torch.Tensor:
+    """The pictures [B, 1, H, W] in [-1, 1] with full brightness."""
+    ink = _ink(images) / brightness(images).clamp_min(0.05)[:, None, None]
+    return (2 * ink.clamp(0, 1) - 1)[:, None]
 
 
 class Judge(nn.Module):
-    """Logits [B, 10] of pictures [B, 1, 32, 32]; `score` gives digit, confidence and the measures."""
+    """Logits [B, 10] of pictures [B, 1, 32, 32]; `score` adds confidence and the measures."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
@@ -81,21 +100,27 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def score(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`digit` int64, `confidence`, `thickness` (pixels), `slant` (degrees), `brightness`, each [B], of [B, 1, 32, 32].
+        """`digit`, `confidence`, `thickness` (pixels), `slant` (degrees), `brightness`: [B] each.
 
-        The digit is read from the picture with its brightness normalised. Raises ValueError for another shape.
+        The digit is read from the picture with its brightness normalised. Raises ValueError for
+        another shape.
         """
-        if images.shape[1:] != (1, 32, 32):
+        if images.ndim != 4 or images.shape[1:] != (1, 32, 32):
             raise ValueError(f"judge: images: expected [B, 1, 32, 32], got {list(images.shape)}")
         weight = self.out.weight
-        bright = brightness(images)
-        ink = _ink(images) / bright.clamp_min(0.2)[:, None, None]
-        logits = self((2 * ink.clamp(0, 1) - 1)[:, None].to(weight.device, weight.dtype))
+        logits = self(normalised(images).to(weight.device, weight.dtype))
         confidence, digit = logits.float().softmax(1).max(1)
         return {
             "digit": digit,
             "confidence": confidence,
             "thickness": thickness(images),
             "slant": slant(images),
-            "brightness": bright,
+            "brightness": brightness(images),
         }
+
+
+def load(device: torch.device | str | None = None, weights: str | Path = WEIGHTS) -> Judge:
+    """The trained judge in eval mode, all parameters frozen, in float32."""
+    judge = Judge()
+    load_weights(judge, weights)
+    return judge.requires_grad_(False).eval().to(device=device)

@@ -1,4 +1,4 @@
-"""Text for the small models: a word-level tokenizer and a tiny CLIP text encoder (transformers, imported when built)."""
+"""Text for the small models: a word-level tokenizer and a tiny CLIP text encoder."""
 
 from __future__ import annotations
 
@@ -16,13 +16,26 @@ RARE = ("v1", "v2", "v3", "v4")
 WORDS = (
     *("a", "an", "the", "picture", "drawing", "of", "digit", "number"),
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
-    *("thin", "medium", "thick", "dim", "bright", "leaning", "standing", "left", "upright", "right"),
+    *(
+        "thin",
+        "medium",
+        "thick",
+        "dim",
+        "bright",
+        "leaning",
+        "standing",
+        "left",
+        "upright",
+        "right",
+    ),
     *RARE,
 )
 
 
 class Tokenizer:
-    """Lower-case words of a closed vocabulary to ids; `<start> words... <end>`, filled up with `<end>` as CLIP does."""
+    """Lower-case words of a closed vocabulary to ids; `<start> words... <end>`, filled up with
+    `<end>` as CLIP does.
+    """
 
     def __init__(self, words: Sequence[str] = WORDS, length: int = LENGTH) -> None:
         self.words = (*words, "<start>", "<end>")
@@ -41,7 +54,9 @@ class Tokenizer:
         return len(self.words)
 
     def __call__(self, captions: str | Sequence[str]) -> torch.Tensor:
-        """int64 [B, length]. Raises ValueError for a word that is not in the vocabulary or too many words."""
+        """int64 [B, length]. Raises ValueError for a word that is not in the vocabulary or too many
+        words.
+        """
         captions = [captions] if isinstance(captions, str) else captions
         rows = [self._row(caption) for caption in captions]
         return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.length)
@@ -55,7 +70,9 @@ class Tokenizer:
                 f" it has: {' '.join(self.words[:-2])}"
             )
         if len(words) > self.length - 2:
-            raise ValueError(f"caption {caption!r}: expected at most {self.length - 2} words, got {len(words)}")
+            raise ValueError(
+                f"caption {caption!r}: expected at most {self.length - 2} words, got {len(words)}"
+            )
         row = [self.start, *(self.ids[word] for word in words)]
         return row + [self.end] * (self.length - len(row))
 
@@ -64,7 +81,9 @@ class Tokenizer:
         return [" ".join(self.words[i] for i in row if i < self.start) for row in ids.tolist()]
 
 
-def text_encoder(tokenizer: Tokenizer, dim: int = 64, layers: int = 2, heads: int = 4) -> CLIPTextModel:
+def text_encoder(
+    tokenizer: Tokenizer, dim: int = 64, layers: int = 2, heads: int = 4
+) -> CLIPTextModel:
     """A `transformers.CLIPTextModel` of tiny configuration with fresh weights.
 
     Raises ImportError with the remedy where transformers is missing.
@@ -72,7 +91,9 @@ def text_encoder(tokenizer: Tokenizer, dim: int = 64, layers: int = 2, heads: in
     try:
         from transformers import CLIPTextConfig, CLIPTextModel
     except ImportError as error:
-        raise ImportError("the small models' text encoder needs transformers: pip install transformers") from error
+        raise ImportError(
+            "the small models' text encoder needs transformers: pip install transformers"
+        ) from error
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=dim,

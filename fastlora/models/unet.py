@@ -1,9 +1,11 @@
 """A small text-conditioned UNet, `model(x, t, cond) -> prediction`, in PyTorch alone.
 
-Modules are named and nested as in diffusers' UNet2DConditionModel (`down_blocks.1.attentions.0.transformer_blocks.0.attn2
-.to_k`, `mid_block.resnets.0.conv1`, ...), because recipes choose layers by these names. Deviations, for two slow cores:
-the stem folds 2x2 pixels into channels and the head unfolds them, so that a 32x32 picture costs what a 16x16 one does;
-an up block has as many residual blocks as its down block, not one more, and meets only that block's features.
+Modules are named and nested as in diffusers' UNet2DConditionModel
+(`down_blocks.1.attentions.0.transformer_blocks.0.attn2 .to_k`, `mid_block.resnets.0.conv1`, ...),
+because recipes choose layers by these names. Deviations, for two slow cores: the stem folds 2x2
+pixels into channels and the head unfolds them, so that a 32x32 picture costs what a 16x16 one does;
+an up block has as many residual blocks as its down block, not one more, and meets only that block's
+features.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Widths of a `UNet`. Level i works on 2^(i+1)-fold reduced pictures; `attention[i]` gives it transformers."""
+    """Widths of a `UNet`. Level i works on 2^(i+1)-fold reduced pictures; `attention[i]` gives it
+    transformers.
+    """
 
     in_channels: int = 1
     block_out_channels: tuple[int, ...] = (32, 64, 128)
@@ -40,7 +44,9 @@ class ResnetBlock2D(nn.Module):
         self.norm2 = nn.GroupNorm(groups, out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)  # starts as the identity, which trains faster
-        self.conv_shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else None
+        self.conv_shortcut = (
+            nn.Conv2d(channels, out_channels, 1) if channels != out_channels else None
+        )
 
     def forward(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -86,7 +92,9 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int, mult: int = 2) -> None:
         super().__init__()
         # The middle is diffusers' dropout, kept so that the last layer is `net.2` as there.
-        self.net = nn.ModuleList([GEGLU(dim, mult * dim), nn.Identity(), nn.Linear(mult * dim, dim)])
+        self.net = nn.ModuleList(
+            [GEGLU(dim, mult * dim), nn.Identity(), nn.Linear(mult * dim, dim)]
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.net:
@@ -95,7 +103,7 @@ class FeedForward(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, cross-attention on the text, feed-forward; each on a LayerNorm, each added."""
+    """Self-attention, cross-attention on the text, feed-forward; each normed, each added."""
 
     def __init__(self, dim: int, context_dim: int, head_dim: int) -> None:
         super().__init__()
@@ -119,7 +127,9 @@ class Transformer2DModel(nn.Module):
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels)
         self.proj_in = nn.Linear(channels, channels)
-        self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(channels, context_dim, head_dim)])
+        self.transformer_blocks = nn.ModuleList(
+            [BasicTransformerBlock(channels, context_dim, head_dim)]
+        )
         self.proj_out = nn.Linear(channels, channels)
 
     def forward(self, x: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
@@ -148,30 +158,52 @@ class Upsample2D(nn.Module):
 
 
 class Block(nn.Module):
-    """A level: residual blocks, a transformer after each where there are some, then a change of resolution."""
-
-    resnets: nn.ModuleList
-    attentions: nn.ModuleList
+    """Residual blocks, one per (in, out) of `widths`, each with a transformer behind it or none."""
 
     def __init__(
-        self, widths: list[tuple[int, int]], temb: int, config: UNetConfig, *, attention: bool, scale: str = ""
+        self, widths: list[tuple[int, int]], temb: int, config: UNetConfig, *, attention: bool
     ) -> None:
         super().__init__()
-        out = widths[-1][1]
+        out, dim = widths[-1][1], config.cross_attention_dim
         self.resnets = nn.ModuleList([ResnetBlock2D(i, o, temb, config.groups) for i, o in widths])
-        count = len(widths) if attention else 0
         self.attentions = nn.ModuleList(
-            [
-                Transformer2DModel(out, config.cross_attention_dim, config.head_dim, config.groups)
-                for _ in range(count)
-            ]
+            [Transformer2DModel(out, dim, config.head_dim, config.groups) for _ in widths]
+            if attention
+            else []
         )
-        self.downsamplers = nn.ModuleList([Downsample2D(out)] if scale == "down" else [])
-        self.upsamplers = nn.ModuleList([Upsample2D(out)] if scale == "up" else [])
 
-    def layer(self, i: int, x: torch.Tensor, temb: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+    def layer(
+        self, i: int, x: torch.Tensor, temb: torch.Tensor, cond: torch.Tensor
+    ) -> torch.Tensor:
         x = self.resnets[i](x, temb)
-        return self.attentions[i](x, cond) if len(self.attentions) > i else x
+        return self.attentions[i](x, cond) if i < len(self.attentions) else x
+
+
+class DownBlock(Block):
+    """`x -> (x at the next resolution, the features after each residual block)`."""
+
+    def __init__(
+        self,
+        sizes: list[tuple[int, int]],
+        temb: int,
+        config: UNetConfig,
+        *,
+        attention: bool,
+        last: bool,
+    ) -> None:
+        super().__init__(sizes, temb, config, attention=attention)
+        self.downsamplers = nn.ModuleList([] if last else [Downsample2D(sizes[-1][1])])
+
+    def forward(
+        self, x: torch.Tensor, temb: torch.Tensor, cond: torch.Tensor
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        features = []
+        for i in range(len(self.resnets)):
+            x = self.layer(i, x, temb, cond)
+            features.append(x)
+        for down in self.downsamplers:
+            x = down(x)
+        return x, features
 
 
 class MidBlock(Block):
@@ -181,9 +213,43 @@ class MidBlock(Block):
         super().__init__([(channels, channels)] * 2, temb, config, attention=True)
         del self.attentions[1]
 
+    def forward(self, x: torch.Tensor, temb: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        return self.layer(1, self.layer(0, x, temb, cond), temb, cond)
+
+
+class UpBlock(Block):
+    """`(x, features of the down block of this resolution) -> x at the next resolution`."""
+
+    def __init__(
+        self,
+        sizes: list[tuple[int, int]],
+        temb: int,
+        config: UNetConfig,
+        *,
+        attention: bool,
+        last: bool,
+    ) -> None:
+        super().__init__(sizes, temb, config, attention=attention)
+        self.upsamplers = nn.ModuleList([] if last else [Upsample2D(sizes[-1][1])])
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        features: list[torch.Tensor],
+        temb: torch.Tensor,
+        cond: torch.Tensor,
+    ) -> torch.Tensor:
+        for i in range(len(self.resnets)):
+            x = self.layer(i, torch.cat([x, features[-1 - i]], dim=1), temb, cond)
+        for up in self.upsamplers:
+            x = up(x)
+        return x
+
 
 class UNet(nn.Module):
-    """`unet(x [B, C, H, W], t int64 [B], cond [B, L, D]) -> [B, C, H, W]`; H and W divide by 2 to the number of levels."""
+    """`unet(x [B, C, H, W], t int64 [B], cond [B, L, D]) -> [B, C, H, W]`; H and W divide by 2 to
+    the number of levels.
+    """
 
     def __init__(self, config: UNetConfig | None = None) -> None:
         super().__init__()
@@ -196,19 +262,19 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(4 * config.in_channels, widths[0], 3, padding=1)
 
         levels = list(zip(widths, config.attention, strict=True))
-        n, last = config.layers_per_block, widths[0]
+        n, last, end = config.layers_per_block, widths[0], len(widths) - 1
         self.down_blocks = nn.ModuleList()
         for i, (width, attention) in enumerate(levels):
             sizes = [(last, width)] + [(width, width)] * (n - 1)
-            scale = "down" if i + 1 < len(widths) else ""
-            self.down_blocks.append(Block(sizes, temb, config, attention=attention, scale=scale))
+            block = DownBlock(sizes, temb, config, attention=attention, last=i == end)
+            self.down_blocks.append(block)
             last = width
         self.mid_block = MidBlock(last, temb, config)
         self.up_blocks = nn.ModuleList()
         for i, (width, attention) in reversed(list(enumerate(levels))):
             sizes = [(last + width, width)] + [(2 * width, width)] * (n - 1)
-            scale = "up" if i else ""
-            self.up_blocks.append(Block(sizes, temb, config, attention=attention, scale=scale))
+            block = UpBlock(sizes, temb, config, attention=attention, last=i == 0)
+            self.up_blocks.append(block)
             last = width
 
         self.conv_norm_out = nn.GroupNorm(config.groups, last)
@@ -218,7 +284,9 @@ class UNet(nn.Module):
     def time_proj(self, t: torch.Tensor) -> torch.Tensor:
         """`[cos(t f), sin(t f)]` [B, C] with frequencies f from 1 down to 1e-4, in float32."""
         half = self.config.block_out_channels[0] // 2
-        f = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(1e4) / half))
+        f = torch.exp(
+            torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(1e4) / half)
+        )
         angles = t.to(torch.float32)[:, None] * f
         return torch.cat([angles.cos(), angles.sin()], dim=1)
 
@@ -229,17 +297,10 @@ class UNet(nn.Module):
         h = self.conv_in(F.pixel_unshuffle(x, 2))
         skips = []
         for block in self.down_blocks:
-            for i in range(len(block.resnets)):
-                h = block.layer(i, h, temb, cond)
-                skips.append(h)
-            for down in block.downsamplers:
-                h = down(h)
-        h = self.mid_block.layer(0, h, temb, cond)
-        h = self.mid_block.layer(1, h, temb, cond)
+            h, features = block(h, temb, cond)
+            skips.append(features)
+        h = self.mid_block(h, temb, cond)
         for block in self.up_blocks:
-            for i in range(len(block.resnets)):
-                h = block.layer(i, torch.cat([h, skips.pop()], dim=1), temb, cond)
-            for up in block.upsamplers:
-                h = up(h)
+            h = block(h, skips.pop(), temb, cond)
         h = self.conv_out(F.silu(self.conv_norm_out(h)))
         return F.pixel_shuffle(h, 2)

@@ -24,6 +24,7 @@ class Operator(Protocol):
 
     reference: Function  # plain PyTorch, the declaration
     overload: Function  # torch.ops.fastlora.<name>.default
+    eager: Function  # the entry for callers that are never traced and give all arguments
     clear: Callable[[], None]  # forget the cached plans
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
@@ -191,6 +192,7 @@ def define_op(
     operator.__module__ = reference.__module__
     operator.__signature__ = inspect.signature(reference)  # type: ignore[attr-defined]
     operator.reference = reference  # type: ignore[attr-defined]
+    operator.eager = eager  # type: ignore[attr-defined]
     operator.overload = overload  # type: ignore[attr-defined]
     operator.clear = clear  # type: ignore[attr-defined]
     operator.plan_count = plan_count  # type: ignore[attr-defined]

@@ -1,12 +1,13 @@
 """Counter-based noise: Philox4x32-10 (Salmon et al., 2011) and Box-Muller, as plain PyTorch.
 
-A standard normal is a function of (seed, step, element) and of nothing else, so a sample's noise does not
-depend on the batch that it is in. csrc/philox.h computes the same in C++ and CUDA.
+A standard normal is a function of (seed, step, element) and of nothing else, so a sample's noise
+does not depend on the batch that it is in. csrc/philox.h computes the same in C++ and CUDA.
 
     key     = (low, high 32 bits of seed)
     counter = (low, high 32 bits of element // 4, low, high 32 bits of step)
-    r0..r3  = Philox4x32-10(counter, key): elements 4i, 4i+1 are the pair of (r0, r1), 4i+2, 4i+3 of (r2, r3)
-    pair    = sqrt(-2 log u) (cos a, sin a), u = float32((r >> 1) 2^-31 + 2^-32), a = pi 2^-31 int32(r')
+    r0..r3  = Philox4x32-10(counter, key): (r0, r1) make elements 4i and 4i+1, (r2, r3) the others
+    (r, r') -> sqrt(-2 log u) (cos a, sin a), u = float32((r >> 1) 2^-31 + 2^-32),
+               a = pi 2^-31 int32(r')
 """
 
 from __future__ import annotations

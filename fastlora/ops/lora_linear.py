@@ -118,17 +118,10 @@ def _plan(x: Tensor, weight: Tensor, *rest: Any) -> Any:
     )
     work = tokens * (out * features + rank * (out + features))
     if plain and work <= TINY and rank <= 1024 and features <= 4096 and x.device.type == "cpu":
-        shape = (*x.shape[:-1], out)
-        return lambda *operands: _loop(shape, *operands)
+        return kernels.lora_linear_tiny
     if work <= TINY_CUDA and x.is_cuda:
         return _kernel
     return _products
-
-
-def _loop(shape: Any, x: Tensor, *rest: Any) -> Tensor:
-    y = x.new_empty(shape)
-    kernels.lora_linear(y, x, *rest, None)
-    return y
 
 
 def _kernel(

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from .schedule import Schedule, check_prediction
-from .table import Table
+from fastlora.samplers.schedule import Schedule, check_prediction
+from fastlora.samplers.table import Table
 
 SPACINGS = ("leading", "trailing", "linspace")
 
@@ -21,14 +21,14 @@ def ddim(
     spacing: str = "leading",
     clip: float | None = None,
 ) -> Table:
-    """`x' = alpha' x0 + sqrt(1 - abar' - s^2) eps + s z`, from t to t' = t - T // steps, as a table.
+    """The table of `x' = alpha' x0 + sqrt(1 - abar' - s^2) eps + s z`, from t to t - T // steps.
 
-    `s = eta sqrt((1 - abar')/(1 - abar)) sqrt(1 - abar/abar')`: eta 0 is deterministic, 1 as noisy as DDPM.
-    `prediction`: what the model gives, epsilon, v or x0. `spacing`: which timesteps, see `spaced`.
-    `clip`: x0 is clipped to [-clip, clip] before it is used, eps stays as it was.
+    `s = eta sqrt((1 - abar')/(1 - abar)) sqrt(1 - abar/abar')`: eta 0 is deterministic, 1 as noisy
+    as DDPM. `prediction`: what the model gives, epsilon, v or x0. `spacing`: which timesteps, see
+    `spaced`. `clip`: x0 is clipped to [-clip, clip] before it is used, eps stays as it was.
 
-    Raises ValueError: steps outside 1..T, eta outside [0, 1], clip <= 0, an unknown name, and epsilon prediction
-    where the SNR is 0.
+    Raises ValueError: steps outside 1..T, eta outside [0, 1], clip <= 0, an unknown name, and
+    epsilon prediction where the SNR is 0.
     """
     check_prediction(prediction, "ddim")
     if not 0 <= eta <= 1:
@@ -43,8 +43,9 @@ def ddim(
     abar_next[before < 0] = schedule.final_alpha_cumprod
     if prediction == "epsilon" and bool((abar == 0).any()):
         raise ValueError(
-            f"ddim: prediction: expected v or x0 for a schedule whose SNR is 0 at t = {timesteps[0].item()},"
-            " got epsilon: x is nothing but noise there, so a predicted noise says nothing about x0"
+            f"ddim: prediction: expected v or x0 for a schedule whose SNR is 0 at t ="
+            f" {timesteps[0].item()}, got epsilon: x is nothing but noise there, so a"
+            " predicted noise says nothing about x0"
             " (zero-terminal-SNR models predict v and use trailing spacing)"
         )
 
@@ -88,8 +89,9 @@ def spaced(T: int, steps: int, spacing: str) -> Tensor:
     if spacing == "leading":
         return (torch.arange(steps) * (T // steps)).flip(0)
     if spacing == "trailing":
-        # numpy's arange(T, 0, -T/steps) to the last bit, since it decides how halves are rounded; but never
-        # the extra element that its own rounding adds for some numbers of steps (61 of 1000 is one)
+        # numpy's arange(T, 0, -T/steps) to the last bit, since it decides how halves are rounded;
+        # but never the extra element that its own rounding adds for some numbers of steps (61 of
+        # 1000 is one)
         difference = (T - T / steps) - T
         ends = T + torch.arange(steps, dtype=torch.float64) * difference
         return ends.round().long() - 1

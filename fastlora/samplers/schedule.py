@@ -1,6 +1,7 @@
-"""Noise schedules of variance-preserving diffusion: `x_t = alpha x0 + sigma eps`, `alpha = sqrt(abar_t)`.
+"""Noise schedules: `x_t = alpha x0 + sigma eps`, `alpha^2 = abar_t`, `sigma^2 = 1 - abar_t`.
 
-All of it is float64 on the CPU: a schedule is a handful of kilobytes that tables are computed from once.
+All of it is float64 on the CPU: a schedule is a handful of kilobytes that tables are computed from
+once.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ def check_prediction(prediction: str, operator: str) -> None:
 class Schedule:
     """`abar_t = prod(1 - beta)`, for t = 0 (nearly clean) to T - 1 (nearly noise).
 
-    `alphas_cumprod` [T] float64 on the CPU, within [0, 1] and never increasing; `final_alpha_cumprod` is the
-    abar that the last step arrives at: 1 (no noise at all), or `float(alphas_cumprod[0])`.
-    Raises ValueError for anything else.
+    `alphas_cumprod` [T] float64 on the CPU, within [0, 1] and never increasing;
+    `final_alpha_cumprod` is the abar that the last step arrives at: 1 (no noise at all), or
+    `float(alphas_cumprod[0])`. Raises ValueError for anything else.
     """
 
     alphas_cumprod: Tensor  # [T]
@@ -78,21 +79,23 @@ class Schedule:
 
     @classmethod
     def cosine(cls, T: int = 1000) -> Schedule:
-        """`abar(u) = cos^2((u + 0.008)/1.008 pi/2)`, betas at most 0.999 (Nichol and Dhariwal, 2021)."""
+        """`abar(u) = cos^2((u + 0.008)/1.008 pi/2)`, beta <= 0.999 (Nichol and Dhariwal, 2021)."""
         u = torch.arange(T + 1, dtype=torch.float64) / T
         abar = ((u + 0.008) / 1.008 * math.pi / 2).cos() ** 2
         return cls.from_betas((1 - abar[1:] / abar[:-1]).clamp(max=0.999))
 
     def zero_terminal_snr(self) -> Schedule:
-        """The same schedule with `S = sqrt(abar)` moved and stretched so that abar_T is 0 and abar_0 is kept.
+        """`sqrt(abar)` moved and stretched so that the last one is 0 and the first one is kept.
 
-        Lin et al. (2023), Algorithm 1. Epsilon prediction says nothing at SNR 0: sample such a model with v
-        (or x0) prediction and trailing spacing.
+        Lin et al. (2023), Algorithm 1. Epsilon prediction says nothing at SNR 0: sample such a
+        model with v (or x0) prediction and trailing spacing.
         """
         root = self.alpha
         first, last = root[0], root[-1]
         if len(self) < 2 or first == last:
-            raise ValueError("zero_terminal_snr: schedule: expected abar_0 > abar_T, got them equal")
+            raise ValueError(
+                "zero_terminal_snr: schedule: expected abar_0 > abar_T, got them equal"
+            )
         root = (root - last) * first / (first - last)
         root[-1] = 0.0  # exactly: what asks for SNR 0 compares with 0
         return replace(self, alphas_cumprod=root**2)

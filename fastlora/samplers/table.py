@@ -15,10 +15,11 @@ _HISTORY = ("c_h", "g_x", "g_0", "g_e")
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """The rows that `fastlora.ops.sampler_step` applies, one a step; its docstring has their meaning.
+    """The rows that `fastlora.ops.sampler_step` applies, one a step; see there for their meaning.
 
-    `coefficients` [S, 12] float64, columns in the order of `COLUMNS`; `timesteps` [S] int64, what the model is
-    told at each step; `prediction`, what the model predicts; `name`, the solver for people to read.
+    `coefficients` [S, 12] float64, columns in the order of `COLUMNS`; `timesteps` [S] int64, what
+    the model is told at each step; `prediction`, what the model predicts; `name`, the solver for
+    people to read.
     """
 
     coefficients: Tensor  # [S, 12]
@@ -38,14 +39,14 @@ class Table:
         if not bool(finite.all()):
             row, column = finite.logical_not().nonzero()[0].tolist()
             raise ValueError(
-                f"Table: coefficients: expected finite numbers and clip > 0, got {COLUMNS[column]} ="
-                f" {self.coefficients[row, column].item()} at step {row}"
+                f"Table: coefficients: expected finite numbers and clip > 0, got {COLUMNS[column]}"
+                f" = {self.coefficients[row, column].item()} at step {row}"
                 f" (t = {self.timesteps[row].item()})"
             )
 
     @classmethod
     def of(cls, name: str, prediction: str, timesteps: Tensor, **columns: Tensor | float) -> Table:
-        """A table by column names, each [S] or one number; unnamed: m = 1, clip = inf, all else 0."""
+        """A table by column names, each [S] or a number; unnamed: m = 1, clip = inf, else 0."""
         values = {"m": 1.0, "clip": math.inf} | columns
         rows = torch.zeros(len(timesteps), len(COLUMNS), dtype=torch.float64)
         for column, value in values.items():

@@ -1,0 +1,37 @@
+"""Adapters on existing layers: inject, scale, fold, save, load, remove."""
+
+from fastlora.adapters.control import (
+    adapters,
+    disable,
+    enable,
+    parameters,
+    scaled,
+    set_scale,
+    tiled,
+)
+from fastlora.adapters.folding import fold, unfold
+from fastlora.adapters.inject import inject, remove
+from fastlora.adapters.io import load, save
+from fastlora.adapters.layers import adapted_layers
+from fastlora.adapters.specs import AdapterError, AdapterInfo, LoRA, Spectral
+
+__all__ = [
+    "AdapterError",
+    "AdapterInfo",
+    "LoRA",
+    "Spectral",
+    "adapted_layers",
+    "adapters",
+    "disable",
+    "enable",
+    "fold",
+    "inject",
+    "load",
+    "parameters",
+    "remove",
+    "save",
+    "scaled",
+    "set_scale",
+    "tiled",
+    "unfold",
+]

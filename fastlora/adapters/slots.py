@@ -1,0 +1,110 @@
+"""The parameters that adapters add to a layer, kept in the layer's child module `fastlora`.
+
+A slot's protocol: `owned` (names of its parameters), `kind`, `width` (its entries in the arena) and
+`ratio` (its gate at scale 1).
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.adapters.specs import LoRA, Spectral
+
+
+class Slot(nn.Module):
+    """One named adapter of one layer."""
+
+    owned: tuple[str, ...]
+    kind: str
+    width: int
+    ratio: float
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # A plain base checkpoint knows nothing of adapters: it loads under strict=True and leaves
+        # them as they are. One that has some of this slot's keys must have all of them.
+        if any(key.startswith(prefix) for key in state_dict):
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class LoRASlot(Slot):
+    """down [rank, in], up [out, rank]; convolutions [rank, in/groups, kh, kw], [out, rank/groups, 1, 1];
+    embeddings [rank, vocabulary], [dim, rank]. DoRA adds magnitude [out]."""
+
+    def __init__(
+        self, spec: LoRA, down: Tensor, up: Tensor, magnitude: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.down = nn.Parameter(down)
+        self.up = nn.Parameter(up)
+        self.register_parameter("magnitude", None if magnitude is None else nn.Parameter(magnitude))
+
+    @property
+    def owned(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(self._parameters) if self.spec.dora else ("down", "up")
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        return "dora" if self.spec.dora else "lora"
+
+    @property
+    def width(self) -> int:  # type: ignore[override]
+        return self.down.shape[0]
+
+    @property
+    def ratio(self) -> float:  # type: ignore[override]
+        return self.spec.ratio
+
+    def extra_repr(self) -> str:
+        return f"rank={self.width}, ratio={self.ratio:g}, kind={self.kind}"
+
+
+class SpectralSlot(Slot):
+    """shift [rank] of a matrix's singular values, [dim] or [1] added to a norm's weight."""
+
+    owned = ("shift",)
+    kind = "spectral"
+    width = 1
+    ratio = 1.0
+
+    def __init__(self, spec: Spectral, shift: Tensor) -> None:
+        super().__init__()
+        self.spec = spec
+        self.shift = nn.Parameter(shift)
+
+    def extra_repr(self) -> str:
+        return f"shifts={self.shift.numel()}, norms={self.spec.norms}"
+
+
+class Slots(nn.ModuleDict):
+    """The slots of a layer by adapter name, with what they share, never part of a state dict:
+    the singular value decomposition of the base weight, and the folded weight."""
+
+    svd_u: Tensor | None  # [out, rank]
+    svd_s: Tensor | None  # [rank]
+    svd_vh: Tensor | None  # [rank, in]
+    folded_weight: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("svd_u", "svd_s", "svd_vh", "folded_weight"):
+            self.register_buffer(name, None, persistent=False)
+
+    def decompose(self, matrix: Tensor) -> None:
+        """Reduced SVD of `matrix [out, in]` in float32 (float64 stays), once per layer."""
+        if self.svd_s is not None:
+            return
+        wide = matrix.dtype if matrix.dtype == torch.float64 else torch.float32
+        u, s, vh = torch.linalg.svd(matrix.detach().to(wide), full_matrices=False)
+        self.svd_u, self.svd_s = u.to(matrix.dtype), s
+        self.svd_vh = vh.to(matrix.dtype).contiguous()
+
+
+def kaiming_uniform(shape: tuple[int, ...], generator: torch.Generator, **kwargs: Any) -> Tensor:
+    """U(-1/√fan_in, 1/√fan_in): `kaiming_uniform_(a=√5)`, drawn on the CPU so that a seed means the
+    same numbers on every device."""
+    bound = 1.0 / math.sqrt(math.prod(shape[1:]))
+    drawn = torch.rand(shape, generator=generator, dtype=torch.float32) * (2 * bound) - bound
+    return drawn.to(**kwargs)

@@ -1,0 +1,77 @@
+"""What to add to a layer: `LoRA` and `Spectral` describe an adapter, `inject` builds it."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor
+
+
+class AdapterError(ValueError):
+    """A request about adapters that cannot be carried out; nothing was changed."""
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """`W' = W + (alpha / rank) U D`, `D [rank, in]` Kaiming uniform, `U [out, rank]` zero.
+
+    Hu et al. 2021, arXiv 2106.09685. `alpha=None` means `alpha = rank`; `rank_stabilized` scales by
+    `alpha / sqrt(rank)` (arXiv 2312.03732); `dropout` acts on the adapter's input in training;
+    `dora` adds a trained magnitude, `W' = m (W + sUD) / ‖W + sUD‖` per output row with the norm
+    detached (arXiv 2402.09353). `ranks` and `alphas` override rank and alpha for single module paths.
+    """
+
+    rank: int = 16
+    alpha: float | None = None
+    rank_stabilized: bool = False
+    dropout: float = 0.0
+    dora: bool = False
+    ranks: dict[str, int] | None = None
+    alphas: dict[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        for rank in (self.rank, *(self.ranks or {}).values()):
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise AdapterError(f"LoRA: rank: expected an integer >= 1, got {rank!r}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise AdapterError(f"LoRA: dropout: expected a value in [0, 1), got {self.dropout}")
+
+    def at(self, path: str) -> "LoRA":
+        """This configuration with the rank and alpha of the module at `path`."""
+        rank = (self.ranks or {}).get(path, self.rank)
+        alpha = (self.alphas or {}).get(path, self.alpha)
+        return replace(self, rank=rank, alpha=alpha, ranks=None, alphas=None)
+
+    @property
+    def ratio(self) -> float:
+        """The factor on U D at scale 1: `alpha / rank`, or `alpha / sqrt(rank)`."""
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
+
+
+@dataclass(frozen=True)
+class Spectral:
+    """`W' = U diag(relu(σ + strength δ)) Vᵀ` in residual form: only the shifts δ are trained.
+
+    SVDiff, Han et al. 2023, arXiv 2303.11305. `norms` says what happens to one-dimensional weights of
+    normalisation layers: a shift per element, one shift per layer, or none at all.
+    """
+
+    norms: Literal["elementwise", "scalar", "skip"] = "elementwise"
+
+    def __post_init__(self) -> None:
+        if self.norms not in ("elementwise", "scalar", "skip"):
+            raise AdapterError(
+                f"Spectral: norms: expected 'elementwise', 'scalar' or 'skip', got {self.norms!r}"
+            )
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """One named adapter of a model, as `fastlora.adapters(model)` reports it."""
+
+    kind: str  # "lora", "dora", "spectral"
+    modules: tuple[str, ...]  # paths of the adapted layers
+    rank: int | None  # the largest over the modules; None for spectral shifts
+    parameters: int  # numbers that the adapter adds
+    scale: float | Tensor  # a tensor [batch]: one strength per sample
+    enabled: bool

@@ -1,0 +1,1 @@
+"""Adapter files: pure functions between a file's tensors and plain dicts. Nothing of models here."""

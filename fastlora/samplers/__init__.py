@@ -1,0 +1,9 @@
+"""Noise schedules, solvers as tables of coefficients, and the sampling loop."""
+
+from fastlora.samplers.ddim import ddim
+from fastlora.samplers.loop import Step, sample, sample_steps
+from fastlora.samplers.noise import noise
+from fastlora.samplers.schedule import Schedule
+from fastlora.samplers.table import Table
+
+__all__ = ["Schedule", "Step", "Table", "ddim", "noise", "sample", "sample_steps"]

@@ -1,0 +1,49 @@
+"""Noise by seed: every sample has its own, whatever batch it is in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral
+
+import torch
+from torch import Tensor
+
+from fastlora import ops
+
+
+def noise(
+    seeds: Sequence[int] | Tensor,
+    shape: Sequence[int],
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Standard normal noise [B, *shape] float32, one seed per sample: a start for `sample`.
+
+    The Philox stream of `fastlora.ops.sampler_step` at a step of its own, so it is independent of
+    the noise that a solver adds under the same seeds. `shape` is that of one sample.
+    """
+    keys = as_seeds(seeds, len(seeds), torch.device(device or "cpu"), "noise")
+    zeros = torch.zeros(len(seeds), *shape, device=keys.device)
+    table = torch.tensor([[0.0, 1.0, 0.0, 1.0]], device=keys.device)  # x_t = target = eps
+    return ops.add_noise(zeros, None, keys, torch.zeros_like(keys), table)[0]
+
+
+def as_seeds(
+    seeds: Sequence[int] | Tensor | None, batch: int, device: torch.device, operator: str
+) -> Tensor:
+    """int64 [B] on `device`; None draws from torch's generator."""
+    if seeds is None:
+        return torch.randint(2**63 - 1, (batch,), dtype=torch.int64).to(device)
+    expected = f"{operator}: seeds: expected {batch} int64 numbers, one per sample, got"
+    if not isinstance(seeds, Tensor):
+        if not isinstance(seeds, Sequence):
+            raise TypeError(f"{expected} {seeds!r}")
+        for seed in seeds:
+            if not isinstance(seed, Integral) or not -(2**63) <= seed < 2**63:
+                raise ValueError(f"{expected} {seed!r} among them")
+        seeds = torch.tensor([int(seed) for seed in seeds], dtype=torch.int64)
+    integer = not (seeds.is_floating_point() or seeds.is_complex() or seeds.dtype == torch.bool)
+    if not integer or tuple(seeds.shape) != (batch,):
+        raise ValueError(
+            f"{expected} {str(seeds.dtype).removeprefix('torch.')} {list(seeds.shape)}"
+        )
+    return seeds.to(device, torch.int64)
