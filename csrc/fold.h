@@ -26,6 +26,7 @@ struct FoldTasks {
   int64_t count;
   const int64_t* first_task;  // [count + 1]
   bool stream;                // write past the caches
+  bool out_of_memory;         // set where the packed operands found no room
 };
 
 // Layers of one device; the descriptors travel as kernel parameters, some dozens a launch.
@@ -44,17 +45,4 @@ void fold(TensorViews weights, TensorViews downs, TensorViews ups, TensorViews g
 
 }  // namespace fastlora
 
-// False where memory for the packed operands could not be had.
-#define FASTLORA_FOLD_LOOP_ARGUMENTS const ::fastlora::FoldTasks& p
-#if FASTLORA_X86
-namespace fastlora::avx2 {
-bool fold_loop(FASTLORA_FOLD_LOOP_ARGUMENTS);
-}
-namespace fastlora::avx512 {
-bool fold_loop(FASTLORA_FOLD_LOOP_ARGUMENTS);
-}
-#endif
-namespace fastlora::baseline {
-bool fold_loop(FASTLORA_FOLD_LOOP_ARGUMENTS);
-}
-#undef FASTLORA_FOLD_LOOP_ARGUMENTS
+FASTLORA_DECLARE_CPU(fold_loop, ::fastlora::FoldTasks& p)

@@ -83,4 +83,7 @@ void* current_stream(const TensorView& t) {
   return stream;
 }
 
+WithoutGil::WithoutGil() : state_(PyEval_SaveThread()) {}
+WithoutGil::~WithoutGil() { PyEval_RestoreThread(static_cast<PyThreadState*>(state_)); }
+
 }  // namespace fastlora

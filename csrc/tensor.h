@@ -104,6 +104,18 @@ inline void check_contiguous(const char* op, const char* argument, const TensorV
 // The CUDA stream (a cudaStream_t) on which torch currently queues work of t's device.
 void* current_stream(const TensorView& t);
 
+// Lets other Python threads run while a long CPU loop does.
+class WithoutGil {
+ public:
+  WithoutGil();
+  ~WithoutGil();
+  WithoutGil(const WithoutGil&) = delete;
+  WithoutGil& operator=(const WithoutGil&) = delete;
+
+ private:
+  void* state_;
+};
+
 using TensorViews = std::vector<TensorView>;
 
 }  // namespace fastlora

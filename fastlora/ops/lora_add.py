@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastlora.ops._define import define_op, expect, expect_tensor, gate_dtype, kernels
@@ -49,6 +50,8 @@ def _plan(y: Tensor, x: Tensor, down: Tensor | None, up: Tensor, gate: Tensor) -
         return lambda *operands: kernels.lora_add_(*operands, None)
     if work <= TINY_CUDA and x.is_cuda and y.is_contiguous():
         return _kernel
+    if y.dim() >= 3 and not y.is_contiguous() and y.movedim(-1, 1).is_contiguous():
+        return _channels_first
     return _products
 
 
@@ -61,13 +64,23 @@ def _kernel(y: Tensor, x: Tensor, down: Tensor | None, up: Tensor, gate: Tensor)
 
 
 def _products(y: Tensor, x: Tensor, down: Tensor | None, up: Tensor, gate: Tensor) -> None:
+    x2 = x.reshape(-1, x.shape[-1])
     if y.is_contiguous():
-        accumulate(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), down, up, gate)
-    else:  # a view such as a convolution's output with its channels last
-        copy = y.reshape(-1, y.shape[-1])
-        accumulate(copy, x.reshape(-1, x.shape[-1]), down, up, gate)
-        if copy.data_ptr() != y.data_ptr():
-            y.copy_(copy.view(y.shape))
+        accumulate(y.view(-1, y.shape[-1]), x2, down, up, gate)
+        return
+    copy = y.reshape(-1, y.shape[-1]).contiguous()
+    accumulate(copy, x2, down, up, gate)
+    y.copy_(copy.view(y.shape))
+
+
+def _channels_first(y: Tensor, x: Tensor, down: Any, up: Tensor, gate: Tensor) -> None:
+    """y is a convolution's output [batch, out, height, width], seen with its channels last."""
+    y3, h = (t.movedim(-1, 1).flatten(2) for t in (y, x))  # [batch, out | in, positions]
+    batch = y3.shape[0]
+    if down is not None:
+        h = torch.matmul(down.to(y.dtype), h)  # [batch, rank, positions]
+    h = (h * gate[..., None]).to(y.dtype)
+    y3.baddbmm_(up.to(y.dtype).expand(batch, *up.shape), h)
 
 
 lora_add_ = define_op(lora_add_, fake=_fake, plan=_plan, mutates=("y",), autocast=("x",))

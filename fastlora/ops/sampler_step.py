@@ -182,8 +182,9 @@ def _backward(ctx: Any, d_next: Tensor, d_history: Tensor, d_input: Tensor) -> t
     d_outputs = [(w[j] * d_e).to(output.dtype) for j, output in enumerate(outputs)]
     d_weights = None
     if ctx.needs_input_grad[2]:
-        rows = [(d_e * output.to(x.dtype)).flatten(1).sum(1) for output in outputs]
-        this = torch.stack(rows) if weights.shape[2] > 1 else torch.stack(rows).sum(1, keepdim=True)
+        products = [(d_e * output.to(x.dtype))[..., None].flatten(1) for output in outputs]
+        this = torch.stack([product.sum(1) for product in products])  # [n, B]
+        this = this if weights.shape[2] == x.shape[0] else this.sum(1, keepdim=True)
         row = step if weights.shape[0] > 1 else torch.zeros_like(step)
         d_weights = torch.zeros_like(weights)
         d_weights = d_weights.index_add(0, row.view(1), this[None].to(weights.dtype))

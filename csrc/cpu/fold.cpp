@@ -1,0 +1,260 @@
+// W' = W + U diag(g) D in one pass over W: tiles of kRows x kColumns whose low-rank part is summed in
+// registers and added to W once. The operands are packed in the order in which the tiles read them.
+#include "../fold.h"
+
+#include <cstdlib>
+
+#include "scalar.h"
+#include "vector.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace fastlora {
+namespace FASTLORA_ISA {
+namespace {
+
+// kRows x kVectors accumulators, kVectors operands and one factor must fit the registers.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRows = 8;
+#else
+constexpr int kRows = 6;
+#endif
+constexpr int kVectors = 2;
+static_assert(kFoldRows % kRows == 0, "a task consists of whole tiles");
+
+constexpr int64_t kStripBytes = 1 << 18;      // of packed D: part of the second-level cache
+constexpr int64_t kSerialWork = 1 << 16;      // elements of W that are not worth a second thread
+constexpr int64_t kLine = 64;                 // bytes of a cache line
+
+template <class A>
+constexpr int kColumns = kVectors * kVectorBytes / int(sizeof(A));
+
+// One task's packed operands, inside one thread's scratch memory.
+template <class A>
+struct Packed {
+  int32_t* active;  // [rank], the components whose gate is not zero
+  A* factors;       // [kFoldRows / kRows][active][kRows], U diag(g)
+  A* panels;        // [panels of a strip][active][kColumns], D with zeros beyond its columns
+  int32_t count;    // of active components
+};
+
+static inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+template <class A>
+static inline int64_t panels_per_strip(int64_t rank, int64_t in) {
+  const int64_t panel = rank * kVectors * kVectorBytes;
+  const int64_t fitting = panel < kStripBytes ? kStripBytes / panel : 1;
+  const int64_t all = round_up(in, kColumns<A>) / kColumns<A>;
+  return fitting < all ? fitting : all;
+}
+
+template <class A>
+static inline int64_t scratch_bytes(const FoldLayer& p) {
+  if (p.rank == 0) return 0;
+  return round_up(p.rank * sizeof(int32_t), kLine) + round_up(p.rank * kFoldRows * sizeof(A), kLine) +
+         panels_per_strip<A>(p.rank, p.in) * p.rank * kVectors * kVectorBytes;
+}
+
+template <class A>
+static inline Packed<A> packed(const FoldLayer& p, char* scratch) {
+  Packed<A> s;
+  s.active = reinterpret_cast<int32_t*>(scratch);
+  scratch += round_up(p.rank * sizeof(int32_t), kLine);
+  s.factors = reinterpret_cast<A*>(scratch);
+  s.panels = reinterpret_cast<A*>(scratch + round_up(p.rank * kFoldRows * sizeof(A), kLine));
+  s.count = 0;
+  const A* gate = static_cast<const A*>(p.gate);
+  for (int32_t k = 0; k < p.rank; ++k)
+    if (gate[k * p.gate_stride] != 0) s.active[s.count++] = k;
+  return s;
+}
+
+template <class A, class S>
+void pack_factors(const FoldLayer& p, const Packed<A>& s, int64_t first_row, int64_t rows) {
+  const S* up = static_cast<const S*>(p.up) + first_row * p.up_stride[0];
+  const A* gate = static_cast<const A*>(p.gate);
+  for (int64_t group = 0; group * kRows < rows; ++group)
+    for (int64_t m = 0; m < kRows; ++m) {
+      const int64_t row = group * kRows + m;
+      A* to = s.factors + group * kRows * s.count + m;
+      if (row >= rows) {
+        for (int32_t k = 0; k < s.count; ++k) to[k * kRows] = 0;
+        continue;
+      }
+      for (int32_t k = 0; k < s.count; ++k) {
+        const int64_t r = s.active[k];
+        to[k * kRows] = gate[r * p.gate_stride] *
+                        A(load(up + row * p.up_stride[0] + r * p.up_stride[1]));
+      }
+    }
+}
+
+template <class A, class S>
+void pack_panels(const FoldLayer& p, const Packed<A>& s, int64_t first, int64_t end) {
+  constexpr int64_t width = kColumns<A>;
+  const int64_t stride = p.down_stride[1];
+  for (int64_t column = first; column < end; column += width) {
+    A* to = s.panels + (column - first) * s.count;
+    const int64_t valid = end - column < width ? end - column : width;
+    for (int32_t k = 0; k < s.count; ++k, to += width) {
+      const S* from =
+          static_cast<const S*>(p.down) + s.active[k] * p.down_stride[0] + column * stride;
+      if (stride == 1 && valid == width) {
+#pragma omp simd
+        for (int64_t j = 0; j < width; ++j) to[j] = A(load(from + j));
+      } else {
+        for (int64_t j = 0; j < width; ++j) to[j] = j < valid ? A(load(from + j * stride)) : A(0);
+      }
+    }
+  }
+}
+
+// sum[m] = the low-rank part of the tile's row m.
+template <class A>
+static inline __attribute__((always_inline)) void multiply(const A* factors, const A* panel,
+                                                           int32_t count,
+                                                           Vector<A> (&sum)[kRows][kVectors]) {
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) sum[m][v] = Vector<A>{};
+  for (int32_t k = 0; k < count; ++k, factors += kRows, panel += kColumns<A>) {
+    Vector<A> d[kVectors];
+    std::memcpy(d, panel, sizeof d);
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) sum[m][v] += factors[m] * d[v];
+  }
+}
+
+template <class T>
+static inline __attribute__((always_inline)) void tile(const FoldLayer& p,
+                                                       const Acc<T>* factors,
+                                                       const Acc<T>* panel, int32_t count,
+                                                       int64_t row, int64_t rows, int64_t column,
+                                                       int64_t columns, bool streaming) {
+  using A = Acc<T>;
+  constexpr int width = kColumns<A>;
+  Vector<A> sum[kRows][kVectors];
+  multiply<A>(factors, panel, count, sum);
+  const T* w = static_cast<const T*>(p.weight) + row * p.weight_stride[0] +
+               column * p.weight_stride[1];
+  T* out = static_cast<T*>(p.result) + row * p.result_stride[0] + column * p.result_stride[1];
+  const bool whole = rows == kRows && columns == width;
+  if (whole && p.weight_stride[1] == 1 && p.result_stride[1] == 1) {
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m, w += p.weight_stride[0], out += p.result_stride[0]) {
+      A line[width];
+      T result[width];
+      std::memcpy(line, sum[m], sizeof line);
+#pragma omp simd
+      for (int j = 0; j < width; ++j) store(result + j, load(w + j) + line[j]);
+      if (streaming && sizeof result % kLine == 0 &&
+          reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0) {
+#pragma GCC unroll 8
+        for (int b = 0; b < int(sizeof result); b += kVectorBytes)
+          stream(reinterpret_cast<char*>(out) + b, reinterpret_cast<char*>(result) + b);
+      } else {
+        std::memcpy(out, result, sizeof result);
+      }
+    }
+    return;
+  }
+  A line[kRows][width];
+  std::memcpy(line, sum, sizeof line);
+  for (int64_t m = 0; m < rows; ++m, w += p.weight_stride[0], out += p.result_stride[0])
+    for (int64_t j = 0; j < columns; ++j)
+      store(out + j * p.result_stride[1], load(w + j * p.weight_stride[1]) + line[m][j]);
+}
+
+// No component is active: the same bits.
+template <class T>
+void copy_rows(const FoldLayer& p, int64_t first, int64_t end) {
+  if (p.weight == p.result) return;
+  for (int64_t row = first; row < end; ++row) {
+    const T* w = static_cast<const T*>(p.weight) + row * p.weight_stride[0];
+    T* out = static_cast<T*>(p.result) + row * p.result_stride[0];
+    if (p.weight_stride[1] == 1 && p.result_stride[1] == 1)
+      std::memcpy(out, w, p.in * sizeof(T));
+    else
+      for (int64_t j = 0; j < p.in; ++j) out[j * p.result_stride[1]] = w[j * p.weight_stride[1]];
+  }
+}
+
+template <class T>
+void rows_of(const FoldLayer& p, int64_t first, int64_t end, bool streaming, char* scratch) {
+  using A = Acc<T>;
+  constexpr int64_t width = kColumns<A>;
+  const Packed<A> s = packed<A>(p, scratch);
+  if (s.count == 0) return copy_rows<T>(p, first, end);
+  if (p.up_dtype == p.dtype)
+    pack_factors<A, T>(p, s, first, end - first);
+  else
+    pack_factors<A, A>(p, s, first, end - first);
+  const int64_t strip = panels_per_strip<A>(p.rank, p.in) * width;
+  for (int64_t c0 = 0; c0 < p.in; c0 += strip) {
+    const int64_t c1 = p.in - c0 < strip ? p.in : c0 + strip;
+    if (p.down_dtype == p.dtype)
+      pack_panels<A, T>(p, s, c0, c1);
+    else
+      pack_panels<A, A>(p, s, c0, c1);
+    for (int64_t row = first; row < end; row += kRows)
+      for (int64_t column = c0; column < c1; column += width)
+        tile<T>(p, s.factors + (row - first) * s.count, s.panels + (column - c0) * s.count, s.count,
+                row, end - row < kRows ? end - row : kRows, column,
+                c1 - column < width ? c1 - column : width, streaming);
+  }
+}
+
+}  // namespace
+
+void fold_loop(FoldTasks& p) {
+  int64_t bytes = 0, work = 0;  // scratch of one thread; elements of W
+  for (int64_t i = 0; i < p.count; ++i) {
+    int64_t needed = 0;
+    FASTLORA_FLOAT_TYPES(p.layers[i].dtype, T, needed = scratch_bytes<Acc<T>>(p.layers[i]));
+    if (needed > bytes) bytes = needed;
+    work += int64_t(p.layers[i].out) * p.layers[i].in;
+  }
+  bytes = round_up(bytes, kLine) + kLine;
+  const bool parallel = work >= kSerialWork;
+#ifdef _OPENMP
+  const int threads = parallel ? omp_get_max_threads() : 1;
+#else
+  const int threads = 1;
+#endif
+  char* scratch = static_cast<char*>(std::malloc(threads * bytes));
+  p.out_of_memory = scratch == nullptr;
+  if (p.out_of_memory) return;
+  const int64_t total = p.first_task[p.count];
+#pragma omp parallel num_threads(threads) if (parallel)
+  {
+#ifdef _OPENMP
+    char* mine = scratch + omp_get_thread_num() * bytes;
+#else
+    char* mine = scratch;
+#endif
+    mine += kLine - reinterpret_cast<uintptr_t>(mine) % kLine;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < total; ++task) {
+      int64_t i = 0, end = p.count;  // the layer: first_task[i] <= task < first_task[i + 1]
+      while (end - i > 1) {
+        const int64_t middle = (i + end) / 2;
+        (p.first_task[middle] <= task ? i : end) = middle;
+      }
+      const FoldLayer& layer = p.layers[i];
+      const int64_t first = (task - p.first_task[i]) * kFoldRows;
+      const int64_t last = layer.out - first < kFoldRows ? layer.out : first + kFoldRows;
+      const bool streaming = p.stream && layer.weight != layer.result;
+      FASTLORA_FLOAT_TYPES(layer.dtype, T, rows_of<T>(layer, first, last, streaming, mine));
+    }
+    finish_streams();
+  }
+  std::free(scratch);
+}
+
+}  // namespace FASTLORA_ISA
+}  // namespace fastlora
