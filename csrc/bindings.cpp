@@ -4,6 +4,7 @@
 #include "add_noise.h"
 #include "cpu/isa.h"
 #include "dispatcher.h"
+#include "fold.h"
 #include "lora_linear.h"
 #include "python_tensor.h"
 #include "sampler_step.h"
@@ -35,6 +36,7 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
 
   m.def("lora_linear", &lora_linear);
   m.def("lora_add_", &lora_add_);
+  m.def("fold", &fold);
   m.def("sampler_step", &sampler_step);
   m.def("add_noise", &add_noise);
 }

@@ -150,13 +150,13 @@ class Signature {
 // torch's dispatcher.
 class Dispatcher {
  public:
-  Dispatcher(py::object miss, py::object dispatch)
-      : miss_(std::move(miss)), dispatch_(std::move(dispatch)) {}
+  Dispatcher(py::object miss, py::object dispatch, bool differentiable)
+      : miss_(std::move(miss)), dispatch_(std::move(dispatch)), differentiable_(differentiable) {}
 
   // Guards first; what is not plain eager execution without gradients goes to the dispatcher.
   PyObject* eager(PyObject* const* args, Py_ssize_t n) {
     if (!plain_eager()) return PyObject_Vectorcall(dispatch_.ptr(), args, n, nullptr);
-    const bool check_grad = call(g_grad_enabled).ptr() == Py_True;
+    const bool check_grad = differentiable_ && call(g_grad_enabled).ptr() == Py_True;
     Signature signature;
     for (Py_ssize_t i = 0; i < n; ++i) signature.add(args[i], check_grad);
     if (signature.has_tensor_subclass() || signature.requires_grad())
@@ -204,6 +204,7 @@ class Dispatcher {
 
   py::object miss_;
   py::object dispatch_;
+  const bool differentiable_;  // without it nobody asks for a gradient
   std::mutex mutex_;
   std::unordered_map<std::string, py::object> plans_;
 };
@@ -234,8 +235,8 @@ PyMethodDef g_eager{"eager", as_method(&enter<&Dispatcher::eager>), METH_FASTCAL
 PyMethodDef g_kernel{"kernel", as_method(&enter<&Dispatcher::kernel>), METH_FASTCALL, nullptr};
 
 // Returns (eager, kernel, clear, size). A Dispatcher lives as long as the process, as operators do.
-py::tuple make_dispatcher(py::object miss, py::object dispatch) {
-  auto* d = new Dispatcher(std::move(miss), std::move(dispatch));
+py::tuple make_dispatcher(py::object miss, py::object dispatch, bool differentiable) {
+  auto* d = new Dispatcher(std::move(miss), std::move(dispatch), differentiable);
   const py::capsule self(d, "fastlora.Dispatcher");
   return py::make_tuple(
       py::reinterpret_steal<py::object>(PyCFunction_New(&g_eager, self.ptr())),

@@ -1,4 +1,4 @@
-"""Every operator once against its reference on a device, on small made-up data: `fastlora doctor`."""
+"""Every operator once against its reference, on small made-up data: for `fastlora doctor`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,7 +35,9 @@ def self_check(device: str, dtype: torch.dtype = torch.float32) -> list[Check]:
 def check(name: str, operator: Operator, device: str, dtype: torch.dtype) -> Check:
     short = str(dtype).removeprefix("torch.")
     if name not in EXAMPLES:
-        return Check(name, device, short, float("inf"), 0.0, "fastlora/_selfcheck.py has no example")
+        return Check(
+            name, device, short, float("inf"), 0.0, "fastlora/_selfcheck.py has no example"
+        )
     generator = torch.Generator().manual_seed(0)
 
     def data(*shape: int) -> Tensor:
@@ -56,7 +58,9 @@ def check(name: str, operator: Operator, device: str, dtype: torch.dtype) -> Che
     return Check(name, device, short, error, max(2 * plain_error, largest * torch.finfo(dtype).eps))
 
 
-def outputs(operator: Operator, run: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Tensor]:
+def outputs(
+    operator: Operator, run: Callable[..., Any], arguments: tuple[Any, ...]
+) -> list[Tensor]:
     """What `run` returns or, for an operator that works in place, what it wrote."""
     arguments = mapped(Tensor.clone, arguments)
     result = run(*arguments)

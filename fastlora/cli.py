@@ -27,8 +27,10 @@ def parser() -> argparse.ArgumentParser:
         "samples with them, verifies and times them, and writes report.html with the pictures. "
         "Uses the GPU where there is one; at most 3 minutes on two CPU cores.",
     )
-    demo.add_argument("--out", type=Path, default=Path("out"), help="folder to write (default: out)")
-    demo.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
+    demo.add_argument(
+        "--out", type=Path, default=Path("out"), help="folder to write (default: out)"
+    )
+    demo.add_argument("--seed", type=seed, default=0, help="seed of everything random (default: 0)")
 
     doctor = commands.add_parser(
         "doctor",
@@ -38,6 +40,13 @@ def parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return main
+
+
+def seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"expected 0 to 2^63 - 1, got {text}")
+    return value
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -62,7 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser().print_help()
         return 2
     try:
-        return run(arguments)
+        code = run(arguments)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print("\nfastlora: stopped", file=sys.stderr)
         return 130
@@ -81,7 +92,7 @@ def explain(error: ModuleNotFoundError | OSError) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name:
         module = error.name.partition(".")[0]
         if module == "fastlora":  # part of this package: a broken installation
-            return f"{error}; try: pip install --force-reinstall --no-deps fastlora"
+            return f"{error}; in fastlora's folder: pip install --force-reinstall --no-deps ."
         return f"{module} is not installed; try: pip install {PACKAGES.get(module, module)}"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror

@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,6 @@ OPTIONAL = {
     "matplotlib": "the demo's charts",
     "pillow": "the demo's pictures",
 }
-EXTRAS = {"diffusers": "diffusers", "peft": "peft"}  # the others belong to the extra `demo`
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Facts:
 
     fastlora: str
     python: str
+    executable: str  # of Python
     platform: str
     torch: str
     torch_cuda: str | None  # the CUDA version that torch was built with
@@ -49,7 +50,18 @@ class Facts:
     build: dict[str, Any]  # of _C.build_info()
     gpus: list[Gpu] = field(default_factory=list)
     nvcc: str = ""  # "/usr/local/cuda/bin/nvcc"
+    source: str = ""  # the clone that this is an editable install of
     packages: dict[str, str | None] = field(default_factory=dict)
+
+    @property
+    def pip(self) -> str:
+        return f"{shlex.quote(self.executable)} -m pip install"
+
+    def rebuild(self, settings: str = "") -> str:
+        """The command that replaces what is installed even though the version is the same."""
+        where = f"-e {shlex.quote(self.source)}" if self.source else "."
+        command = f"{settings} {self.pip} --force-reinstall --no-deps {where}".strip()
+        return command if self.source else f"in fastlora's folder: {command}"
 
 
 @dataclass(frozen=True)
@@ -68,19 +80,22 @@ def gather() -> Facts:
     import torch
 
     from fastlora import __version__
-    from fastlora.ops import build_info
+    from fastlora.ops._define import kernels
 
+    root = Path(__file__).resolve().parent.parent
     return Facts(
         fastlora=__version__,
-        python=f"{platform.python_version()} ({sys.executable})",
+        python=platform.python_version(),
+        executable=sys.executable,
         platform=platform.platform(),
         torch=torch.__version__,
         torch_cuda=torch.version.cuda,
         torch_sees_cuda=torch.cuda.is_available(),
         threads=torch.get_num_threads(),
-        build=build_info(),
+        build=kernels.build_info(),
         gpus=nvidia_gpus(),
         nvcc=shutil.which("nvcc") or "",
+        source=str(root) if (root / "CMakeLists.txt").exists() else "",
         packages={name: version_of(name) for name in OPTIONAL},
     )
 
@@ -106,7 +121,7 @@ def nvidia_gpus() -> list[Gpu]:
     return [Gpu(*row) for row in rows if len(row) == 3] if answer.returncode == 0 else []
 
 
-# --- judgement --------------------------------------------------------------------------------------
+# --- judgement ------------------------------------------------------------------------------------
 
 
 def diagnose(facts: Facts) -> list[Finding]:
@@ -119,7 +134,7 @@ def _build(facts: Facts) -> list[Finding]:
     loops = f"{build['cpu_isa']}, {build['compiler']}"
     findings = [
         Finding("fastlora", "version", "ok", facts.fastlora),
-        Finding("fastlora", "Python", "ok", facts.python),
+        Finding("fastlora", "Python", "ok", f"{facts.python}, {facts.executable}"),
         Finding("fastlora", "PyTorch", "ok", facts.torch),
         Finding("fastlora", "platform", "ok", facts.platform),
     ]
@@ -127,24 +142,20 @@ def _build(facts: Facts) -> list[Finding]:
         text = f"{loops}, OpenMP with {facts.threads} threads"
         findings.append(Finding("kernels", "CPU", "ok", text))
     else:
-        advice = f"for parallel loops build with GCC: CXX=g++ {REBUILD}"
+        advice = f"for parallel loops build with GCC: {facts.rebuild('CXX=g++')}"
         findings.append(Finding("kernels", "CPU", "warning", f"{loops}, one thread", advice))
     if build["cuda"]:
         archs = build["cuda_archs"].replace(",", ", ")
         findings.append(Finding("kernels", "CUDA", "ok", f"CUDA {build['cuda']}, for {archs}"))
     elif facts.gpus:
-        get = "" if facts.nvcc else "install the CUDA toolkit 12 or newer, then "
-        advice = f"{get}FASTLORA_CUDA=on {REBUILD}"
+        get = "" if facts.nvcc else "install the CUDA toolkit, 12 or newer; then "
+        advice = get + facts.rebuild("FASTLORA_CUDA=on")
         text = f"not built: {build['cpu_only']}"
         findings.append(Finding("kernels", "CUDA", "error", text, advice))
     else:
         text = f"not built: {build['cpu_only']}; not needed without an NVIDIA GPU"
         findings.append(Finding("kernels", "CUDA", "ok", text))
     return findings
-
-
-# In fastlora's folder: what is installed is replaced even though the version is the same.
-REBUILD = "pip install --force-reinstall --no-deps ."
 
 
 def _devices(facts: Facts) -> list[Finding]:
@@ -160,22 +171,21 @@ def _devices(facts: Facts) -> list[Finding]:
         text = f"{gpu.name}, compute capability {gpu.capability}, driver {gpu.driver}"
         finding = Finding("devices", f"cuda:{i}", "ok", text)
         if major(gpu.driver) < needed:
-            advice = (
-                f"update the driver, or build with an older CUDA toolkit: CUDA_HOME=... {REBUILD}"
-            )
+            older = facts.rebuild("CUDA_HOME=/path/to/an/older/cuda")
+            advice = f"update the driver, or build with an older CUDA toolkit: {older}"
             text += f"; CUDA {facts.build['cuda']} kernels need driver {needed} or newer"
             finding = Finding("devices", f"cuda:{i}", "error", text, advice)
         elif archs and not runs_on(archs, gpu.capability):
             arch = gpu.capability.replace(".", "")
             text += "; the kernels were not compiled for it"
-            advice = f"FASTLORA_CUDA_ARCHS={arch} {REBUILD}"
+            advice = facts.rebuild(f"FASTLORA_CUDA_ARCHS={arch}")
             finding = Finding("devices", f"cuda:{i}", "error", text, advice)
         findings.append(finding)
     if facts.torch_cuda is None:
         release = facts.torch.partition("+")[0]
         text = f"PyTorch {facts.torch} is a build without CUDA"
         advice = (
-            f"pip install --force-reinstall torch=={release} --index-url"
+            f"{facts.pip} --force-reinstall torch=={release} --index-url"
             f" https://download.pytorch.org/whl/{torch_index(facts.gpus[0].driver)}"
         )
         findings.append(Finding("devices", "PyTorch", "error", text, advice))
@@ -193,9 +203,8 @@ def _packages(facts: Facts) -> list[Finding]:
     findings = []
     for name, version in facts.packages.items():
         if version is None:
-            extra = EXTRAS.get(name, "demo")
             text = f"not installed; {OPTIONAL[name]}"
-            advice = f"pip install {name}   (or in fastlora's folder: pip install '.[{extra}]')"
+            advice = f"{facts.pip} {name}"
             findings.append(Finding("optional packages", name, "missing", text, advice))
         else:
             findings.append(Finding("optional packages", name, "ok", version))
@@ -219,8 +228,8 @@ def torch_index(driver: str) -> str:
 def runs_on(archs: str, capability: str) -> bool:
     """Whether code for `archs` ("75-real,80,90a") runs on a GPU of this capability ("8.6").
 
-    Machine code runs on GPUs of the same major version from its minor version on; PTX (no suffix, or
-    -virtual) on anything as new; with the letter a, either only on exactly its own.
+    Machine code runs on GPUs of the same major version from its minor version on; PTX (no suffix,
+    or -virtual) on anything as new; with the letter a, either only on exactly its own.
     """
     x, _, y = capability.partition(".")
     gpu = (int(x), int(y or 0))
@@ -259,12 +268,12 @@ def self_check_findings(facts: Facts) -> list[Finding]:
                 findings.append(Finding("self-check", name, "ok", text))
                 continue
             text = check.problem or f"error {check.error:.1e}, allowed only {check.allowed:.1e}"
-            advice = f"rebuild: {REBUILD}; if it stays, please report it with this table"
+            advice = f"rebuild: {facts.rebuild()}   (if it stays, please report it with this table)"
             findings.append(Finding("self-check", name, "error", text, advice))
     return findings
 
 
-# --- printing ---------------------------------------------------------------------------------------
+# --- printing -------------------------------------------------------------------------------------
 
 MARK = {"ok": "ok", "missing": "-", "warning": "!", "error": "ERROR"}
 

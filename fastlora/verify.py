@@ -10,13 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlora.adapters.layers import (
-    Adapted,
-    AdaptedConv2d,
-    AdaptedEmbedding,
-    AdaptedLinearLike,
-    adapted_layers,
-)
+from fastlora.adapters.adapted import Adapted, adapted_layers
+from fastlora.adapters.layers import AdaptedConv2d, AdaptedEmbedding, AdaptedLinearLike
 from fastlora.adapters.slots import LoRASlot, SpectralSlot
 from fastlora.adapters.specs import AdapterError
 
@@ -56,7 +51,9 @@ class VerifyReport:
             numbers = f"{r.error:>11.2e}{r.relative:>11.2e}{r.allowed:>11.2e}"
             lines.append(f"{r.path:<{width}}  {r.kind:<14}{numbers}  {verdict} {r.note}".rstrip())
         bad = sum(not r.passed for r in self.rows)
-        lines.append(f"{len(self.rows) - bad} of {len(self.rows)} rows within twice the plain error")
+        lines.append(
+            f"{len(self.rows) - bad} of {len(self.rows)} rows within twice the plain error"
+        )
         return "\n".join(lines)
 
 
@@ -108,7 +105,13 @@ def layer_row(path: str, layer: Adapted, seen: tuple[Tensor, Tensor] | None) -> 
 
 
 def row(
-    path: str, kind: str, fused: Tensor, plain: Tensor, exact: Tensor, note: str = "", roundings: int = 1
+    path: str,
+    kind: str,
+    fused: Tensor,
+    plain: Tensor,
+    exact: Tensor,
+    note: str = "",
+    roundings: int = 1,
 ) -> VerifyRow:
     error = worst(fused, exact)
     largest = exact.abs().max().item() if exact.numel() else 0.0
@@ -156,13 +159,19 @@ def reference(layer: Adapted, x: Tensor, dtype: torch.dtype) -> Tensor:
         if not isinstance(slot, LoRASlot) or not scale.any():
             continue
         down, up = at(slot.down), at(slot.up)
-        per_token = scale.to(x.device, dtype if dtype == torch.float64 else torch.float32) * slot.ratio
+        per_token = (
+            scale.to(x.device, dtype if dtype == torch.float64 else torch.float32) * slot.ratio
+        )
         if isinstance(layer, AdaptedConv2d):
             h = layer._conv_forward(x, down, None)
             h = (h * per_token.view(-1, 1, 1, 1)).to(dtype)
             part = F.conv2d(h, up, groups=layer.groups)
         else:
-            h = F.embedding(x, down.t()) if isinstance(layer, AdaptedEmbedding) else F.linear(x, down)
+            h = (
+                F.embedding(x, down.t())
+                if isinstance(layer, AdaptedEmbedding)
+                else F.linear(x, down)
+            )
             shape = [-1] + [1] * (h.dim() - 1) if per_token.numel() > 1 else [1]
             part = F.linear((h * per_token.view(shape)).to(dtype), up)
         if slot.spec.dora:
@@ -208,7 +217,8 @@ def dora_reference(layer: Adapted, weight: Any, slot: LoRASlot, gate: Tensor, dt
     else:
         groups = layer.groups if isinstance(layer, AdaptedConv2d) else 1
         products = [
-            u.flatten(1) @ d.flatten(1) for u, d in zip(up.chunk(groups), down.chunk(groups), strict=True)
+            u.flatten(1) @ d.flatten(1)
+            for u, d in zip(up.chunk(groups), down.chunk(groups), strict=True)
         ]
         whole = weight.flatten(1) + gate.to(dtype) * torch.cat(products)
     rho = slot.magnitude.detach().to(dtype) / whole.norm(dim=1)

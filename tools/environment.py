@@ -3,8 +3,8 @@
 usage: python3 tools/environment.py VENV [lint]
 
 Four steps, each skipped when its inputs are those of the last time it succeeded (hashes of their
-contents are kept in VENV/steps.json): PyTorch, the packages of requirements/main.txt, fastlora as an
-editable install, its extension. `lint` adds requirements/lint.txt and leaves fastlora alone.
+contents are kept in VENV/steps.json): PyTorch, the packages of requirements/main.txt, fastlora's
+extension, fastlora as an editable install. `lint` adds requirements/lint.txt instead of those two.
 Standard library only.
 """
 
@@ -29,11 +29,10 @@ def fail(message):
 
 
 def main():
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036 (older ones do get here)
         fail(
-            "Python 3.10 or newer is needed, {} is {}; choose another one: make PYTHON=python3.12 ...".format(
-                sys.executable, platform.python_version()
-            )
+            f"Python 3.10 or newer is needed, {sys.executable} is {platform.python_version()};"
+            " choose another one: make PYTHON=python3.12 ..."
         )
     environment = Environment(Path(sys.argv[1]).absolute())
     environment.create()
@@ -134,7 +133,7 @@ class Environment:
 
     def torch_pin(self):
         pins = (ROOT / "requirements" / "main.txt").read_text()
-        return re.search(r"^torch==([\w.]+)", pins, re.MULTILINE).group(1)
+        return re.findall(r"^torch==([\w.]+)", pins, re.MULTILINE)[0]
 
     def install_torch(self):
         """The CPU build (200 MB) unless there is an NVIDIA GPU (3 GB) or no other build (macOS)."""

@@ -29,7 +29,9 @@ constexpr int64_t kSerialWork = 1 << 16;      // elements of W that are not wort
 constexpr int64_t kLine = 64;                 // bytes of a cache line
 
 template <class A>
-constexpr int kColumns = kVectors * kVectorBytes / int(sizeof(A));
+constexpr int kLanes = kVectorBytes / int(sizeof(A));
+template <class A>
+constexpr int kColumns = kVectors * kLanes<A>;
 
 // One task's packed operands, inside one thread's scratch memory.
 template <class A>
@@ -122,7 +124,8 @@ static inline __attribute__((always_inline)) void multiply(const A* factors, con
     for (int v = 0; v < kVectors; ++v) sum[m][v] = Vector<A>{};
   for (int32_t k = 0; k < count; ++k, factors += kRows, panel += kColumns<A>) {
     Vector<A> d[kVectors];
-    std::memcpy(d, panel, sizeof d);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) d[v] = load_vector(panel + v * kLanes<A>);
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 8
@@ -130,44 +133,87 @@ static inline __attribute__((always_inline)) void multiply(const A* factors, con
   }
 }
 
+// W + sum for a whole tile of unit column strides. `streaming`: `out` is aligned to whole registers.
+template <class A>
+static inline __attribute__((always_inline)) void add_tile(const A* w, int64_t w_stride,
+                                                           const Vector<A> (&sum)[kRows][kVectors],
+                                                           A* out, int64_t out_stride,
+                                                           bool streaming) {
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; ++m, w += w_stride, out += out_stride)
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      const Vector<A> result = load_vector(w + v * kLanes<A>) + sum[m][v];
+      if (streaming)
+        stream(out + v * kLanes<A>, &result);
+      else
+        store_vector(out + v * kLanes<A>, result);
+    }
+}
+
+template <class A>
+static inline __attribute__((always_inline)) void spill(const Vector<A> (&sum)[kRows][kVectors],
+                                                        A (&line)[kRows][kColumns<A>]) {
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) store_vector(&line[m][v * kLanes<A>], sum[m][v]);
+}
+
+// The same with a rounding to sixteen bits.
 template <class T>
-static inline __attribute__((always_inline)) void tile(const FoldLayer& p,
-                                                       const Acc<T>* factors,
-                                                       const Acc<T>* panel, int32_t count,
-                                                       int64_t row, int64_t rows, int64_t column,
-                                                       int64_t columns, bool streaming) {
+static __attribute__((noinline)) void add_rounded(const T* w, int64_t w_stride, float* sum, T* out,
+                                                  int64_t out_stride, bool streaming) {
+  constexpr int width = kColumns<float>;
+  for (int m = 0; m < kRows; ++m, w += w_stride, sum += width, out += out_stride) {
+    T line[width];
+#pragma omp simd
+    for (int j = 0; j < width; ++j) sum[j] += load(w + j);
+#pragma omp simd
+    for (int j = 0; j < width; ++j) store((streaming ? line : out) + j, sum[j]);
+    if (streaming)
+      for (int b = 0; b < int(sizeof line); b += kVectorBytes)
+        stream(reinterpret_cast<char*>(out) + b, reinterpret_cast<char*>(line) + b);
+  }
+}
+
+// A row of tiles, [rows, columns] from w and out on. `packed` columns lie in panels of count * width.
+template <class T>
+static void tiles(const FoldLayer& p, const T* w, T* out, int64_t rows, int64_t columns,
+                  const Acc<T>* factors, const Acc<T>* panel, int32_t count, bool streaming) {
   using A = Acc<T>;
   constexpr int width = kColumns<A>;
-  Vector<A> sum[kRows][kVectors];
-  multiply<A>(factors, panel, count, sum);
-  const T* w = static_cast<const T*>(p.weight) + row * p.weight_stride[0] +
-               column * p.weight_stride[1];
-  T* out = static_cast<T*>(p.result) + row * p.result_stride[0] + column * p.result_stride[1];
-  const bool whole = rows == kRows && columns == width;
-  if (whole && p.weight_stride[1] == 1 && p.result_stride[1] == 1) {
-#pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m, w += p.weight_stride[0], out += p.result_stride[0]) {
-      A line[width];
-      T result[width];
-      std::memcpy(line, sum[m], sizeof line);
-#pragma omp simd
-      for (int j = 0; j < width; ++j) store(result + j, load(w + j) + line[j]);
-      if (streaming && sizeof result % kLine == 0 &&
-          reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0) {
-#pragma GCC unroll 8
-        for (int b = 0; b < int(sizeof result); b += kVectorBytes)
-          stream(reinterpret_cast<char*>(out) + b, reinterpret_cast<char*>(result) + b);
+  const int64_t w_stride = p.weight_stride[0], out_stride = p.result_stride[0];
+  int64_t column = 0;
+  if (rows == kRows && p.weight_stride[1] == 1 && p.result_stride[1] == 1) {
+    streaming = streaming && width * sizeof(T) % kLine == 0 &&
+                reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0 &&
+                out_stride * sizeof(T) % kVectorBytes == 0;
+    for (; columns - column >= width; column += width, panel += count * width) {
+      Vector<A> sum[kRows][kVectors];
+      multiply<A>(factors, panel, count, sum);
+      if constexpr (sizeof(T) == sizeof(A)) {
+        add_tile<T>(w + column, w_stride, sum, out + column, out_stride, streaming);
       } else {
-        std::memcpy(out, result, sizeof result);
+        A line[kRows][width];
+        spill<A>(sum, line);
+        add_rounded<T>(w + column, w_stride, line[0], out + column, out_stride, streaming);
       }
     }
-    return;
   }
-  A line[kRows][width];
-  std::memcpy(line, sum, sizeof line);
-  for (int64_t m = 0; m < rows; ++m, w += p.weight_stride[0], out += p.result_stride[0])
-    for (int64_t j = 0; j < columns; ++j)
-      store(out + j * p.result_stride[1], load(w + j * p.weight_stride[1]) + line[m][j]);
+  for (; column < columns; column += width, panel += count * width) {
+    const int64_t valid = columns - column < width ? columns - column : width;
+    Vector<A> sum[kRows][kVectors];
+    A line[kRows][width];
+    multiply<A>(factors, panel, count, sum);
+    spill<A>(sum, line);
+    for (int64_t m = 0; m < rows; ++m) {
+      const T* from = w + m * w_stride + column * p.weight_stride[1];
+      T* to = out + m * out_stride + column * p.result_stride[1];
+      for (int64_t j = 0; j < valid; ++j)
+        store(to + j * p.result_stride[1], load(from + j * p.weight_stride[1]) + line[m][j]);
+    }
+  }
 }
 
 // No component is active: the same bits.
@@ -202,10 +248,11 @@ void rows_of(const FoldLayer& p, int64_t first, int64_t end, bool streaming, cha
     else
       pack_panels<A, A>(p, s, c0, c1);
     for (int64_t row = first; row < end; row += kRows)
-      for (int64_t column = c0; column < c1; column += width)
-        tile<T>(p, s.factors + (row - first) * s.count, s.panels + (column - c0) * s.count, s.count,
-                row, end - row < kRows ? end - row : kRows, column,
-                c1 - column < width ? c1 - column : width, streaming);
+      tiles<T>(p,
+               static_cast<const T*>(p.weight) + row * p.weight_stride[0] + c0 * p.weight_stride[1],
+               static_cast<T*>(p.result) + row * p.result_stride[0] + c0 * p.result_stride[1],
+               end - row < kRows ? end - row : kRows, c1 - c0, s.factors + (row - first) * s.count,
+               s.panels, s.count, streaming);
   }
 }
 

@@ -134,11 +134,18 @@ template <class X>
 static void run(const SamplerStep& p) {
   const int64_t chunks = (p.inner + kChunk - 1) / kChunk;  // of one sample
   const int64_t total = p.batch * chunks;
-#pragma omp parallel for schedule(static) if (p.batch * p.inner >= kElementsPerParallel)
-  for (int64_t task = 0; task < total; ++task) {
-    const int64_t sample = task / chunks, first = task % chunks * kChunk;
-    const int64_t count = p.inner - first < kChunk ? p.inner - first : kChunk;
-    chunk<X>(p, row_of<X>(p, sample), sample, first, count);
+#pragma omp parallel if (p.batch * p.inner >= kElementsPerParallel)
+  {
+    Row<X> row;  // of the sample that this thread is in
+    int64_t row_sample = -1;
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < total; ++task) {
+      const int64_t sample = task / chunks, first = task % chunks * kChunk;
+      const int64_t count = p.inner - first < kChunk ? p.inner - first : kChunk;
+      if (sample != row_sample) row = row_of<X>(p, sample);
+      row_sample = sample;
+      chunk<X>(p, row, sample, first, count);
+    }
   }
 }
 

@@ -25,9 +25,20 @@ constexpr int kVectorBytes = 16;
 template <class A>
 struct VectorOf {
   typedef A type __attribute__((vector_size(kVectorBytes)));
+  typedef A anywhere __attribute__((vector_size(kVectorBytes), aligned(sizeof(A)), may_alias));
 };
 template <class A>
 using Vector = typename VectorOf<A>::type;
+
+// At any address that is aligned to one element.
+template <class A>
+static inline Vector<A> load_vector(const A* from) {
+  return *reinterpret_cast<const typename VectorOf<A>::anywhere*>(from);
+}
+template <class A>
+static inline void store_vector(A* to, Vector<A> v) {
+  *reinterpret_cast<typename VectorOf<A>::anywhere*>(to) = v;
+}
 
 // Writes one register past the caches: memory that is only written need not be read first, and what is
 // in the caches stays there. `to` is aligned to kVectorBytes; finish_streams() orders the writes.

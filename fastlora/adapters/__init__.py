@@ -1,5 +1,6 @@
 """Adapters on existing layers: inject, scale, fold, save, load, remove."""
 
+from fastlora.adapters.adapted import adapted_layers
 from fastlora.adapters.control import (
     adapters,
     disable,
@@ -12,7 +13,6 @@ from fastlora.adapters.control import (
 from fastlora.adapters.folding import fold, unfold
 from fastlora.adapters.inject import inject, remove
 from fastlora.adapters.io import load, save
-from fastlora.adapters.layers import adapted_layers
 from fastlora.adapters.specs import AdapterError, AdapterInfo, LoRA, Spectral
 
 __all__ = [

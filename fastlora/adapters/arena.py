@@ -1,6 +1,9 @@
 """The gates of all adapters of a model in one flat float32 buffer: strength is data, not code."""
 
 import copy
+import math
+import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,74 +11,86 @@ from torch import Tensor
 
 from fastlora.adapters.specs import AdapterError
 
+Scale = float | Tensor
+
 
 class Arena:
     """Scales by adapter name, and the gate values `scale · α/r` of every layer's every rank.
 
-    A layer owns the entries `[offset, offset + width)`: those of its adapters one after another. The
-    values have shape `[total]`, or `[batch, total]` once a scale is a tensor with one strength per
-    sample. They are written in place, so their addresses stay as long as layout and batch do;
+    A layer owns the entries `[offset, offset + width)`: those of its adapters one after another.
+    The values have shape `[total]`, or `[batch, total]` once a scale is a tensor with one strength
+    per sample. They are written in place, so their addresses stay as long as layout and batch do;
     `epoch` rises whenever something that a layer may have cached changes.
     """
 
     def __init__(self) -> None:
-        self.scales: dict[str, float | Tensor] = {}
+        self.scales: dict[str, Scale] = {}
         self.enabled: dict[str, bool] = {}
         self.epoch = 0
-        self.frozen: list[torch.nn.Parameter] = []  # base parameters that injecting froze
         self.copies = 1  # how often the batch is repeated (classifier-free guidance)
+        self.per_sample: tuple[str, ...] = ()  # adapters whose scale is a tensor
+        self.learned = False  # some scale requires a gradient
+        self._layers: dict[int, weakref.ref[Any]] = {}
         self._ratios: list[float] = []  # α/r per entry
         self._owners: list[str] = []  # adapter name per entry
         self._values: dict[torch.device, Tensor] = {}
 
     # --- layout ---------------------------------------------------------------------------------
 
-    def layout(self, layers: list[list[tuple[str, int, float]]]) -> list[int]:
-        """Takes each layer's (name, width, ratio) list and returns the layers' offsets."""
-        self._ratios, self._owners, offsets = [], [], []
-        for slots in layers:
-            offsets.append(len(self._owners))
-            for name, width, ratio in slots:
-                self._owners += [name] * width
-                self._ratios += [ratio] * width
+    def layers(self) -> list[Any]:
+        """The adapted layers that take their gates from here."""
+        found = [ref() for ref in self._layers.values()]
+        return [m for m in found if m is not None and "_state" in vars(m) and self.owns(m)]
+
+    def owns(self, layer: Any) -> bool:
+        return layer._state.arena is self
+
+    def join(self, layer: Any) -> None:
+        """Takes in a layer; `layout` gives it its entries."""
+        self._layers[id(layer)] = weakref.ref(layer)
+
+    def layout(self) -> None:
+        """Gives every layer its entries. Adapters without a layer are forgotten."""
+        self._ratios, self._owners = [], []
+        layers = self.layers()
+        self._layers = {id(layer): weakref.ref(layer) for layer in layers}
+        for layer in layers:
+            layer._state.offset = len(self._owners)
+            layer._state.forget()
+            for name, slot in layer.fastlora.items():
+                self._owners += [name] * slot.width
+                self._ratios += [slot.ratio] * slot.width
         for name in dict.fromkeys(self._owners):
             self.scales.setdefault(name, 1.0)
             self.enabled.setdefault(name, True)
         for name in set(self.scales) - set(self._owners):
             del self.scales[name], self.enabled[name]
+        self._note()
         self._values.clear()
         self.epoch += 1
-        return offsets
+        for layer in layers:
+            self.prepare(layer.device())
 
     # --- scales ---------------------------------------------------------------------------------
-
-    def known(self, name: str) -> str:
-        if name not in self.scales:
-            raise AdapterError(
-                f"no adapter named {name!r}; this model has {sorted(self.scales) or 'none'}"
-            )
-        return name
 
     @property
     def batch(self) -> int | None:
         """Samples that have a strength of their own, or None."""
-        sizes = {len(s) for s in self.scales.values() if isinstance(s, Tensor)}
-        return sizes.pop() if sizes else None
+        return next((len(s) for s in self.scales.values() if isinstance(s, Tensor)), None)
 
-    def set(self, scales: dict[str, float | Tensor], enabled: dict[str, bool]) -> None:
-        """Replaces scales and switches of the named adapters and writes the gates."""
-        new = {**self.scales}
-        for name, scale in scales.items():
-            self.known(name)
-            new[name] = _checked(name, scale)
-        for name in enabled:
-            self.known(name)
+    def check(self, scales: Mapping[str, Scale]) -> None:
+        """Raises AdapterError unless these scales fit the ones that stay."""
+        new = {**self.scales, **scales}
         sizes = {len(s) for s in new.values() if isinstance(s, Tensor)}
         if len(sizes) > 1:
             raise AdapterError(f"per-sample scales: expected one batch size, got {sorted(sizes)}")
+
+    def set(self, scales: Mapping[str, Scale], enabled: Mapping[str, bool]) -> None:
+        """Replaces scales (checked ones) and switches of adapters here and writes the gates."""
         before = self._pattern()
-        self.scales = new
+        self.scales.update(scales)
         self.enabled.update(enabled)
+        self._note()
         if self._pattern() != before:
             self.epoch += 1
         self.write()
@@ -84,7 +99,7 @@ class Arena:
         """Repeats the rows of per-sample scales `copies` times along the batch."""
         if copies != self.copies:
             self.copies = copies
-            if self.batch is not None:
+            if self.per_sample:
                 self.write()
 
     def off(self, name: str) -> bool:
@@ -92,74 +107,95 @@ class Arena:
         scale = self.scales[name]
         return not self.enabled[name] or (not isinstance(scale, Tensor) and scale == 0.0)
 
+    def _note(self) -> None:
+        tensors = {n: s for n, s in self.scales.items() if isinstance(s, Tensor)}
+        self.per_sample = tuple(tensors)
+        self.learned = any(s.requires_grad for s in tensors.values())
+
     def _pattern(self) -> Any:
-        return self.batch, self.copies, tuple(self.off(n) for n in self.scales)
+        return self.per_sample, self.learned, tuple(self.off(n) for n in self.scales)
 
     # --- values ---------------------------------------------------------------------------------
 
     def write(self) -> None:
         """Writes every device's gates, in place while the shape stays."""
-        for device in list(self._values):
-            new = self._compute(device)
-            old = self._values[device]
-            if old.shape == new.shape and not new.requires_grad and not old.requires_grad:
+        for device, old in self._values.items():
+            new = self._compute(device, 0, len(self._owners)).detach()
+            if old.shape == new.shape:
                 old.copy_(new)
             else:
                 self._values[device] = new
                 self.epoch += 1
 
     def gate(self, device: torch.device, offset: int, width: int) -> Tensor:
-        """The view `[width]` or `[batch, width]` of a layer's gates."""
+        """The gates `[width]` or `[batch, width]` of a layer: a view of the buffer."""
+        if self.learned:  # with a graph of its own for each use, and always the scale's value now
+            return self._compute(device, offset, width)
         self.prepare(device)
         return self._values[device].narrow(-1, offset, width)
 
     def prepare(self, device: torch.device) -> None:
         """Makes the gates exist on a device."""
         if device not in self._values and self._owners:
-            self._values[device] = self._compute(device)
+            self._values[device] = self._compute(device, 0, len(self._owners)).detach()
 
     # Also when first called under inference mode, the buffer has to serve training later.
     @torch.inference_mode(False)
-    def _compute(self, device: torch.device) -> Tensor:
-        names = list(self.scales)
+    def _compute(self, device: torch.device, offset: int, width: int) -> Tensor:
+        owners = self._owners[offset : offset + width]
+        names = list(dict.fromkeys(owners))
         columns: list[Tensor] = []
-        batch = self.batch
         for name in names:
             scale = self.scales[name] if self.enabled[name] else 0.0
             if isinstance(scale, Tensor):
                 columns.append(scale.to(device, torch.float32))
             else:
                 column = torch.tensor(scale, dtype=torch.float32, device=device)
-                columns.append(column if batch is None else column.expand(batch))
-        owner = torch.tensor([names.index(o) for o in self._owners], dtype=torch.long)
-        ratio = torch.tensor(self._ratios, dtype=torch.float32)
+                columns.append(column if self.batch is None else column.expand(self.batch))
+        owner = torch.tensor([names.index(o) for o in owners], dtype=torch.long)
+        ratio = torch.tensor(self._ratios[offset : offset + width], dtype=torch.float32)
         values = torch.stack(columns, -1)[..., owner.to(device)] * ratio.to(device)
-        return values if batch is None else values.repeat(self.copies, 1)
+        return values if self.batch is None else values.repeat(self.copies, 1)
+
+    # --- copies ---------------------------------------------------------------------------------
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Arena":
-        # The values are rebuilt: layers of the copy must not look into the original's buffer.
         new = Arena()
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_values": {}, "epoch": self.epoch + 1}
+        # The values are rebuilt, and the layers of the copy join by themselves: nothing of a copy
+        # may look into the original's buffer.
+        scales = {
+            n: s.detach() if isinstance(s, Tensor) and not s.is_leaf else s
+            for n, s in self.scales.items()
+        }
+        return {**self.__dict__, "scales": scales, "_values": {}, "_layers": {}}
 
 
-def _checked(name: str, scale: Any) -> float | Tensor:
+def checked(name: str, scale: Any) -> Scale:
+    """A scale as it is kept: a finite number, or a floating tensor [batch] that nobody else writes.
+
+    A tensor that requires a gradient is kept as it is: the gates are computed from it at every use.
+    """
+    if isinstance(scale, Tensor) and scale.dim() == 0 and not scale.requires_grad:
+        scale = float(scale)
     if isinstance(scale, Tensor):
-        if scale.dim() == 0:
-            return float(scale)
         if scale.dim() != 1 or len(scale) == 0 or not scale.is_floating_point():
+            hint = " (a learned strength: expand it to the batch)" if scale.requires_grad else ""
             raise AdapterError(
                 f"scale of {name!r}: expected a number or a floating tensor [batch], "
-                f"got {scale.dtype} {list(scale.shape)}"
+                f"got {scale.dtype} {list(scale.shape)}{hint}"
             )
-        return scale
+        return scale if scale.requires_grad else scale.clone()
     try:
-        return float(scale)
+        number = float(scale)
     except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
         raise AdapterError(
-            f"scale of {name!r}: expected a number or a tensor [batch], got {scale!r}"
-        ) from None
+            f"scale of {name!r}: expected a finite number or a tensor [batch], got {scale!r}"
+        )
+    return number

@@ -1,17 +1,18 @@
 """Looking at a model's adapters and changing their strength."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from fastlora.adapters.arena import Arena
-from fastlora.adapters.folding import refolding
-from fastlora.adapters.layers import adapted_layers
+from fastlora.adapters.adapted import adapted_layers
+from fastlora.adapters.arena import Arena, Scale, checked
+from fastlora.adapters.folding import check_strengths, folded_with, refolding, unfold
 from fastlora.adapters.slots import LoRASlot
 from fastlora.adapters.specs import AdapterError, AdapterInfo
 
-Scales = Mapping[str, float | Tensor] | float | Tensor
+Scales = Mapping[str, Scale] | Scale
 
 
 def arenas(model: nn.Module) -> list[Arena]:
@@ -23,7 +24,14 @@ def arenas(model: nn.Module) -> list[Arena]:
 
 
 def known_names(model: nn.Module) -> list[str]:
-    return sorted({name for arena in arenas(model) for name in arena.scales})
+    return sorted({name for layer in adapted_layers(model).values() for name in layer.fastlora})
+
+
+def require_known(model: nn.Module, *names: str) -> None:
+    known = known_names(model)
+    for name in names:
+        if name not in known:
+            raise AdapterError(f"no adapter named {name!r}; this model has {known or 'none'}")
 
 
 def adapters(model: nn.Module) -> dict[str, AdapterInfo]:
@@ -33,7 +41,9 @@ def adapters(model: nn.Module) -> dict[str, AdapterInfo]:
     for arena in arenas(model):
         for name, scale in arena.scales.items():
             slots = {
-                path: layer.fastlora[name] for path, layer in layers.items() if name in layer.fastlora
+                path: layer.fastlora[name]
+                for path, layer in layers.items()
+                if name in layer.fastlora
             }
             if not slots:  # in a part of the model that is not under `model`
                 continue
@@ -51,8 +61,8 @@ def adapters(model: nn.Module) -> dict[str, AdapterInfo]:
 
 def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
     """What an optimiser should train: the parameters of one adapter, or of all."""
-    if name is not None and name not in known_names(model):
-        raise AdapterError(f"no adapter named {name!r}; this model has {known_names(model) or 'none'}")
+    if name is not None:
+        require_known(model, name)
     return [
         p
         for layer in adapted_layers(model).values()
@@ -65,35 +75,75 @@ def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
 def set_scale(model: nn.Module, scales: Scales) -> None:
     """Sets strengths by adapter name, or of all adapters at once.
 
-    A number, or a tensor `[batch]`: one strength per sample; then the leading size of every adapted
-    layer's input has to be `batch`. The gates are `scale · α/r`. A scale of 0.0 leaves the base
-    layer alone, bit for bit. A folded model is folded again. Raises AdapterError for unknown names.
+    A number, or a tensor `[batch]`: one strength per sample; then the leading size of the input of
+    every layer with that adapter has to be `batch`. A tensor that requires a gradient gets it. The
+    gates are `scale · α/r`. A scale of 0.0 leaves the base layer alone, bit for bit. A folded model
+    is folded again. Raises AdapterError, and changes nothing, for unknown names, and for a strength
+    per sample where the model is folded.
     """
+    if not isinstance(scales, Mapping):
+        scales = dict.fromkeys(some_names(model, "set_scale"), scales)
     apply(model, scales, {})
 
 
-def enable(model: nn.Module, *names: str) -> None:
-    """Switches adapters on (all of them without names); their scales are what they were."""
-    apply(model, {}, dict.fromkeys(names or known_names(model), True))
+def enable(model: nn.Module, *names: str) -> AbstractContextManager[nn.Module]:
+    """Switches adapters on (all of them without names); their scales are what they were.
+
+    Stays so, or for a block of code: `with fastlora.enable(model): ...`.
+    """
+    before = strengths(model)
+    apply(model, {}, dict.fromkeys(names or some_names(model, "enable"), True))
+    return restoring(model, before)
 
 
-def disable(model: nn.Module, *names: str) -> None:
-    """Switches adapters off (all of them without names): the plain base layers run."""
-    apply(model, {}, dict.fromkeys(names or known_names(model), False))
+def disable(model: nn.Module, *names: str) -> AbstractContextManager[nn.Module]:
+    """Switches adapters off (all of them without names): the plain base layers run.
+
+    Stays so, or for a block of code: `with fastlora.disable(model): ...`.
+    """
+    before = strengths(model)
+    apply(model, {}, dict.fromkeys(names or some_names(model, "disable"), False))
+    return restoring(model, before)
 
 
 @contextmanager
 def scaled(model: nn.Module, scales: Scales) -> Iterator[nn.Module]:
     """`set_scale` for a block of code; scales and switches are put back at its end."""
-    before = [(a, dict(a.scales), dict(a.enabled)) for a in arenas(model)]
+    before = strengths(model)
     set_scale(model, scales)
+    with restoring(model, before):
+        yield model
+
+
+def some_names(model: nn.Module, what: str) -> list[str]:
+    names = known_names(model)
+    if not names:
+        raise AdapterError(f"{what}: the model has no adapters")
+    return names
+
+
+Strengths = list[tuple[Arena, dict[str, Any], dict[str, bool]]]
+
+
+def strengths(model: nn.Module) -> Strengths:
+    return [(a, dict(a.scales), dict(a.enabled)) for a in arenas(model)]
+
+
+@contextmanager
+def restoring(model: nn.Module, before: Strengths) -> Iterator[nn.Module]:
+    """Puts scales and switches back at the end of a block."""
     try:
         yield model
     finally:
+        try:
+            for _, scales, enabled in before:
+                check_strengths(folded_with(model), scales, enabled)
+        except AdapterError:  # folded within the block, and strengths per sample come back
+            unfold(model)
         with refolding(model):
-            for arena, old, enabled in before:  # an adapter may have been removed meanwhile
+            for arena, scales, enabled in before:  # an adapter may have been removed meanwhile
                 arena.set(
-                    {n: s for n, s in old.items() if n in arena.scales},
+                    {n: s for n, s in scales.items() if n in arena.scales},
                     {n: e for n, e in enabled.items() if n in arena.scales},
                 )
 
@@ -113,17 +163,16 @@ def tiled(model: nn.Module, copies: int) -> Iterator[nn.Module]:
             arena.tile(old)
 
 
-def apply(model: nn.Module, scales: Scales, enabled: dict[str, bool]) -> None:
-    names = known_names(model)
-    if not isinstance(scales, Mapping):
-        scales = dict.fromkeys(names, scales)
-    for name in (*scales, *enabled):
-        if name not in names:
-            raise AdapterError(f"no adapter named {name!r}; this model has {names or 'none'}")
+def apply(model: nn.Module, scales: Mapping[str, Any], enabled: Mapping[str, bool]) -> None:
+    """Sets scales and switches in all arenas of a model, or raises and changes nothing."""
+    require_known(model, *scales, *enabled)
+    scales = {name: checked(name, scale) for name, scale in scales.items()}
+    changes = []
+    for arena in arenas(model):
+        own = {n: s for n, s in scales.items() if n in arena.scales}
+        arena.check(own)
+        changes.append((arena, own, {n: e for n, e in enabled.items() if n in arena.scales}))
+    check_strengths(folded_with(model), scales, enabled)
     with refolding(model):
-        for arena in arenas(model):
-            own = arena.scales
-            arena.set(
-                {n: s for n, s in scales.items() if n in own},
-                {n: e for n, e in enabled.items() if n in own},
-            )
+        for change in changes:
+            Arena.set(*change)

@@ -4,7 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
+from fastlora.adapters.adapted import full_precision
 from fastlora.adapters.slots import LoRASlot
 from fastlora.adapters.specs import AdapterError
 
@@ -23,18 +25,18 @@ def row_scale(layer: Any, weight: Tensor, slot: LoRASlot, gate: Tensor) -> Tenso
         )
     assert slot.magnitude is not None
     groups = getattr(layer, "groups", 1)
-    with torch.no_grad():
-        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
 
-        def products() -> tuple[Tensor, Tensor, Tensor]:
-            w = weight.detach().reshape(groups, weight.shape[0] // groups, -1).to(wide)
-            d = slot.down.detach().reshape(groups, slot.width // groups, -1).to(wide)
-            return w.square().sum(-1), w @ d.mT, d @ d.mT
+    def products() -> tuple[Tensor, Tensor, Tensor]:
+        w = weight.detach().reshape(groups, weight.shape[0] // groups, -1).to(wide)
+        d = slot.down.detach().reshape(groups, slot.width // groups, -1).to(wide)
+        return w.square().sum(-1), w @ d.mT, d @ d.mT
 
-        if torch.compiler.is_compiling():
+    with torch.no_grad(), full_precision(weight.device):
+        if not is_compiling() and weight.data_ptr() == layer.weight.data_ptr():
+            w2, wd, dd = layer.cached(f"dora{id(slot)}", [slot.down], products)
+        else:  # a weight that spectral shifts have changed, or nothing that can be kept
             w2, wd, dd = products()
-        else:
-            w2, wd, dd = layer.cached(f"dora{id(slot)}", [weight, slot.down], products)
         ug = slot.up.detach().reshape(groups, -1, slot.width // groups).to(wide)
         ug = ug * gate.detach().reshape(groups, 1, -1).to(wide)
         norm = (w2 + 2 * (wd * ug).sum(-1) + ((ug @ dd) * ug).sum(-1)).clamp_min(0).sqrt().flatten()

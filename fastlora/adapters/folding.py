@@ -1,20 +1,17 @@
 """`fold` writes the adapters into weights of their own; the pristine ones stay where they are."""
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from fastlora import ops
+from fastlora.adapters.adapted import Adapted, adapted_layers, full_precision
+from fastlora.adapters.arena import Scale
 from fastlora.adapters.dora import row_scale
-from fastlora.adapters.layers import (
-    Adapted,
-    AdaptedConv2d,
-    AdaptedEmbedding,
-    AdaptedLinearLike,
-    adapted_layers,
-)
+from fastlora.adapters.layers import AdaptedConv2d, AdaptedEmbedding, AdaptedLinearLike
 from fastlora.adapters.slots import LoRASlot
 from fastlora.adapters.specs import AdapterError
 
@@ -24,15 +21,21 @@ def fold(model: nn.Module, permanent: bool = False) -> None:
 
     The folded weights are buffers beside the pristine ones (one more copy of the adapted weights in
     memory), which `.weight` and `state_dict()` go on showing; `unfold` is therefore exact. Changing
-    a scale of a folded model folds it again into the same buffers. `permanent=True` writes into
-    `.weight` instead and removes the adapters.
+    a scale of a folded model folds it again into the same buffers; after changing weights (training,
+    but not `load_state_dict`) fold again. `permanent=True` writes into `.weight` instead and removes
+    the adapters.
 
-    Raises AdapterError where a strength differs per sample or a layer has no plain weight.
+    Raises AdapterError where a strength differs per sample, a layer has no plain weight, or
+    (permanent) a weight is shared with another layer. The model is unchanged then.
     """
     layers = adapted_layers(model)
     if not layers:
         raise AdapterError("fold: the model has no adapters")
-    check_foldable(layers)
+    for path, layer in layers.items():
+        check_plain(path, layer)
+    check_strengths(layers.values())
+    if permanent:
+        check_unshared(model, layers)
     fold_layers(layers.values())
     if permanent:
         from fastlora.adapters.control import known_names
@@ -40,7 +43,7 @@ def fold(model: nn.Module, permanent: bool = False) -> None:
 
         with torch.no_grad():
             for layer in layers.values():
-                layer.weight.copy_(layer.fastlora.folded_weight)
+                layer.weight.copy_(layer.folded())
         unfold(model)
         for name in known_names(model):
             remove(model, name)
@@ -49,7 +52,7 @@ def fold(model: nn.Module, permanent: bool = False) -> None:
 def unfold(model: nn.Module) -> None:
     """Back to pristine weights plus adapters. The buffers stay for the next fold."""
     for layer in adapted_layers(model).values():
-        layer._state.merged = False
+        layer._state.merged = layer._state.stale = False
         layer._state.forget()
 
 
@@ -57,59 +60,104 @@ def is_folded(model: nn.Module) -> bool:
     return any(layer._state.merged for layer in adapted_layers(model).values())
 
 
+def folded_with(model: nn.Module) -> list[Adapted]:
+    """The folded layers that see a change of this model's scales: its own, and others of which it
+    is a part."""
+    arenas = {id(a): a for a in (m._state.arena for m in adapted_layers(model).values())}
+    return [m for arena in arenas.values() for m in arena.layers() if m._state.merged]
+
+
 @contextmanager
 def refolding(model: nn.Module) -> Iterator[None]:
-    """Changes inside show up in a folded model's weights: it is folded again at the end."""
-    if not is_folded(model):
-        yield
-        return
+    """Changes inside show up in folded weights: they are folded again at the end."""
+    folded = is_folded(model)
     yield
-    layers = adapted_layers(model)
-    try:
-        check_foldable(layers)
-    except AdapterError:
-        unfold(model)
-        raise
+    layers = {id(m): m for m in folded_with(model)}
+    if folded:  # also what has just come in
+        layers |= {id(m): m for m in adapted_layers(model).values()}
     fold_layers(layers.values())
 
 
-def check_foldable(layers: dict[str, Adapted]) -> None:
+def check_plain(path: str, layer: nn.Module) -> None:
+    if isinstance(layer, AdaptedLinearLike) or layer._parameters.get("weight") is None:
+        raise AdapterError(
+            f"fold: {path}: a {type(layer).__name__.removeprefix('Adapted')} computes with its weight "
+            "in a way of its own; only plain Linear, Conv2d, Embedding and norms can be folded"
+        )
+
+
+def check_strengths(
+    layers: Iterable[Adapted],
+    scales: Mapping[str, Scale] | None = None,
+    enabled: Mapping[str, bool] | None = None,
+) -> None:
+    """Raises AdapterError where a strength would differ per sample after such a change."""
+    for layer in layers:
+        arena = layer._state.arena
+        new, on = {**arena.scales, **(scales or {})}, {**arena.enabled, **(enabled or {})}
+        rows = [n for n in layer.fastlora if on[n] and isinstance(new[n], Tensor)]
+        if rows:
+            raise AdapterError(
+                f"fold: the strength of {rows[0]!r} differs per sample, which no single weight can "
+                "follow; unfold the model, or set a number"
+            )
+
+
+def check_unshared(model: nn.Module, layers: Mapping[str, Adapted]) -> None:
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            owners.setdefault(id(parameter), []).append(f"{path}.{name}".lstrip("."))
     for path, layer in layers.items():
-        if isinstance(layer, AdaptedLinearLike):
+        if len(owners[id(layer.weight)]) > 1:
             raise AdapterError(
-                f"fold: {path}: a {type(layer).__mro__[2].__name__} computes with its weight in a way "
-                "of its own; only plain Linear, Conv2d, Embedding and norms can be folded"
-            )
-        if layer._state.arena.batch is not None:
-            raise AdapterError(
-                "fold: a strength that differs per sample has no single weight; set a number first"
+                f"fold: {path}: its weight is also {owners[id(layer.weight)]}; folding for good would "
+                "change all of them. Give it a weight of its own first"
             )
 
 
+# What is made here under inference mode has to serve training later.
+@torch.inference_mode(False)
 @torch.no_grad()
 def fold_layers(layers: Iterable[Adapted]) -> None:
     """Writes the folded weights. Low-rank parts of all layers go through one call of `ops.fold`."""
     terms: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
     for layer in layers:
         layer.refresh()
-        holder = layer.fastlora
-        if holder.folded_weight is None:
-            holder.folded_weight = torch.empty_like(layer.weight)
-        out = holder.folded_weight
+        out = buffer(layer)
         active = layer._state.active
-        weight = layer.spectral(active) if holder.svd_s is not None or layer.is_norm() else None
-        weight = layer.weight.detach() if weight is None else weight
-        slots = [(s, layer.gate(n)) for n, s in active if isinstance(s, LoRASlot)]
+        weight = layer.spectral(active)
+        weight = limited(layer, layer.weight.detach() if weight is None else weight)
+        slots = layer.low_rank_slots(active)
         if any(s.spec.dora for s, _ in slots):
             out.copy_(dora_weight(layer, weight, slots))
         elif not slots:
             out.copy_(weight)
         else:
             terms += parts(layer, weight, slots, out)
-        layer._state.merged = True
+        layer._state.merged, layer._state.stale = True, False
         layer._state.forget()
     if terms:
-        ops.fold(*([t[i] for t in terms] for i in range(5)))
+        with full_precision(terms[0][0].device):
+            ops.fold(*([t[i] for t in terms] for i in range(5)))
+
+
+def buffer(layer: Adapted) -> Tensor:
+    """The layer's folded weight, at the same address as long as it fits."""
+    weight, old = layer.weight, layer.fastlora.folded_weight
+    fits = old is not None and old.is_contiguous() and old.shape == weight.shape
+    if old is None or not fits or old.dtype != weight.dtype or old.device != weight.device:
+        old = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        layer.fastlora.folded_weight = old
+    return old
+
+
+def limited(layer: Adapted, weight: Tensor) -> Tensor:
+    """An embedding's weight with the rows that a look-up would shorten to max_norm."""
+    if not isinstance(layer, AdaptedEmbedding) or layer.max_norm is None:
+        return weight
+    rows = torch.arange(len(weight), device=weight.device)
+    return torch.embedding_renorm_(weight.clone(), rows, layer.max_norm, layer.norm_type)
 
 
 def parts(
@@ -134,8 +182,8 @@ def parts(
 def joined(tensors: list[Tensor], dim: int) -> Tensor:
     if len(tensors) == 1:
         return tensors[0]
-    wide = max((t.dtype for t in tensors), key=lambda d: d.itemsize)
-    return torch.cat([t.to(wide) for t in tensors], dim)
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+    return torch.cat([t.to(dtype) for t in tensors], dim)
 
 
 def dora_weight(layer: Adapted, weight: Tensor, slots: list[tuple[LoRASlot, Tensor]]) -> Tensor:

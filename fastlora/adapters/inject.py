@@ -1,34 +1,48 @@
 """`inject` and `remove`: adapters go in and out of a model whose layers stay the same objects."""
 
+import itertools
 import logging
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from fastlora.adapters.arena import Arena
-from fastlora.adapters.control import adapters, arenas, known_names
-from fastlora.adapters.dora import magnitude
-from fastlora.adapters.folding import refolding
-from fastlora.adapters.layers import (
+from fastlora.adapters.adapted import (
     Adapted,
-    AdaptedLinearLike,
     LayerState,
     adapted_class,
     adapted_layers,
     base_class,
+    full_precision,
 )
-from fastlora.adapters.slots import LoRASlot, Slot, Slots, SpectralSlot, kaiming_uniform
+from fastlora.adapters.arena import Arena
+from fastlora.adapters.control import adapters, arenas, known_names, require_known
+from fastlora.adapters.dora import magnitude
+from fastlora.adapters.folding import check_plain, is_folded, refolding
+from fastlora.adapters.slots import (
+    LoRASlot,
+    Slot,
+    Slots,
+    SpectralSlot,
+    factors,
+    kaiming_uniform,
+)
 from fastlora.adapters.specs import AdapterError, AdapterInfo, LoRA, Spectral
 
 log = logging.getLogger("fastlora")
 
 Where = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
+FROZEN = "_fastlora_frozen"  # on a module: names of its parameters that injecting froze
+FUSED = "_fastlora_fused"  # on a TransformerEncoder(Layer): what the attribute in charge was
+PLAIN = (nn.Linear, nn.Conv2d, nn.Embedding)
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
+# What is made under inference mode has to serve training later.
+@torch.inference_mode(False)
 def inject(
     model: nn.Module,
     spec: LoRA | Spectral,
@@ -46,70 +60,87 @@ def inject(
     Each layer object stays what it was: it changes class, keeps its parameters and state-dict keys,
     and gets a child module `fastlora`.
 
-    `seed` fixes the initial values. `freeze` (the default) stops gradients of all other parameters
-    of the model; `remove` gives them back. `dtype` of the new parameters: by default the layer's,
-    and float32 on a 16-bit or quantised base.
+    `seed` fixes the initial values; without it they come from torch's default generator. `freeze`
+    (the default) stops gradients of the model's own parameters; `remove` gives them back. `dtype` of
+    the new parameters: the layer's or float32; by default the layer's, and float32 on a 16-bit or
+    quantised base.
 
     Raises AdapterError when the name is taken or has a dot, nothing matches, a selected layer cannot
     be adapted, or the model is on the meta device. The model is unchanged then.
     """
-    if not name or "." in name or hasattr(Slots(), name):
-        raise AdapterError(f"adapter name: expected a word without dots, got {name!r}")
-    if name in known_names(model):
-        raise AdapterError(f"adapter name: {name!r} exists already; remove it first")
+    check_name(model, name)
     if not isinstance(spec, LoRA | Spectral):
         raise TypeError(f"inject: spec: expected LoRA or Spectral, got {type(spec).__name__}")
     chosen = select(model, spec, where)
-    generator = torch.Generator()
-    generator.manual_seed(seed) if seed is not None else generator.seed()
+    if isinstance(spec, LoRA):
+        strangers = sorted({*(spec.ranks or ()), *(spec.alphas or ())} - set(chosen))
+        if strangers:
+            raise AdapterError(
+                f"inject: ranks, alphas: expected paths of adapted layers, got {strangers[:5]}"
+            )
+    generator = torch.default_generator
+    if seed is not None:
+        generator = torch.Generator()
+        generator.manual_seed(seed)
     slots = {path: build(path, m, spec, generator, dtype) for path, m in chosen.items()}
     return attach(model, slots, name, freeze=freeze)
+
+
+def check_name(model: nn.Module, name: str) -> None:
+    if not isinstance(name, str) or not name or "." in name or hasattr(Slots(), name):
+        reserved = " (reserved)" if isinstance(name, str) and name and "." not in name else ""
+        raise AdapterError(f"adapter name: expected a word without dots, got {name!r}{reserved}")
+    if name in known_names(model):
+        raise AdapterError(f"adapter name: {name!r} exists already; remove it first")
 
 
 def attach(
     model: nn.Module, slots: dict[str, Slot], name: str, *, freeze: bool = True
 ) -> AdapterInfo:
-    """Puts ready slots into the layers at their paths. Nothing here can fail half-way."""
+    """Puts ready slots into the layers at their paths; raises before the first change or never."""
     modules = dict(model.named_modules())
+    found = arenas(model)
+    check_mergeable(found)
+    decompositions = {
+        path: decomposition(path, modules[path])
+        for path, slot in slots.items()
+        if isinstance(slot, SpectralSlot) and not isinstance(modules[path], NORMS)
+    }
+    if is_folded(model):
+        for path in slots:
+            check_plain(path, modules[path])
     with refolding(model):
-        found = arenas(model)
-        arena = merged(found) if found else Arena()
-        frozen = []
+        arena = merge(found) if found else Arena()
         if freeze:
-            own = {id(p) for layer in adapted_layers(model).values() for p in layer.fastlora.parameters()}
-            frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
-            for parameter in frozen:
-                parameter.requires_grad_(False)
-            arena.frozen += frozen
-            if frozen:
-                log.info("inject froze %d base parameters; remove gives them back", len(frozen))
+            freeze_base(model)
         for path, slot in slots.items():
             layer = adapt(modules[path], path, arena)
-            if isinstance(slot, SpectralSlot) and not layer.is_norm():
-                layer.fastlora.decompose(layer.matrix())
+            if decompositions.get(path) is not None:
+                holder = layer.fastlora
+                holder.svd_u, holder.svd_s, holder.svd_vh = decompositions[path]
             slot.train(layer.training)
             layer.fastlora[name] = slot
-        relayout(model, arena)
-    disable_fused_encoders(model)
+        arena.layout()
+    set_fused_encoders(model)
     return adapters(model)[name]
 
 
 def remove(model: nn.Module, name: str) -> None:
     """Takes the adapter out. Layers without any adapter get their class back: the plain model, with
     the same keys and the same bits. Raises AdapterError for an unknown name."""
-    if name not in known_names(model):
-        raise AdapterError(f"no adapter named {name!r}; this model has {known_names(model) or 'none'}")
+    require_known(model, name)
     with refolding(model):
-        for arena in arenas(model):
-            for layer in adapted_layers(model).values():
-                if layer._state.arena is arena and name in layer.fastlora:
-                    del layer.fastlora[name]
-                    if not len(layer.fastlora):
-                        restore(layer)
-            relayout(model, arena)
-            if not arena.scales:
-                for parameter in arena.frozen:
-                    parameter.requires_grad_(True)
+        found = arenas(model)
+        for layer in adapted_layers(model).values():
+            if name in layer.fastlora:
+                del layer.fastlora[name]
+                if not len(layer.fastlora):
+                    restore(layer)
+        for arena in found:
+            arena.layout()
+    set_fused_encoders(model)
+    if not adapted_layers(model):
+        unfreeze_base(model)
 
 
 # --- selection --------------------------------------------------------------------------------------
@@ -121,16 +152,19 @@ def select(model: nn.Module, spec: LoRA | Spectral, where: Where) -> dict[str, n
     inside = {id(s) for layer in adapted_layers(model).values() for s in layer.fastlora.modules()}
     chosen: dict[str, nn.Module] = {}
     refused: list[str] = []
-    for path, module in model.named_modules():
+    for path, module in model.named_modules(remove_duplicate=False):
         if id(module) in inside or not matches(path, module):
             continue
         reason = unsuitable(module, spec)
         if reason is None:
-            chosen[path] = module
-        elif reason and where is not None and not any(module.children()):
+            if not any(module is m for m in chosen.values()):
+                chosen[path] = module
+        elif reason and where is not None and is_layer(module):
             refused.append(f"{path} ({type(module).__name__}): {reason}")
     if refused:
-        raise AdapterError("inject: where selects layers that cannot be adapted: " + "; ".join(refused))
+        raise AdapterError(
+            "inject: where selects layers that cannot be adapted: " + "; ".join(refused)
+        )
     if not chosen:
         candidates = [p for p, m in model.named_modules() if unsuitable(m, spec) is None][:5]
         raise AdapterError(
@@ -146,6 +180,12 @@ def select(model: nn.Module, spec: LoRA | Spectral, where: Where) -> dict[str, n
     return chosen
 
 
+def is_layer(module: nn.Module) -> bool:
+    """Not a container, and not an activation or a dropout: somebody may have meant to adapt it."""
+    leaf = isinstance(module, Adapted) or not any(module.children())
+    return leaf and any(t is not None for t in (*module._parameters.values(), *module.buffers()))
+
+
 def matcher(where: Where) -> Callable[[str, nn.Module], bool]:
     if where is None:
         return lambda path, module: True
@@ -157,27 +197,35 @@ def matcher(where: Where) -> Callable[[str, nn.Module], bool]:
         return lambda path, module: pattern.fullmatch(path) is not None
     if callable(where):
         return where
+    if not isinstance(where, Iterable):
+        raise AdapterError(
+            f"inject: where: expected a regex, suffixes, a predicate or None, got {where!r}"
+        )
     suffixes = list(where)
     return lambda path, module: any(path == s or path.endswith("." + s) for s in suffixes)
 
 
 def unsuitable(module: nn.Module, spec: LoRA | Spectral) -> str | None:
-    """None if `spec` can adapt the module, else why not."""
+    """None if `spec` can adapt the module, else why not; empty if nobody needs to be told."""
     base = base_class(type(module)) if isinstance(module, Adapted) else type(module)
     if issubclass(base, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "MultiheadAttention reads this layer's weight and never calls it"
     if adapted_class(base) is None:
         return "this kind of layer is not supported"
+    if any(is_lazy(p) for p in module._parameters.values()):
+        return "its weight has no shape yet; run the model once first"
     if base in NORMS:
         if isinstance(spec, LoRA):
             return "LoRA needs a matrix"
-        if spec.norms == "skip" or module.weight is None:
-            return "norms are skipped"
-        return None
-    if isinstance(spec, Spectral) and base not in (nn.Linear, nn.Conv2d, nn.Embedding):
-        return "spectral shifts need the plain weight of a Linear, Conv2d or Embedding"
-    if isinstance(spec, LoRA) and spec.dora and base not in (nn.Linear, nn.Conv2d, nn.Embedding):
-        return "DoRA needs the plain weight of a Linear, Conv2d or Embedding"
+        return None if spec.norms != "skip" and module.weight is not None else ""
+    if not module.weight.numel():
+        return "its weight is empty"
+    whole = isinstance(spec, Spectral) or spec.dora  # needs the whole weight, not just its product
+    if whole and (base not in PLAIN or module._parameters.get("weight") is None):
+        kind = "spectral shifts need" if isinstance(spec, Spectral) else "DoRA needs"
+        return f"{kind} the plain weight of a Linear, Conv2d or Embedding"
+    if whole and isinstance(spec, LoRA) and getattr(module, "max_norm", None) is not None:
+        return "DoRA needs rows that do not change, and max_norm changes them at every look-up"
     return None
 
 
@@ -189,10 +237,7 @@ def build(
 ) -> Slot:
     """The slot of one layer at its start: the layer computes what it computed before."""
     weight = module.weight
-    if dtype is None:
-        low = not weight.is_floating_point() or weight.dtype in (torch.float16, torch.bfloat16)
-        dtype = torch.float32 if low else weight.dtype
-    at = {"dtype": dtype, "device": weight.device}
+    at = {"dtype": parameter_dtype(path, weight, dtype), "device": weight.device}
     if isinstance(spec, Spectral):
         if isinstance(module, NORMS):
             size = weight.numel() if spec.norms == "elementwise" else 1
@@ -221,6 +266,34 @@ def build(
     return LoRASlot(spec, down, up, magnitude(rows).to(**at) if spec.dora else None)
 
 
+def parameter_dtype(path: str, weight: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of new parameters beside `weight`: what is asked for if the operators take it."""
+    if dtype is None:
+        low = not weight.is_floating_point() or weight.dtype in (torch.float16, torch.bfloat16)
+        return torch.float32 if low else weight.dtype
+    fits = (weight.dtype,) if weight.dtype == torch.float64 else (weight.dtype, torch.float32)
+    if not dtype.is_floating_point or (weight.is_floating_point() and dtype not in fits):
+        raise AdapterError(
+            f"inject: {path}: dtype: expected {' or '.join(map(str, dict.fromkeys(fits)))}, got {dtype}"
+        )
+    return dtype
+
+
+def decomposition(path: str, module: Any) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The factors of a layer's weight; None if it has them already."""
+    if isinstance(module, Adapted) and module.fastlora.svd_s is not None:
+        return None
+    weight = module.weight
+    try:
+        with full_precision(weight.device):
+            return factors(weight.reshape(weight.shape[0], -1))
+    except RuntimeError as error:
+        raise AdapterError(f"inject: {path}: its weight has no decomposition: {error}") from None
+
+
+# --- changing the model -----------------------------------------------------------------------------
+
+
 def adapt(module: nn.Module, path: str, arena: Arena) -> Adapted:
     if not isinstance(module, Adapted):
         adapted = adapted_class(type(module))
@@ -228,6 +301,7 @@ def adapt(module: nn.Module, path: str, arena: Arena) -> Adapted:
         module.__class__ = adapted
         module.__dict__["_state"] = LayerState(arena, path)
         module.add_module("fastlora", Slots())
+        arena.join(module)
     assert isinstance(module, Adapted)
     return module
 
@@ -239,38 +313,71 @@ def restore(layer: Adapted) -> None:
     layer.__class__ = base_class(type(layer))
 
 
-def relayout(model: nn.Module, arena: Arena) -> None:
-    """Gives every layer its entries in the arena."""
-    layers = [a for a in adapted_layers(model).values() if a._state.arena is arena]
-    slots = [[(n, s.width, s.ratio) for n, s in layer.fastlora.items()] for layer in layers]
-    for layer, offset in zip(layers, arena.layout(slots), strict=True):
-        layer._state.offset = offset
-        layer._state.forget()
-        arena.prepare(layer.weight.device)
+def freeze_base(model: nn.Module) -> None:
+    """Stops gradients of all that is not an adapter's; each module remembers which it had."""
+    slots = {id(s) for m in adapted_layers(model).values() for s in m.fastlora.modules()}
+    count = 0
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad and id(module) not in slots:
+                parameter.requires_grad_(False)
+                module.__dict__[FROZEN] = (*vars(module).get(FROZEN, ()), name)
+                count += 1
+    if count:
+        log.info("inject froze %d base parameters; remove gives them back", count)
 
 
-def merged(found: list[Arena]) -> Arena:
+def unfreeze_base(model: nn.Module) -> None:
+    for module in model.modules():
+        for name in vars(module).pop(FROZEN, ()):
+            parameter = module._parameters.get(name)
+            if parameter is not None:
+                parameter.requires_grad_(True)
+
+
+def check_mergeable(found: list[Arena]) -> None:
+    """Raises AdapterError where parts of a model disagree about an adapter that they share."""
+    for arena, other in itertools.combinations(found, 2):
+        for name in set(arena.scales) & set(other.scales):
+            a, b = arena.scales[name], other.scales[name]
+            if arena.enabled[name] != other.enabled[name] or not torch.equal(
+                *map(torch.as_tensor, (a, b))
+            ):
+                raise AdapterError(
+                    f"parts of the model have different strengths of {name!r}: {a} and {b}; "
+                    "set_scale and enable make them equal"
+                )
+    merged: dict[str, Any] = {}
+    for arena in found:
+        merged |= arena.scales
+    Arena().check(merged)
+
+
+def merge(found: list[Arena]) -> Arena:
     """One arena for a model whose parts were adapted separately before."""
     first = found[0]
     for other in found[1:]:
-        clash = sorted(set(first.scales) & set(other.scales))
-        if clash:
-            raise AdapterError(f"parts of the model have different adapters of one name: {clash}")
-    for other in found[1:]:
-        first.scales.update(other.scales)
-        first.enabled.update(other.enabled)
-        first.frozen += other.frozen
+        first.scales |= other.scales
+        first.enabled |= other.enabled
+        for layer in other.layers():
+            layer._state.arena = first
+            first.join(layer)
     return first
 
 
-def disable_fused_encoders(model: nn.Module) -> None:
-    """nn.TransformerEncoderLayer's inference path reads the weights of its linear layers and never
-    calls them; without this attribute it takes its ordinary path."""
+def set_fused_encoders(model: nn.Module) -> None:
+    """The inference path of nn.TransformerEncoderLayer reads the weights of its layers and never
+    calls them. Where layers are adapted it is switched off, and on again where none is left."""
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and any(
-            isinstance(m, Adapted) for m in module.modules()
-        ):
-            module.activation_relu_or_gelu = 0
-
-
-__all__ = ["AdaptedLinearLike", "LoRASlot", "attach", "build", "inject", "remove", "select"]
+        if isinstance(module, nn.TransformerEncoderLayer):
+            switch = "activation_relu_or_gelu"
+        elif isinstance(module, nn.TransformerEncoder):
+            switch = "use_nested_tensor"
+        else:
+            continue
+        own = vars(module)
+        if adapted_layers(module):
+            own.setdefault(FUSED, own[switch])
+            own[switch] = 0
+        elif FUSED in own:
+            own[switch] = own.pop(FUSED)

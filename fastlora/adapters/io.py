@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastlora.adapters.control import adapters, known_names, set_scale
 from fastlora.adapters.inject import NORMS, attach, unsuitable
-from fastlora.adapters.layers import adapted_layers
+from fastlora.adapters.adapted import adapted_layers
 from fastlora.adapters.slots import LoRASlot, Slot, SpectralSlot
 from fastlora.adapters.specs import AdapterError, AdapterInfo, LoRA, Spectral
 from fastlora.formats import files, native

@@ -93,13 +93,27 @@ class Slots(nn.ModuleDict):
             self.register_buffer(name, None, persistent=False)
 
     def decompose(self, matrix: Tensor) -> None:
-        """Reduced SVD of `matrix [out, in]` in float32 (float64 stays), once per layer."""
-        if self.svd_s is not None:
-            return
-        wide = matrix.dtype if matrix.dtype == torch.float64 else torch.float32
-        u, s, vh = torch.linalg.svd(matrix.detach().to(wide), full_matrices=False)
-        self.svd_u, self.svd_s = u.to(matrix.dtype), s
-        self.svd_vh = vh.to(matrix.dtype).contiguous()
+        """Keeps the singular value decomposition of `matrix [out, in]`."""
+        self.svd_u, self.svd_s, self.svd_vh = factors(matrix)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        values = self.svd_s
+        result = super()._apply(fn, recurse)
+        if values is not None and self.svd_s is not None and self.svd_u is not None:
+            # Like the gates, the singular values stay float32 beside 16-bit weights.
+            wide = torch.float64 if self.svd_u.dtype == torch.float64 else torch.float32
+            if self.svd_s.dtype != wide:
+                self.svd_s = values.to(self.svd_s.device, wide)
+        return result
+
+
+@torch.no_grad()
+def factors(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Reduced SVD of `matrix [out, in]`, computed in float32 (float64 stays): U and Vᵀ in the
+    matrix's dtype, the singular values as they were computed."""
+    wide = matrix.dtype if matrix.dtype == torch.float64 else torch.float32
+    u, s, vh = torch.linalg.svd(matrix.detach().to(wide), full_matrices=False)
+    return u.to(matrix.dtype).contiguous(), s, vh.to(matrix.dtype).contiguous()
 
 
 def kaiming_uniform(shape: tuple[int, ...], generator: torch.Generator, **kwargs: Any) -> Tensor:

@@ -1,13 +1,18 @@
 """What to add to a layer: `LoRA` and `Spectral` describe an adapter, `inject` builds it."""
 
+import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
 
 class AdapterError(ValueError):
     """A request about adapters that cannot be carried out; nothing was changed."""
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -32,8 +37,12 @@ class LoRA:
         for rank in (self.rank, *(self.ranks or {}).values()):
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise AdapterError(f"LoRA: rank: expected an integer >= 1, got {rank!r}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise AdapterError(f"LoRA: dropout: expected a value in [0, 1), got {self.dropout}")
+        for alpha in (self.alpha, *(self.alphas or {}).values()):
+            # Zero would train nothing (and means rank in other formats).
+            if alpha is not None and not (is_number(alpha) and math.isfinite(alpha) and alpha != 0):
+                raise AdapterError(f"LoRA: alpha: expected a number that is not 0, got {alpha!r}")
+        if not (is_number(self.dropout) and 0.0 <= self.dropout < 1.0):
+            raise AdapterError(f"LoRA: dropout: expected a value in [0, 1), got {self.dropout!r}")
 
     def at(self, path: str) -> "LoRA":
         """This configuration with the rank and alpha of the module at `path`."""

@@ -53,7 +53,9 @@ def write(
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
-        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, temporary, metadata)
+        save_file(
+            {k: t.detach().cpu().contiguous() for k, t in tensors.items()}, temporary, metadata
+        )
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         umask = os.umask(0)

@@ -78,39 +78,40 @@ def pretrain_digits(
 
 
 def _spoiled(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Shifts of up to 2 pixels, blur and noise, each picture its own: what samples of a model may
-    look like.
-    """
+    """What samples of a model may look like: a shift of up to 2 pixels, blur, noise."""
     dx, dy = torch.randint(-2, 3, (2,), generator=generator).tolist()
     images = torch.roll(images, (dy, dx), (2, 3))
     blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), value=-1.0), 3, 1)
     amount = torch.rand(len(images), 1, 1, 1, generator=generator)
-    images = torch.lerp(images, blurred, amount * 0.8)
+    images = torch.lerp(images, blurred, 0.8 * amount)
     noise = torch.randn(images.shape, generator=generator)
-    return (images + 0.1 * torch.rand(len(images), 1, 1, 1, generator=generator) * noise).clamp(
-        -1, 1
-    )
+    amount = torch.rand(len(images), 1, 1, 1, generator=generator)
+    return (images + 0.1 * amount * noise).clamp(-1, 1)
 
 
 def train_judge(
-    source: Lines, *, steps: int = 1200, batch: int = 128, seed: int = 0, progress: bool = True
+    source: Lines,
+    *,
+    steps: int = 1200,
+    batch: int = 128,
+    drawings: int = 16384,
+    seed: int = 0,
+    progress: bool = True,
 ) -> Judge:
-    """A judge trained on random drawings of the lines: any width from 1.2 to 6 pixels, any slant up
-    to 32 degrees.
-    """
+    """A judge trained on drawings of the lines, 1.2 to 6 pixels wide, slanted up to 32 degrees."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     odds = 1.0 / torch.bincount(source.digit, minlength=10)[source.digit]
-    lines = source[torch.multinomial(odds, 16384, replacement=True, generator=generator)]
+    lines = source[torch.multinomial(odds, drawings, replacement=True, generator=generator)]
     width, slant, ink = torch.rand(3, len(lines), generator=generator).unbind()
-    drawings = draw(lines, 1.2 + 4.8 * width, 64 * slant - 32, 0.4 + 0.6 * ink)
+    images = draw(lines, 1.2 + 4.8 * width, 64 * slant - 32, 0.4 + 0.6 * ink)
     judge = Judge()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=1e-2)
     decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
     for _ in tqdm(range(steps), desc="judge", disable=not progress):
         chosen = torch.randint(len(lines), (batch,), generator=generator)
-        images = normalised(_spoiled(drawings[chosen], generator))
-        loss = F.cross_entropy(judge(images), lines.digit[chosen], label_smoothing=0.05)
+        inputs = normalised(_spoiled(images[chosen], generator))
+        loss = F.cross_entropy(judge(inputs), lines.digit[chosen], label_smoothing=0.05)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

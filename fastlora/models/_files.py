@@ -11,7 +11,7 @@ from torch import nn
 
 def save_weights(model: nn.Module, path: str | Path, dtype: torch.dtype) -> None:
     """Parameters and buffers as safetensors in the dtype given, the file replaced at once."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     state = {
         name: value.detach().to("cpu", dtype).contiguous()
@@ -19,7 +19,7 @@ def save_weights(model: nn.Module, path: str | Path, dtype: torch.dtype) -> None
     }
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
-    save_file(state, partial, metadata={"format": "pt"})
+    partial.write_bytes(save(state, metadata={"format": "pt"}))
     os.replace(partial, path)
 
 

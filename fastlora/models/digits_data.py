@@ -115,7 +115,10 @@ def _thin(mask: np.ndarray) -> np.ndarray:
 
 
 def _prune(line: np.ndarray, length: int) -> np.ndarray:
-    """Remove branches shorter than `length`: cut all ends back, let those that are left grow."""
+    """Remove branches shorter than `length`: cut all ends back, let those that are left grow.
+
+    A short branch closer than that to an end of the line stays: the end grows into it.
+    """
     ndimage = _require("scipy.ndimage")
     square = np.ones((3, 3), int)
 
@@ -226,7 +229,7 @@ def caption(
     ("a digit").
     """
     words = [word for word in (brightness, thickness, digit or "digit") if word]
-    words.insert(0, "an" if words[0][0] in "aeiou" else "a")
+    words.insert(0, "an" if words[0] == "eight" else "a")
     if slant:
         words += ["standing" if slant == "upright" else "leaning", slant]
     return " ".join([*prefix.split(), *words])

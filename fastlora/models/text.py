@@ -63,7 +63,7 @@ class Tokenizer:
 
     def _row(self, caption: str) -> list[int]:
         words = caption.lower().replace(",", " ").split()
-        unknown = [word for word in words if word not in self.ids]
+        unknown = [word for word in words if self.ids.get(word, self.start) >= self.start]
         if unknown:
             raise ValueError(
                 f"caption {caption!r}: expected words of the vocabulary, got {unknown};"

@@ -107,6 +107,7 @@ def define_op(
     backward: Function | None = None,
     mutates: Sequence[str] = (),
     autocast: Sequence[str] = (),
+    differentiable: bool = True,
 ) -> Operator:
     """Registers `reference` as operator `fastlora::<its name>` and returns its eager entry.
 
@@ -117,6 +118,7 @@ def define_op(
     - `setup_context`, `backward`: as in `torch.library.register_autograd`. An operator that mutates
       differentiates through its reference instead.
     - `autocast`: the arguments that autocast casts to its dtype.
+    - `differentiable=False`: runs as under `no_grad`, whatever requires a gradient.
     """
     name = reference.__name__
     parameters = list(inspect.signature(reference).parameters.values())
@@ -142,7 +144,7 @@ def define_op(
 
         return mutating
 
-    eager, kernel, clear, plan_count = kernels.make_dispatcher(miss, overload)
+    eager, kernel, clear, plan_count = kernels.make_dispatcher(miss, overload, differentiable)
 
     def fake_impl(*args: Any) -> Any:
         outputs = fake(*args)
@@ -160,6 +162,8 @@ def define_op(
         torch.library.register_autograd(
             f"fastlora::{name}", backward, setup_context=setup_context, lib=_library
         )
+    elif not differentiable:
+        _register_no_autograd(name, overload)
     elif mutated:
         _register_mutating_autograd(name, overload, reference)
     if autocast:
@@ -219,6 +223,16 @@ def _register_mutating_autograd(name: str, overload: Any, reference: Function) -
             reference(*args)
             return None
         return overload.redispatch(keyset & below, *args)
+
+    _library.impl(name, autograd_impl, "Autograd", with_keyset=True)
+
+
+def _register_no_autograd(name: str, overload: Any) -> None:
+    below = torch._C._after_autograd_keyset
+
+    def autograd_impl(keyset: Any, *args: Any) -> Any:
+        with torch.no_grad():
+            return overload.redispatch(keyset & below, *args)
 
     _library.impl(name, autograd_impl, "Autograd", with_keyset=True)
 

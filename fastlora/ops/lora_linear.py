@@ -162,7 +162,9 @@ def accumulate(y: Tensor, x: Tensor, down: Tensor | None, up: Tensor, gate: Tens
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    *operands, gate, row_scale = inputs
+    # A strength may be changed in place between forward and backward: keep the one that was used.
+    ctx.save_for_backward(*operands, gate.detach().clone(), row_scale)
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -137,12 +137,13 @@ def _plan(x: Tensor, outputs: list[Tensor], *rest: Any) -> Any:
     if not (x.device.type == "cpu" or (x.is_cuda and x.dtype == torch.float32)):
         return _reference  # float64 and other devices: exactness, not speed
     *tensors, copies, input_dtype = rest
-    kernel, empty, empty_like = kernels.sampler_step, torch.empty, torch.empty_like
-    input_shape = (copies * x.shape[0], *x.shape[1:])
-    options: dict[str, Any] = {"dtype": input_dtype, "device": x.device}
+    kernel, empty_like = kernels.sampler_step, torch.empty_like
+    # One element that stands for the whole model input: `empty_like` is the cheapest allocation
+    like_input = torch.empty((), dtype=input_dtype, device=x.device)
+    like_input = like_input.expand(copies * x.shape[0], *x.shape[1:])
 
     def route(x: Any, outputs: Any, weights: Any, table: Any, step: Any, history: Any, *rest: Any):
-        x_next, model_input = empty_like(x), empty(input_shape, **options)
+        x_next, model_input = empty_like(x), empty_like(like_input)
         h_next = x.new_empty(0) if history is None else empty_like(x)
         operands = (x, outputs, weights, table, step, history, rest[0], copies)
         kernel(x_next, h_next, model_input, *operands)

@@ -96,5 +96,7 @@ def spaced(T: int, steps: int, spacing: str) -> Tensor:
         ends = T + torch.arange(steps, dtype=torch.float64) * difference
         return ends.round().long() - 1
     if spacing == "linspace":
-        return torch.linspace(0, T - 1, steps, dtype=torch.float64).round().long().flip(0)
+        # numpy's linspace to the last bit, for the same reason
+        gap = (T - 1) / max(steps - 1, 1)
+        return (torch.arange(steps, dtype=torch.float64) * gap).round().long().flip(0)
     raise ValueError(f"spaced: spacing: expected one of {', '.join(SPACINGS)}, got {spacing!r}")

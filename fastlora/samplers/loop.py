@@ -106,8 +106,8 @@ def _steps(
 ) -> Iterator[Step]:
     copies, steps = weights.shape[1], len(table)
     coefficients = table.coefficients.to(x.device, x.dtype)
-    rows = torch.arange(steps, device=x.device)
-    times = table.timesteps.to(x.device)[:, None].repeat(1, copies * x.shape[0])
+    rows = torch.arange(steps, device=x.device).unbind()
+    times = table.timesteps.to(x.device)[:, None].repeat(1, copies * x.shape[0]).unbind()
     history = torch.zeros_like(x) if table.remembers else None
     model_input = x.to(input_dtype).repeat(copies, *[1] * (x.dim() - 1))
     for index, timestep in enumerate(table.timesteps.tolist()):

@@ -28,6 +28,8 @@ class Table:
     name: str
 
     def __post_init__(self) -> None:
+        if not self.timesteps.numel():
+            raise ValueError("Table: timesteps: expected at least one, got none")
         expected = (self.timesteps.numel(), len(COLUMNS))
         if tuple(self.coefficients.shape) != expected or self.coefficients.dtype != torch.float64:
             raise ValueError(

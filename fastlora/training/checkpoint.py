@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 from pathlib import Path
@@ -63,10 +64,9 @@ def load_checkpoint(
     parameters.
     """
     path = Path(path)
+    content = io.BytesIO(path.read_bytes())  # a missing file is an OSError, all below is not
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+        state = torch.load(content, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no error class for broken or unsafe files
         raise CheckpointError(
             f"checkpoint {path}: expected a file of fastlora's training, got one that does not read"

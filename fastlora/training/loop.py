@@ -52,11 +52,11 @@ def train(
     progress: bool = True,
     description: str = "training",
 ) -> TrainResult:
-    """Minimise `loss(model, batches(generator), schedule, generator)` over `parameters`, in place,
-    for `steps` steps.
+    """Minimise `loss(model, batches(generator), schedule, generator)` over `parameters`, in place.
 
     `batches` makes the next batch from a CPU generator (of `seed`), which also gives the loss its t
-    and noise: the run is a function of the seed. `parameters` (default: all that require a
+    and noise; dropout draws from torch's global generator, seeded alike for the run and put back
+    after it: the run is a function of the seed. `parameters` (default: all that require a
     gradient) must be the model's; `optimizer` makes the optimiser from them (default AdamW with
     `lr`, weight decay 1e-2). The learning rate is multiplied by `min(1, (step + 1) / warmup)` and
     by `decay(step / steps)`. Gradients are clipped to the norm `clip`.
@@ -78,116 +78,123 @@ def train(
             "train: expected steps >= 0, warmup >= 0, checkpoint_every >= 1,"
             f" got {steps}, {warmup}, {checkpoint_every}"
         )
-    if checkpoint is not None:
-        ensure_writable(Path(checkpoint).parent)
+    path = None if checkpoint is None else Path(checkpoint)
+    if path is not None:
+        ensure_writable(path.parent)
     make = optimizer or (lambda p: torch.optim.AdamW(p, lr=lr, weight_decay=1e-2))
-    state = _State(
-        make(list(named.values())), EMA(named, ema_decay) if ema_decay is not None else None, seed
-    )
-    start = 0
-    if checkpoint is not None and Path(checkpoint).exists():
-        start = state.load(load_checkpoint(checkpoint, signature), named)
-
+    ema = None if ema_decay is None else EMA(named, ema_decay)
+    state = _State(named, make(list(named.values())), ema, seed)
     was_training = model.training
-    model.train()
-    bar = tqdm(
-        total=steps, initial=min(start, steps), desc=description, disable=not progress, leave=True
-    )
+    bar = tqdm(total=steps, desc=description, disable=not progress)
     window: list[dict[str, torch.Tensor]] = []
     try:
-        for step in range(start, steps):
-            factor = min(1.0, (step + 1) / warmup) if warmup else 1.0
-            state.scale_lr(factor * (decay(step / steps) if decay else 1.0))
-            value, metrics = loss(model, batches(state.generator), schedule, state.generator)
-            if value.device.type == "cpu":
-                _check_finite(value.item(), step)
-            state.optimizer.zero_grad(set_to_none=True)
-            value.backward()
-            if clip is not None:
-                metrics["grad_norm"] = nn.utils.clip_grad_norm_(named.values(), clip).detach()
-            state.optimizer.step()
-            if state.ema is not None:
-                state.ema.update()
-            window.append(metrics)
-            # A checkpoint sits on a reading, so that a resumed run has the same windows.
-            due = (step + 1) % checkpoint_every == 0 or step + 1 == steps
-            if due or (step + 1) % _READ_EVERY == 0:
-                read = state.read(window, step)
-                window.clear()
-                bar.update(step + 1 - bar.n)
-                bar.set_postfix(
-                    {name: f"{number:.4g}" for name, number in read.items()}, refresh=False
-                )
-            if checkpoint is not None and due:
-                save_checkpoint(checkpoint, state.dump(step + 1, named, signature))
+        with torch.random.fork_rng(state.gpus):
+            torch.manual_seed(seed)
+            if path is not None and path.exists():
+                state.load(load_checkpoint(path, signature))
+                bar.update(state.step)
+            model.train()
+            while state.step < steps:
+                factor = min(1.0, (state.step + 1) / warmup) if warmup else 1.0
+                state.scale_lr(factor * (decay(state.step / steps) if decay else 1.0))
+                value, metrics = loss(model, batches(state.generator), schedule, state.generator)
+                if value.device.type == "cpu":
+                    _check_finite(value.item(), state.step + 1)
+                state.optimizer.zero_grad(set_to_none=True)
+                value.backward()
+                if clip is not None:
+                    norm = nn.utils.clip_grad_norm_(named.values(), clip)
+                    metrics = {**metrics, "grad_norm": norm.detach()}
+                state.optimizer.step()
+                if ema is not None:
+                    ema.update()
+                window.append(metrics)
+                state.step += 1
+                # A checkpoint sits on a reading, so that a resumed run has the same windows.
+                due = state.step % checkpoint_every == 0 or state.step == steps
+                if due or state.step % _READ_EVERY == 0:
+                    read = state.read(window)
+                    bar.update(len(window))
+                    bar.set_postfix({k: f"{v:.4g}" for k, v in read.items()}, refresh=False)
+                    window.clear()
+                if path is not None and due:
+                    save_checkpoint(path, {"signature": signature, **state.dump()})
     finally:
         bar.close()
         model.train(was_training)
-    return TrainResult(steps, state.history, state.ema)
+    state.optimizer.zero_grad(set_to_none=True)
+    return TrainResult(state.step, state.history, ema)
 
 
 class _State:
-    """All that a checkpoint must hold besides the parameters."""
+    """What changes from step to step: all of it is in a checkpoint."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, ema: EMA | None, seed: int) -> None:
+    def __init__(
+        self,
+        named: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        ema: EMA | None,
+        seed: int,
+    ) -> None:
+        self.named = named
         self.optimizer = optimizer
         self.ema = ema
+        self.step = 0
         self.generator = torch.Generator().manual_seed(seed)
         self.history: dict[str, list[float]] = {}
+        self.gpus = sorted({p.get_device() for p in named.values() if p.is_cuda})
         self._base_lr = [group["lr"] for group in optimizer.param_groups]
 
     def scale_lr(self, factor: float) -> None:
         for group, base in zip(self.optimizer.param_groups, self._base_lr, strict=True):
             group["lr"] = base * factor
 
-    def read(self, window: list[dict[str, torch.Tensor]], step: int) -> dict[str, float]:
-        """Means of the window's metrics, appended to the history."""
+    def read(self, window: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+        """Means of the window's metrics, appended to the history; one transfer for all of them."""
         names = list(window[0])
-        # One transfer for all numbers.
-        means = torch.stack(
-            [torch.stack([m[n].float() for m in window]).mean() for n in names]
-        ).tolist()
-        read = dict(zip(names, means, strict=True))
+        rows = torch.stack([torch.stack([m[name].float() for m in window]) for name in names])
+        read = dict(zip(names, rows.mean(1).tolist(), strict=True))
+        _check_finite(read.get("loss", 0.0), self.step)
         for name, number in read.items():
-            if name == "loss":
-                _check_finite(number, step)
             self.history.setdefault(name, []).append(number)
         return read
 
-    def dump(
-        self, step: int, named: dict[str, nn.Parameter], signature: dict[str, list[int]]
-    ) -> dict[str, Any]:
+    def dump(self) -> dict[str, Any]:
+        ema = self.ema
         return {
-            "signature": signature,
-            "step": step,
-            "parameters": {name: p.detach() for name, p in named.items()},
+            "step": self.step,
+            "parameters": {name: p.detach() for name, p in self.named.items()},
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
+            "global_generators": self._global_generators(),
             "history": self.history,
-            "ema": None
-            if self.ema is None
-            else {"shadow": self.ema.shadow, "updates": self.ema.updates},
+            "ema": None if ema is None else {"shadow": ema.shadow, "updates": ema.updates},
         }
 
-    def load(self, state: dict[str, Any], named: dict[str, nn.Parameter]) -> int:
-        """Take over a checkpoint; the number of steps done."""
-        with torch.no_grad():
-            for name, p in named.items():
-                p.copy_(state["parameters"][name])
-            if self.ema is not None and state["ema"] is not None:
-                self.ema.updates = state["ema"]["updates"]
-                for name, average in self.ema.shadow.items():
-                    average.copy_(state["ema"]["shadow"][name])
+    @torch.no_grad()
+    def load(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        for name, p in self.named.items():
+            p.copy_(state["parameters"][name])
+        if self.ema is not None and state["ema"] is not None:
+            self.ema.updates = state["ema"]["updates"]
+            for name, average in self.ema.shadow.items():
+                average.copy_(state["ema"]["shadow"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["global_generators"][0])
+        for gpu, rng in zip(self.gpus, state["global_generators"][1:], strict=False):
+            torch.cuda.set_rng_state(rng, gpu)
         self.history = state["history"]
-        return state["step"]
+
+    def _global_generators(self) -> list[torch.Tensor]:
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(gpu) for gpu in self.gpus)]
 
 
 def _check_finite(loss: float, step: int) -> None:
     if not math.isfinite(loss):
         raise FloatingPointError(
-            f"train: loss: expected a finite number, got {loss} at step {step + 1};"
+            f"train: loss: expected a finite number, got {loss} at step {step};"
             " lower the learning rate, or look for NaN in the weights and the data"
         )
 

@@ -77,7 +77,7 @@ def widened(arguments: list[Any]) -> list[Any]:
 
 
 def assert_twofold(results: Any, low: Any, oracle: Any) -> None:
-    """Error at most twice that of PyTorch's own evaluation (or of one rounding, where it has none)."""
+    """Error at most twice that of PyTorch's evaluation, or of one rounding where it has none."""
     for ours, theirs, exact in zip(results, low, oracle, strict=True):
         assert ours.shape == exact.shape and ours.dtype == theirs.dtype
         if exact.numel() == 0:
@@ -104,7 +104,7 @@ def test_against_float64(shape, output_dtype, input_dtype):
 @pytest.mark.parametrize("output_dtype", [*LOW, torch.float64], ids=dtype_id)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_float64(shape, output_dtype):
-    """Nothing here is more exact: two orders of the same few roundings are held against each other."""
+    """Nothing is more exact here: two orders of the same roundings are held against each other."""
     case = Case(shape, x_dtype=torch.float64, output_dtype=output_dtype, input_dtype=torch.float64)
     arguments = case.arguments()
     pairs = zip(ops.sampler_step(*arguments), ops.sampler_step.reference(*arguments), strict=True)
@@ -397,12 +397,12 @@ def test_meta_tensors():
 def test_other_instruction_sets(isa):
     """The loops that this machine would not choose; where it has only one, that one again."""
     program = (
-        "import runpy; tests = runpy.run_path({!r})\n"
+        f"import runpy; tests = runpy.run_path({__file__!r})\n"
         "for dtype in tests['LOW']:\n"
         "    for shape in tests['SHAPES']:\n"
         "        tests['check'](tests['Case'](shape, 3, output_dtype=dtype, input_dtype=dtype)"
         ".arguments())\n"
-    ).format(__file__)
+    )
     environment = os.environ | {"FASTLORA_CPU_ISA": isa}
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     subprocess.run([sys.executable, "-c", program], env=environment, check=True)

@@ -1,0 +1,305 @@
+"""An adapted layer is its base layer under another class: same object, same parameters, same keys.
+
+`adapted_class(type(module))` gives a subclass of the base's class; `module.__class__ = ...` adapts it
+and taking the class back restores it. The adapters' parameters live in the child module `fastlora`.
+`layers.py` has the subclasses.
+"""
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.adapters.arena import Arena
+from fastlora.adapters.slots import LoRASlot, Slots, SpectralSlot
+from fastlora.adapters.specs import AdapterError
+from fastlora.ops import spectral_weight
+
+
+class LayerState:
+    """What an adapted layer caches; rebuilt when the arena's epoch moves on."""
+
+    __slots__ = ("arena", "path", "offset", "merged", "stale", "epoch", "fast", "active", "cache")
+
+    def __init__(self, arena: Arena, path: str) -> None:
+        self.arena, self.path = arena, path
+        self.offset = 0
+        self.merged = False  # the folded weight is in use
+        self.stale = False  # and has to be written again first
+        self.forget()
+
+    def forget(self) -> None:
+        self.epoch = -1
+        self.fast: Any = None  # (parameters of the only slot, gate): the shortest way through
+        self.active: tuple[tuple[str, Any], ...] = ()
+        self.cache: dict[str, tuple[Tensor, Any, list[Tensor], Any]] = {}
+
+    def __getstate__(self) -> Any:
+        return self.arena, self.path, self.offset, self.merged, self.stale
+
+    def __setstate__(self, state: Any) -> None:
+        self.arena, self.path, self.offset, self.merged, self.stale = state
+        self.forget()
+
+
+class Adapted(nn.Module):
+    """What all adapted layers share. Subclasses say how their base uses a weight."""
+
+    fastlora: Slots
+    _state: LayerState
+
+    # --- what a base class provides ---------------------------------------------------------------
+
+    def base(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer alone."""
+        return super().forward(*args, **kwargs)
+
+    def with_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The base layer's forward with another weight and bias."""
+        raise NotImplementedError
+
+    def low_rank(
+        self, x: Tensor, weight: Tensor | None, slots: list[tuple[LoRASlot, Tensor]]
+    ) -> Tensor:
+        """The base (on `weight`, None: its own) plus the slots' low-rank parts with their gates."""
+        raise NotImplementedError
+
+    def matrix(self) -> Tensor:
+        """The weight as `[out, everything else]`, a view."""
+        return self.weight.reshape(self.weight.shape[0], -1)
+
+    def is_norm(self) -> bool:
+        return False
+
+    def shortcut(self) -> Any:
+        return None
+
+    # --- the forward pass -------------------------------------------------------------------------
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self._state.merged:
+            return self.with_weight(input, self.folded(), self.bias_or_none())
+        active = self.active()
+        if not active:
+            return self.base(input)
+        weight = self.spectral(active)
+        slots = self.low_rank_slots(active)
+        if slots:
+            return self.low_rank(input, weight, slots)
+        assert weight is not None
+        return self.with_weight(input, weight, self.bias_or_none())
+
+    def active(self) -> tuple[tuple[str, Any], ...]:
+        """The slots to compute. A compiled graph has all of them, those at zero with gates of zero."""
+        if torch.compiler.is_compiling():
+            return tuple(self.fastlora.items())
+        self.refresh()
+        return self._state.active
+
+    def refresh(self) -> None:
+        """Takes up what changed in the arena since the last call."""
+        state = self._state
+        if state.epoch == state.arena.epoch:
+            return
+        state.forget()
+        state.epoch = state.arena.epoch
+        state.active = tuple(
+            (name, slot) for name, slot in self.fastlora.items() if not state.arena.off(name)
+        )
+        state.fast = self.shortcut()
+
+    def folded(self) -> Tensor:
+        if self._state.stale:
+            from fastlora.adapters.folding import fold_layers
+
+            fold_layers([self])
+        folded = self.fastlora.folded_weight
+        assert folded is not None
+        return folded
+
+    def bias_or_none(self) -> Tensor | None:
+        return self._parameters.get("bias")
+
+    def device(self) -> torch.device:
+        return next(self.fastlora.parameters()).device
+
+    # --- gates ------------------------------------------------------------------------------------
+
+    def low_rank_slots(self, active: Any) -> list[tuple[LoRASlot, Tensor]]:
+        return [(s, self.gate(name)) for name, s in active if isinstance(s, LoRASlot)]
+
+    def gate(self, name: str) -> Tensor:
+        """The gates of one slot: `[width]`, or `[batch, width]` where its scale is per sample."""
+        state, offset = self._state, self._state.offset
+        for other, slot in self.fastlora.items():
+            if other == name:
+                return self.gates(offset, slot.width, name in state.arena.per_sample)
+            offset += slot.width
+        raise AdapterError(f"{state.path}: no adapter named {name!r}; it has {list(self.fastlora)}")
+
+    def gates(self, offset: int, width: int, per_sample: bool) -> Tensor:
+        """Gates of this layer out of the arena, float32, float64 beside float64.
+
+        A copy where gradients are recorded: `set_scale` writes the arena in place, and that may come
+        between a forward pass and its backward pass.
+        """
+        parameter = next(self.fastlora.parameters())
+        gate = self._state.arena.gate(parameter.device, offset, width)
+        if gate.dim() == 2 and not per_sample:  # another adapter's scale is per sample
+            gate = gate[0]
+        if parameter.dtype == torch.float64:
+            return gate.double()
+        return gate.clone() if torch.is_grad_enabled() else gate
+
+    # --- spectral shifts --------------------------------------------------------------------------
+
+    def spectral(self, active: Any) -> Tensor | None:
+        """The weight under the active spectral shifts; None without any."""
+        slots = [(name, s) for name, s in active if isinstance(s, SpectralSlot)]
+        if not slots:
+            return None
+        gates = [self.gate(name) for name, _ in slots]
+        if any(g.dim() == 2 for g in gates):
+            raise AdapterError(
+                f"{self._state.path}: a spectral shift changes the weight itself, so its strength "
+                "cannot differ per sample; use a number for its scale"
+            )
+        shifts = [s.shift for _, s in slots]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.spectral_now(shifts, gates)
+        small = [*shifts, *gates]
+        return self.cached("spectral", small, lambda: self.spectral_now(shifts, gates))
+
+    def spectral_now(self, shifts: list[Tensor], gates: list[Tensor]) -> Tensor:
+        with full_precision(self.weight.device):
+            if self.is_norm():  # w + Σ strength δ
+                total = sum(g * s for g, s in zip(gates, shifts, strict=True))
+                return (self.weight + total).to(self.weight.dtype)
+            factors = self.fastlora
+            if len(shifts) == 1:
+                shift, strength = shifts[0], gates[0].reshape(())
+            else:  # several shifts of one layer add up under one relu
+                shift = sum(g * s for g, s in zip(gates, shifts, strict=True))
+                strength = torch.ones_like(gates[0].reshape(()))
+            changed = spectral_weight(
+                self.matrix(), factors.svd_u, factors.svd_s, factors.svd_vh, shift, strength
+            )
+            return changed.view(self.weight.shape)
+
+    def cached(self, name: str, small: list[Tensor], make: Callable[[], Any]) -> Any:
+        """`make()`, kept while the weight is the same at the same version and the tensors in `small`
+        have the values that they had.
+
+        Values, not versions: a write through `.data`, as many averages of weights are copied, leaves
+        no trace in a version. On an accelerator a comparison would wait for the device (and a
+        captured graph would never look again), so there nothing is kept.
+        """
+        weight = self.weight
+        if weight.device.type != "cpu" or weight.is_inference():
+            return make()
+        found, key = self._state.cache.get(name), (weight.data_ptr(), weight._version)
+        if (
+            found is not None
+            and found[0] is weight
+            and found[1] == key
+            and len(found[2]) == len(small)
+            and all(map(torch.equal, found[2], small))
+        ):
+            return found[3]
+        made = make()
+        self._state.cache[name] = (weight, key, [t.detach().clone() for t in small], made)
+        return made
+
+    # --- what torch does to modules -----------------------------------------------------------------
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)
+        self._state.forget()  # the shortcut holds what may just have been replaced
+        self._state.arena.prepare(self.device())
+        if self._state.merged and not self.weight.is_meta:
+            self._state.stale = True  # the fold of the converted weight, not the converted fold
+            self.folded()
+        return result
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        factors = self.fastlora if self.fastlora.svd_s is not None else None
+        before = self.weight.detach().clone() if factors is not None else None
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._state.forget()
+        self._state.stale = self._state.merged
+        if factors is not None and not torch.equal(before, self.weight):  # another base
+            factors.decompose(self.matrix())
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise AdapterError(
+            f"{self._state.path}: DataParallel copies layers in a way that adapters do not follow; "
+            "use torch.nn.parallel.DistributedDataParallel"
+        )
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        self._state.arena.join(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Adapted classes may be made at run time; pickle finds them through the base.
+        _, _, *state = super().__reduce_ex__(max(2, protocol))  # type: ignore[misc]
+        return blank, (base_class(type(self)),), *state
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Without autocast: what is computed about weights is not for one forward pass alone."""
+    if torch._C._is_any_autocast_enabled():
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+# --- which class adapts which -----------------------------------------------------------------------
+
+_ADAPTED: dict[type[nn.Module], type[Adapted]] = {}
+_BASE: dict[type[nn.Module], type[nn.Module]] = {}
+Class = TypeVar("Class", bound=type[Adapted])
+
+
+def adapts(base: type[nn.Module]) -> Callable[[Class], Class]:
+    """Registers the decorated class as the one that adapts modules of exactly type `base`."""
+
+    def register(adapted: Class) -> Class:
+        _ADAPTED[base], _BASE[adapted] = adapted, base
+        return adapted
+
+    return register
+
+
+def adapted_class(base: type[nn.Module]) -> type[Adapted] | None:
+    """The class that adapts modules of exactly type `base`; None if there is none."""
+    if base not in _ADAPTED and issubclass(base, nn.Linear):
+        # A subclass may compute in any way, so its own forward stays in charge.
+        from fastlora.adapters.layers import AdaptedLinearLike
+
+        adapts(base)(type(f"Adapted{base.__name__}", (AdaptedLinearLike, base), {}))
+    return _ADAPTED.get(base)
+
+
+def base_class(adapted: type[nn.Module]) -> type[nn.Module]:
+    return _BASE[adapted]
+
+
+def blank(base: type[nn.Module]) -> Adapted:
+    """An adapted layer without anything in it, for pickle to fill."""
+    adapted = adapted_class(base)
+    assert adapted is not None
+    return adapted.__new__(adapted)
+
+
+def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
+    """The adapted layers of a model by path."""
+    return {path: m for path, m in model.named_modules() if isinstance(m, Adapted)}

@@ -1,0 +1,31 @@
+"""Shared by all tests: fixed seeds, no network, and a header that says what is being tested."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anybody imports huggingface_hub
+
+import torch
+
+from fastlora.ops._define import kernels
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    build = kernels.build_info()
+    cuda = f"CUDA {build['cuda']} for {build['cuda_archs']}" if build["cuda"] else build["cpu_only"]
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return (
+        f"fastlora: torch {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"{build['compiler']}, {build['cpu_isa']}, {cuda}, {gpu}"
+    )
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> Iterator[None]:
+    """Every test starts from the same random state and leaves none of its own behind."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,424 @@
+"""`sample` and `sample_steps`: guidance, seeds, dtypes, and what they refuse."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastlora
+from fastlora import Schedule, ddim, sample
+from fastlora.samplers import noise, sample_steps
+from fastlora.samplers.table import Table
+
+SHAPE = (3, 4, 4)
+
+
+def network(x, t, cond):
+    shift = 0 if cond is None else cond.view(-1, 1, 1, 1)
+    return 0.5 * (x + shift + t.view(-1, 1, 1, 1) * 0.001).sin()
+
+
+def quiet(model, table, x, *args, **options):
+    return sample(model, table, x, *args, progress=False, **options)
+
+
+def test_steps_end_in_the_sample():
+    table, x = ddim(Schedule.cosine(), 7), noise([1, 2], SHAPE)
+    steps = list(sample_steps(network, table, x))
+    assert [s.index for s in steps] == list(range(7))
+    assert [s.timestep for s in steps] == table.timesteps.tolist()
+    assert torch.equal(steps[-1].x, quiet(network, table, x))
+    assert len({s.x.data_ptr() for s in steps}) == 7  # each step's own, not one overwritten buffer
+
+
+def test_sample_has_the_steps():
+    table, x = ddim(Schedule.cosine(), 3), noise([1], SHAPE)
+    ours = [s.x for s in sample.steps(network, table, x)]
+    assert all(
+        torch.equal(a, b.x) for a, b in zip(ours, sample_steps(network, table, x), strict=True)
+    )
+
+
+def test_the_model_runs_only_as_far_as_one_looks():
+    calls = []
+
+    def model(x, t, cond):
+        calls.append(t.tolist())
+        return x
+
+    steps = sample_steps(model, ddim(Schedule.cosine(), 10), noise([1, 2], SHAPE))
+    assert calls == []
+    next(steps)
+    next(steps)
+    assert calls == [[900, 900], [800, 800]]
+
+
+def test_one_call_a_step_on_the_doubled_batch():
+    seen = []
+
+    def model(x, t, cond):
+        seen.append((x.shape, t.dtype, t.shape, cond.tolist()))
+        assert torch.equal(x[:2], x[2:])
+        return network(x, t, cond)
+
+    cond, uncond = torch.tensor([1.0, 2.0]), torch.tensor([0.0, -1.0])
+    quiet(model, ddim(Schedule.cosine(), 4), noise([1, 2], SHAPE), cond, uncond, 3.0)
+    assert seen == [((4, *SHAPE), torch.int64, (4,), [1.0, 2.0, 0.0, -1.0])] * 4
+
+
+def test_guidance_is_extrapolation():
+    """The doubled call is the same as a model that evaluates both and combines them itself."""
+    table, x = ddim(Schedule.cosine(), 9), noise([1, 2], SHAPE)
+    cond, uncond = torch.tensor([1.0, 2.0]), torch.tensor([0.0, -1.0])
+
+    def combined(x, t, cond):
+        c, u = network(x, t, cond), network(x, t, uncond)
+        return u + 2.5 * (c - u)
+
+    expected = quiet(combined, table, x, cond)
+    samples = quiet(network, table, x, cond, uncond, 2.5)
+    torch.testing.assert_close(samples, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [4.0, torch.tensor(4.0), torch.tensor([4.0])], ids=repr)
+def test_guidance_scale_forms(scale):
+    table, x = ddim(Schedule.cosine(), 3), noise([1, 2], SHAPE)
+    cond, uncond = torch.ones(2), torch.zeros(2)
+    expected = quiet(network, table, x, cond, uncond, torch.tensor([4.0, 4.0]))
+    assert torch.equal(quiet(network, table, x, cond, uncond, scale), expected)
+
+
+def test_guidance_per_sample():
+    table, x = ddim(Schedule.cosine(), 5), noise([1, 2, 3], SHAPE)
+    cond, uncond, scales = torch.arange(3.0), torch.zeros(3), torch.tensor([0.0, 1.0, 7.5])
+    batch = quiet(network, table, x, cond, uncond, scales)
+    for b, scale in enumerate(scales.tolist()):
+        one = slice(b, b + 1)
+        alone = quiet(network, table, x[one], cond[one], uncond[one], scale)
+        torch.testing.assert_close(alone, batch[one])
+
+
+@pytest.mark.parametrize("guided", [True, False], ids=["cfg", "plain"])
+def test_batch_equals_singles_bit_for_bit(guided):
+    """Noise comes from the sample's seed alone (the network here is element-wise)."""
+    table, seeds = ddim(Schedule.cosine(), 6, eta=1.0), [11, -5, 2**62]
+    x, cond = noise(seeds, SHAPE), torch.arange(3.0)
+    options = {"uncond": torch.zeros(3), "guidance_scale": 3.0} if guided else {}
+    batch = quiet(network, table, x, cond, seeds=seeds, **options)
+    for b, seed in enumerate(seeds):
+        one = slice(b, b + 1)
+        start = noise([seed], SHAPE)
+        assert torch.equal(start, x[one])
+        if guided:
+            options["uncond"] = torch.zeros(1)
+        alone = quiet(network, table, start, cond[one], seeds=torch.tensor([seed]), **options)
+        assert torch.equal(alone, batch[one])
+
+
+def test_seeds():
+    table, x = ddim(Schedule.cosine(), 6, eta=1.0), noise([1, 2], SHAPE)
+    torch.manual_seed(3)
+    first = quiet(network, table, x)
+    second = quiet(network, table, x)
+    torch.manual_seed(3)
+    assert torch.equal(quiet(network, table, x), first) and not torch.equal(first, second)
+    # the two samples of a batch get seeds of their own
+    twins = quiet(network, table, x[:1].repeat(2, 1, 1, 1))
+    assert not torch.equal(twins[0], twins[1])
+    # a deterministic table takes nothing from the generator, and ignores the seeds that it is given
+    state = torch.get_rng_state()
+    table = ddim(Schedule.cosine(), 6)
+    assert torch.equal(quiet(network, table, x), quiet(network, table, x, seeds=[7, 8]))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_noise():
+    x = noise([3, 4], (2, 100))
+    assert x.shape == (2, 2, 100) and x.dtype == torch.float32
+    assert torch.equal(x[1:], noise(torch.tensor([4]), (2, 100)))
+    assert noise([], (2, 3)).shape == (0, 2, 3)
+    # a stream of its own: not the noise of any step under the same seeds
+    table = Table.of("noise", "epsilon", torch.tensor([1, 0]), c_n=1.0)
+    steps = sample_steps(lambda x, t, cond: x, table, torch.zeros(2, 2, 100), seeds=[3, 4])
+    for step in steps:
+        correlation = torch.corrcoef(torch.stack((x.flatten(), step.x.flatten())))[0, 1]
+        assert abs(correlation) < 4 / math.sqrt(x.numel())
+
+
+def test_history_reaches_the_next_step():
+    """h' = x̂0 of one row is h of the next: x1 = x̂0(x), x2 = x̂0(x1) + 10 x̂0(x)."""
+    table = Table.of(
+        "test", "x0", torch.tensor([1, 0]), k_e=1.0, c_0=1.0, g_0=1.0, c_h=torch.tensor([0.0, 10.0])
+    )
+    x = noise([1], SHAPE)
+    one = network(x, torch.tensor([1]), None)
+    two = network(one, torch.tensor([0]), None) + 10 * one
+    torch.testing.assert_close(quiet(network, table, x), two)
+
+
+# --- closed form ---------------------------------------------------------------------------------
+
+MEAN, STD = 1.5, 0.5  # two components N(+-MEAN, STD^2), as likely
+
+
+def mixture(schedule):
+    """Exact eps: of the component that cond names by its sign, of the mixture where it is 0."""
+
+    def model(x, t, cond):
+        alpha, sigma = (s[t].to(x.dtype)[:, None] for s in (schedule.alpha, schedule.sigma))
+        variance = alpha**2 * STD**2 + sigma**2
+        mean = alpha * MEAN
+        towards = torch.where(cond[:, None] == 0, (mean * x / variance).tanh(), cond[:, None])
+        return sigma * (x - mean * towards) / variance
+
+    return model
+
+
+def test_guided_mixture_follows_the_closed_form():
+    """eps_u + g (eps_c - eps_u) adds g - 1 times the gradient of log p(c | x) to the score."""
+    schedule, g = Schedule.linear(), 3.0
+    x = torch.linspace(-3, 3, 41).double().view(-1, 1)
+    table = ddim(schedule, 40)
+    plus, none = torch.ones(41).double(), torch.zeros(41).double()
+    samples = quiet(mixture(schedule), table, x, plus, none, g)
+
+    abar = [*schedule.alphas_cumprod[table.timesteps].tolist(), 1.0]
+    for a, a_next in zip(abar[:-1], abar[1:], strict=True):
+        alpha, sigma = math.sqrt(a), math.sqrt(1 - a)
+        variance = a * STD**2 + 1 - a
+        score = (alpha * MEAN - x) / variance  # of p(x | c = +1)
+        log_odds = 2 * alpha * MEAN * x / variance
+        classifier = 2 * alpha * MEAN / variance * (-log_odds).sigmoid()  # of log p(c = +1 | x)
+        eps = -sigma * (score + (g - 1) * classifier)
+        x0 = (x - sigma * eps) / alpha
+        x = math.sqrt(a_next) * x0 + math.sqrt(1 - a_next) * eps
+    torch.testing.assert_close(samples, x, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_guided_mixture_statistics(eta):
+    schedule, n = Schedule.linear(), 5000
+    model, table = mixture(schedule), ddim(schedule, 100, eta)
+    x, seeds = noise(range(n), (1,)), range(n)
+    plus, none = torch.ones(n), torch.zeros(n)
+
+    unguided = quiet(model, table, x, none, seeds=seeds)
+    assert (unguided > 0).float().mean().item() == pytest.approx(0.5, abs=0.02)
+    conditional = quiet(model, table, x, plus, none, 1.0, seeds=seeds)
+    assert conditional.mean().item() == pytest.approx(MEAN, abs=0.03)
+    # 100 steps narrow the samples a little, noisy ones more: see the golden values of test_ddim
+    assert conditional.std().item() == pytest.approx(STD, rel=0.08)
+    guided = quiet(model, table, x, plus, none, 3.0, seeds=seeds)
+    # further from the other component than the data itself
+    assert guided.mean() > conditional.mean() + 0.01
+    assert (guided < 0.2).sum() < (conditional < 0.2).sum()
+
+
+# --- dtypes, gradients, synchronisation ----------------------------------------------------------
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 3, 1)
+        self.seen = []
+
+    def forward(self, x, t, cond):
+        self.seen.append(x.dtype)
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_module_sees_its_own_dtype(dtype):
+    torch.manual_seed(0)
+    net = Net().to(dtype)
+    x = noise([1, 2], SHAPE)
+    x = x.double() if dtype == torch.float64 else x
+    samples = quiet(net, ddim(Schedule.cosine(), 3), x)
+    assert net.seen == [dtype] * 3 and samples.dtype == x.dtype
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
+def test_a_function_sees_the_dtype_of_x(dtype):
+    seen = []
+
+    def model(x, t, cond):
+        seen.append(x.dtype)
+        return x * 0.5
+
+    samples = quiet(model, ddim(Schedule.cosine(), 3), noise([1], SHAPE).to(dtype))
+    assert seen == [dtype] * 3
+    assert samples.dtype == (dtype if dtype == torch.float64 else torch.float32)
+
+
+def test_no_graph_is_kept():
+    net, x = Net(), noise([1], SHAPE).requires_grad_()
+    for step in sample_steps(net, ddim(Schedule.cosine(), 3), x):
+        assert not step.x.requires_grad
+        assert torch.is_grad_enabled()  # what the caller does between steps is the caller's
+
+
+def test_inference_mode():
+    net, x = Net(), noise([1], SHAPE)
+    table = ddim(Schedule.cosine(), 3)
+    expected = quiet(net, table, x)
+    with torch.inference_mode():
+        assert torch.equal(quiet(net, table, x), expected)
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_host_synchronisation():
+    """No step reads a number back from the device, and each has one sampler_step."""
+    table, x = ddim(Schedule.cosine(), 5, eta=1.0), noise([1, 2], SHAPE)
+    cond, uncond = torch.ones(2), torch.zeros(2)
+    steps = sample_steps(network, table, x, cond, uncond, 3.0, seeds=[1, 2])
+    next(steps)
+    with Operators() as seen:
+        for _ in steps:
+            pass
+    assert seen.names.count("fastlora::sampler_step") == 4
+    reading = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero"}
+    assert not reading & set(seen.names)
+
+
+def test_progress_bar(capfd):
+    table, x = ddim(Schedule.cosine(), 3), noise([1], SHAPE)
+    with_bar = sample(network, table, x)
+    assert "3/3" in capfd.readouterr().err
+    assert torch.equal(quiet(network, table, x), with_bar)
+    assert capfd.readouterr().err == ""
+
+
+# --- conditions and adapters ---------------------------------------------------------------------
+
+
+def test_nested_conditions():
+    def model(x, t, cond):
+        tokens, extra = cond["tokens"], cond["extra"]
+        assert tokens.shape == (4, 5) and extra[1].shape == (4,) and extra[0] is None
+        return network(x, t, tokens.sum(1) + extra[1])
+
+    def made(scale):
+        return {"tokens": torch.full((2, 5), scale), "extra": (None, torch.full((2,), scale))}
+
+    table, x = ddim(Schedule.cosine(), 3), noise([1, 2], SHAPE)
+    samples = quiet(model, table, x, made(1.0), made(0.5), 2.0)
+    expected = quiet(network, table, x, torch.full((2,), 6.0), torch.full((2,), 3.0), 2.0)
+    torch.testing.assert_close(samples, expected)
+
+
+class Mixing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x, t, cond):
+        return self.layer(x + cond[:, None]).sin()
+
+
+@pytest.mark.parametrize("guided", [True, False], ids=["cfg", "plain"])
+def test_strength_per_sample_inside_guidance(guided):
+    torch.manual_seed(0)
+    net = Mixing()
+    fastlora.inject(net, fastlora.LoRA(rank=2), where=["layer"], name="slider", seed=0)
+    for p in fastlora.parameters(net, "slider"):
+        nn.init.normal_(p)
+    table, x = ddim(Schedule.cosine(), 4, eta=0.5), noise([1, 2, 3], (16,))
+    cond, strengths = torch.arange(3.0), torch.tensor([-1.0, 0.0, 2.0])
+    options = {"uncond": torch.zeros(3), "guidance_scale": 2.0} if guided else {}
+    fastlora.set_scale(net, {"slider": strengths})
+    batch = quiet(net, table, x, cond, seeds=[1, 2, 3], **options)
+    for b, strength in enumerate(strengths.tolist()):
+        one = slice(b, b + 1)
+        fastlora.set_scale(net, {"slider": strength})
+        if guided:
+            options["uncond"] = torch.zeros(1)
+        alone = quiet(net, table, x[one], cond[one], seeds=[b + 1], **options)
+        torch.testing.assert_close(alone, batch[one])
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"x": torch.zeros(2, 3, dtype=torch.int64)},
+            r"x: expected a floating-point .* int64 \[2, 3\]",
+        ),
+        (
+            {"x": torch.tensor(1.0)},
+            r"x: expected a floating-point tensor \[B, ...\], got float32 \[\]",
+        ),
+        ({"x": [1.0]}, r"x: expected a floating-point tensor \[B, ...\], got a list of 1"),
+        ({"uncond": None}, "guidance_scale: expected 1.0 where uncond is not given, got 2.0"),
+        (
+            {"guidance_scale": torch.ones(3)},
+            r"guidance_scale: expected a number or a tensor \[2\], got \[3\]",
+        ),
+        (
+            {"guidance_scale": torch.ones(2, 1)},
+            r"guidance_scale: expected a number or a tensor \[2\], got \[2, 1\]",
+        ),
+        (
+            {"uncond": torch.zeros(1)},
+            r"uncond: expected the shape of cond, .* got \[1\] beside \[2\]",
+        ),
+        (
+            {"cond": torch.zeros(4), "uncond": torch.zeros(4)},
+            r"uncond: expected the shape of cond, \[2, ...\], got \[4\] beside \[4\]",
+        ),
+        ({"uncond": {"a": torch.zeros(2)}}, "uncond: expected tensors .* got a dict of 'a' beside"),
+        (
+            {"cond": {"a": (torch.zeros(2),)}, "uncond": {"a": (None,)}},
+            r"uncond\['a'\]\[0\]: expected tensors in the same .* got None beside float32 \[2\]",
+        ),
+        ({"cond": ["a", "b"], "uncond": ["", ""]}, r"uncond\[0\]: expected tensors .* got a str"),
+        ({"seeds": [1]}, r"seeds: expected 2 int64 numbers, one per sample, got int64 \[1\]"),
+        (
+            {"seeds": [1, 2**63]},
+            "seeds: expected 2 int64 numbers, .* got 9223372036854775808 among",
+        ),
+        (
+            {"seeds": [1, 0.5]},
+            "seeds: expected 2 int64 numbers, one per sample, got 0.5 among them",
+        ),
+        ({"seeds": torch.zeros(2)}, r"seeds: expected 2 int64 numbers, .* got float32 \[2\]"),
+        (
+            {"model": lambda x, t, c: x[:2]},
+            r"model: expected a prediction \[4, 3, 4, 4\], got float32",
+        ),
+        ({"model": lambda x, t, c: {"sample": x}}, "model: expected .*, got a dict of 'sample'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_input(change, message):
+    options = {
+        "model": network,
+        "table": ddim(Schedule.cosine(), 3),
+        "x": noise([1, 2], SHAPE),
+        "cond": torch.ones(2),
+        "uncond": torch.zeros(2),
+        "guidance_scale": 2.0,
+    }
+    with pytest.raises(ValueError, match=f"^sample: {message}"):
+        quiet(**options | change)
+
+
+def test_seeds_that_are_not_a_sequence():
+    with pytest.raises(TypeError, match="sample: seeds: expected 1 int64 numbers, .*, got 7"):
+        quiet(network, ddim(Schedule.cosine(), 3), noise([1], SHAPE), seeds=7)

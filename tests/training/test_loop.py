@@ -1,0 +1,262 @@
+"""The loop: it minimises, resumes bit for bit, and loses nothing to bad input."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fastlora
+from fastlora.training import (
+    EMA,
+    CheckpointError,
+    epsilon_loss,
+    load_checkpoint,
+    save_checkpoint,
+    train,
+    v_loss,
+)
+from tests.training.toys import SCHEDULE, Toy, toy_batches
+
+
+def run(model: nn.Module, steps: int = 30, **options):
+    options = {"lr": 1e-2, "seed": 7, "progress": False, **options}
+    return train(model, v_loss, toy_batches, SCHEDULE, steps=steps, **options)
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_loss_falls() -> None:
+    losses = run(Toy(), steps=300).metrics["loss"]
+    assert len(losses) == 30
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_a_run_is_a_function_of_its_seed_and_leaves_the_global_generator_alone() -> None:
+    models = [Toy(dropout=0.3) for _ in range(3)]
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    for model, seed in zip(models, (7, 7, 8), strict=True):
+        run(model, seed=seed)
+        assert torch.equal(torch.get_rng_state(), before)
+        torch.rand(3)
+        before = torch.get_rng_state()
+    assert_same_bits(weights(models[0]), weights(models[1]))
+    assert not torch.equal(models[0].first.weight, models[2].first.weight)
+
+
+@pytest.mark.parametrize("stopped_at", [5, 20, 27])
+def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    tmp_path: Path, stopped_at: int
+) -> None:
+    options = {"steps": 40, "ema_decay": 0.9, "warmup": 10, "decay": lambda done: 1 - done}
+    options["checkpoint_every"] = 5
+    whole, part, resumed = (Toy(dropout=0.2) for _ in range(3))
+    expected = run(whole, **options)
+
+    calls = 0
+
+    def interrupted(*args):
+        nonlocal calls
+        calls += 1
+        if calls > stopped_at:
+            raise KeyboardInterrupt
+        return v_loss(*args)
+
+    options["checkpoint"] = tmp_path / "run" / "state.pt"
+    with pytest.raises(KeyboardInterrupt):
+        train(part, interrupted, toy_batches, SCHEDULE, lr=1e-2, seed=7, progress=False, **options)
+    assert os.listdir(tmp_path / "run") == ["state.pt"]
+    got = run(resumed, **options)
+    assert_same_bits(weights(whole), weights(resumed))
+    assert got.metrics == expected.metrics
+    assert got.ema is not None and expected.ema is not None
+    assert_same_bits(got.ema.shadow, expected.ema.shadow)
+
+
+def test_only_the_given_parameters_move() -> None:
+    model = Toy()
+    before = weights(model)
+    fastlora.inject(model, fastlora.LoRA(rank=2), where=["first"], name="a", seed=0)
+    result = run(model, parameters=fastlora.parameters(model, "a"), steps=20)
+    assert result.steps == 20
+    fastlora.remove(model, "a")
+    assert_same_bits(before, weights(model))
+
+
+def test_warmup_decay_and_optimizer_give_the_learning_rate_of_each_step() -> None:
+    seen = []
+
+    class Recorder(torch.optim.SGD):
+        def step(self, closure=None):
+            seen.append(self.param_groups[0]["lr"])
+
+    run(Toy(), steps=4, warmup=2, decay=lambda d: 1 - d, optimizer=lambda p: Recorder(p, lr=8.0))
+    assert seen == [4.0, 6.0, 4.0, 2.0]
+
+
+def test_gradients_are_clipped_and_their_norm_reported() -> None:
+    model = Toy()
+    before = weights(model)
+    norm = run(model, steps=1, clip=1e-3, optimizer=lambda p: torch.optim.SGD(p, lr=1.0)).metrics
+    moved = sum((model.state_dict()[n] - before[n]).square().sum() for n in before) ** 0.5
+    assert norm["grad_norm"][0] > 1e-2
+    assert moved == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+def test_training_mode_is_put_back(mode: bool) -> None:
+    model = Toy().train(mode)
+    seen = []
+
+    def loss(model, *args):
+        seen.append(model.training)
+        return epsilon_loss(model, *args)
+
+    train(model, loss, toy_batches, SCHEDULE, steps=1, progress=False)
+    assert seen == [True] and model.training is mode
+
+
+def test_ema_ramps_up_and_swaps_without_a_trace() -> None:
+    p = nn.Parameter(torch.tensor([1.0, 2.0]))
+    ema = EMA({"p": p}, decay=0.5)
+    expected = torch.tensor([1.0, 2.0])
+    for n in range(1, 7):
+        with torch.no_grad():
+            p += 1
+        ema.update()
+        d = min(0.5, (1 + n) / (10 + n))
+        expected = d * expected + (1 - d) * p.detach()
+    torch.testing.assert_close(ema.shadow["p"], expected)
+    before = p.detach().clone()
+    with pytest.raises(RuntimeError, match="inside"), ema.swapped():
+        assert torch.equal(p, ema.shadow["p"])
+        raise RuntimeError("inside")
+    assert torch.equal(p, before)
+
+
+def test_ema_of_half_precision_is_kept_in_float32() -> None:
+    p = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    ema = EMA({"p": p}, decay=0.999)
+    assert ema.shadow["p"].dtype == torch.float32
+    ema.copy_to_parameters()
+    assert p.dtype == torch.bfloat16 and torch.equal(p, torch.ones(3, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0])
+def test_ema_decay_out_of_range_is_refused(decay: float) -> None:
+    with pytest.raises(ValueError, match="0 <= decay < 1"):
+        EMA({}, decay)
+
+
+def test_loss_that_is_not_finite_stops_before_the_weights_are_touched(tmp_path: Path) -> None:
+    model = Toy()
+    path = tmp_path / "state.pt"
+    run(model, steps=5, checkpoint=path)
+    before, saved = weights(model), path.read_bytes()
+
+    def poisoned(generator):
+        return {"x0": torch.full((4, 6), float("nan")), "cond": torch.zeros(4, 4)}
+
+    with pytest.raises(FloatingPointError, match="got nan at step 6"):
+        train(model, v_loss, poisoned, SCHEDULE, steps=9, checkpoint=path, lr=1e-2, progress=False)
+    assert_same_bits(before, weights(model))
+    assert path.read_bytes() == saved
+
+
+def test_directory_that_cannot_be_written_is_found_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+
+    def never(*args):
+        raise AssertionError("a step was made")
+
+    with pytest.raises(OSError, match="output directory .*file/sub: expected a writable directory"):
+        train(
+            Toy(),
+            never,
+            toy_batches,
+            SCHEDULE,
+            steps=1,
+            checkpoint=tmp_path / "file" / "sub" / "state.pt",
+        )
+
+
+class Runs:
+    """A pickle that would run code."""
+
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "text", "pickle", "other tensors", "empty"])
+def test_foreign_checkpoints_are_refused(tmp_path: Path, monkeypatch, kind: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "state.pt"
+    model = Toy()
+    run(model, steps=2, checkpoint=path)
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-200])
+    elif kind == "text":
+        path.write_text("hello")
+    elif kind == "pickle":
+        torch.save({"format": "fastlora.training/1", "step": Runs()}, path)
+    elif kind == "other tensors":
+        torch.save({"weight": torch.ones(2)}, path)
+    else:
+        path.write_bytes(b"")
+    content, before = path.read_bytes(), weights(model)
+    with pytest.raises(CheckpointError, match=r"checkpoint .*state\.pt: expected"):
+        run(model, steps=4, checkpoint=path)
+    assert path.read_bytes() == content  # not overwritten
+    assert_same_bits(before, weights(model))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_checkpoint_of_other_parameters_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    run(Toy(), steps=1, checkpoint=path)
+    other = Toy()
+    other.last = nn.Linear(8, 6, bias=False)
+    with pytest.raises(CheckpointError, match=r"1 others: last\.bias \[6\] \(expected None\)"):
+        run(other, steps=2, checkpoint=path)
+
+
+def test_a_save_that_fails_keeps_the_old_file_and_leaves_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    save_checkpoint(path, {"step": 1})
+    with pytest.raises(Exception, match="pickle|Pickle|local"):
+        save_checkpoint(path, {"step": lambda: 2})
+    assert load_checkpoint(path)["step"] == 1
+    assert os.listdir(tmp_path) == ["state.pt"]
+
+
+@pytest.mark.parametrize(
+    ("choose", "message"),
+    [
+        (lambda m: [], "expected at least one"),
+        (lambda m: [nn.Parameter(torch.ones(3))], r"parameters of the model, got 1 others"),
+        (lambda m: [m.first.weight, m.first.weight], "expected each once, got 1 twice"),
+        (lambda m: [m.first.weight.requires_grad_(False)], "frozen ones: first.weight"),
+    ],
+    ids=["none", "foreign", "twice", "frozen"],
+)
+def test_wrong_parameters_are_refused(choose, message: str) -> None:
+    model = Toy()
+    with pytest.raises(ValueError, match=message):
+        run(model, parameters=choose(model))
+
+
+@pytest.mark.parametrize("options", [{"steps": -1}, {"warmup": -1}, {"checkpoint_every": 0}])
+def test_wrong_numbers_are_refused(options: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="train: expected steps >= 0"):
+        run(Toy(), **options)
