@@ -7,6 +7,7 @@
 PYTHON ?= python3
 ARGS ?=
 python := .venv/bin/python
+cpp := find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 
 .PHONY: help environment demo test bench lint format doctor lock clean
 
@@ -30,16 +31,18 @@ doctor: environment  ## what was built, what is missing
 
 lint:  ## ruff, clang-format, pyright
 	@"$(PYTHON)" tools/environment.py .venv lint
-	@$(python) -m ruff check .
-	@$(python) -m ruff format --check .
-	@find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(python) -m clang_format --dry-run --Werror
-	@$(python) -m pyright
+	@status=0; \
+	$(python) -m ruff check . || status=1; \
+	$(python) -m ruff format --check . || status=1; \
+	$(cpp) | xargs $(python) -m clang_format --dry-run --Werror || status=1; \
+	$(python) -m pyright || status=1; \
+	exit $$status
 
 format:  ## rewrite the sources in the style that `make lint` checks
 	@"$(PYTHON)" tools/environment.py .venv lint
 	@$(python) -m ruff check --fix .
 	@$(python) -m ruff format .
-	@find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(python) -m clang_format -i
+	@$(cpp) | xargs $(python) -m clang_format -i
 
 lock: environment  ## pin what requirements/*.in name (needs uv on the PATH)
 	@cd requirements && for name in main lint; do \

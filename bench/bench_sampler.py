@@ -76,8 +76,7 @@ def fastlora_step(x: Any, output: Any, prediction: str, eta: float) -> Callable[
     dtype = x.dtype
 
     def step():
-        outputs = list(output.chunk(2))  # all of cond, then all of uncond
-        return ops.sampler_step(x, outputs, weights, coefficients, row, None, seeds, 2, dtype)
+        return ops.sampler_step(x, [output], weights, coefficients, row, None, seeds, 2, dtype)
 
     return step
 

@@ -1,6 +1,5 @@
 // The noisy sample and its target: x0 (and the noise) read once, both results written once.
 #include "add_noise.h"
-
 #include "elementwise.cuh"
 #include "launch.h"
 #include "philox.h"
@@ -12,7 +11,8 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) add_noise_kernel(AddNoise p, bool vectors) {
   const int64_t groups = (p.inner + kWidth - 1) / kWidth;
   for (int64_t sample = blockIdx.y; sample < p.batch; sample += gridDim.y) {
-    // A t outside the table gives NaN: a kernel cannot raise, and wrong samples must not look right.
+    // A t outside the table gives NaN: a kernel cannot raise, and wrong samples must not look
+    // right.
     const int64_t t = p.t[sample];
     const bool listed = t >= 0 && t < p.steps;
     const float nan = __int_as_float(0x7fffffff);

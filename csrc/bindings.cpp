@@ -8,6 +8,7 @@
 #include "lora_linear.h"
 #include "python_tensor.h"
 #include "sampler_step.h"
+#include "spectral_weight.h"
 #include "tiny_call.h"
 
 namespace fastlora {
@@ -37,6 +38,9 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   m.def("lora_linear", &lora_linear);
   m.def("lora_add_", &lora_add_);
   m.def("fold", &fold);
+  m.def("spectral_weight", &spectral_weight);
+  m.def("spectral_scale", &spectral_scale);
+  m.def("spectral_dots", &spectral_dots);
   m.def("sampler_step", &sampler_step);
   m.def("add_noise", &add_noise);
 }

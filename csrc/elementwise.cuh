@@ -1,68 +1,14 @@
-// Eight elements at a time, for kernels that stream over tensors: 16-byte accesses where the memory
-// allows them, single ones otherwise; arithmetic in float.
+// The grid of kernels that stream over tensors, kWidth elements a thread at a time.
 #pragma once
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 #include <cstdint>
 
+#include "types.cuh"
+
 namespace fastlora {
 
-constexpr int kWidth = 8;          // elements that one thread handles at a time
-constexpr int kThreads = 256;      // of a block
+constexpr int kThreads = 256;  // of a block
 constexpr int64_t kMaxBlocks = 4096;
-
-__device__ __forceinline__ float widen(float v) { return v; }
-__device__ __forceinline__ float widen(__half v) { return __half2float(v); }
-__device__ __forceinline__ float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
-
-__device__ __forceinline__ void narrow(float v, float* out) { *out = v; }
-__device__ __forceinline__ void narrow(float v, __half* out) { *out = __float2half_rn(v); }
-__device__ __forceinline__ void narrow(float v, __nv_bfloat16* out) { *out = __float2bfloat16_rn(v); }
-
-template <class T>
-union alignas(16) Packet {
-  T elements[16 / sizeof(T)];
-  uint4 bits;
-  __device__ Packet() {}
-};
-
-// `vectors`: all kWidth elements exist and `from` is 16-byte aligned; otherwise `count` of them exist.
-template <class T>
-__device__ __forceinline__ void load(const T* from, bool vectors, int count, float* to) {
-  constexpr int kPacket = 16 / sizeof(T);
-  if (vectors) {
-#pragma unroll
-    for (int k = 0; k < kWidth; k += kPacket) {
-      Packet<T> packet;
-      packet.bits = *reinterpret_cast<const uint4*>(from + k);
-#pragma unroll
-      for (int i = 0; i < kPacket; ++i) to[k + i] = widen(packet.elements[i]);
-    }
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kWidth; ++i) to[i] = i < count ? widen(from[i]) : 0.0f;
-}
-
-template <class T>
-__device__ __forceinline__ void store(T* to, bool vectors, int count, const float* from) {
-  constexpr int kPacket = 16 / sizeof(T);
-  if (vectors) {
-#pragma unroll
-    for (int k = 0; k < kWidth; k += kPacket) {
-      Packet<T> packet;
-#pragma unroll
-      for (int i = 0; i < kPacket; ++i) narrow(from[k + i], &packet.elements[i]);
-      *reinterpret_cast<uint4*>(to + k) = packet.bits;
-    }
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kWidth; ++i)
-    if (i < count) narrow(from[i], to + i);
-}
 
 // Blocks along x stride over one sample's groups of kWidth elements, blocks along y over samples.
 inline dim3 elementwise_grid(int64_t batch, int64_t inner) {
@@ -71,7 +17,5 @@ inline dim3 elementwise_grid(int64_t batch, int64_t inner) {
   return dim3(static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks),
               static_cast<unsigned>(batch < kMaxBlocks ? batch : kMaxBlocks));
 }
-
-inline bool aligned16(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
 }  // namespace fastlora

@@ -1,8 +1,9 @@
-// Philox4x32-10 (Salmon et al., 2011) and Box-Muller: standard normals as a function of (seed, step,
-// element), for host and device alike. fastlora/ops/_philox.py is the reference and explains the layout.
+// Philox4x32-10 (Salmon et al., 2011) and Box-Muller: standard normals as a function of (seed,
+// step, element), for host and device alike. fastlora/ops/_philox.py is the reference and explains
+// the layout.
 //
-// Branch-free arithmetic on 32-bit words, so that a loop over blocks vectorises. Functions are static:
-// the CPU loops are compiled once per instruction set and must not share one copy.
+// Branch-free arithmetic on 32-bit words, so that a loop over blocks vectorises. Functions are
+// static: the CPU loops are compiled once per instruction set and must not share one copy.
 #pragma once
 
 #include <math.h>
@@ -44,7 +45,8 @@ FASTLORA_HOST_DEVICE Words words(uint64_t seed, uint64_t step, uint64_t block) {
   return {{c0, c1, c2, c3}};
 }
 
-// A float32 in (0, 1]: exact up to the one rounding of the conversion, which every execution shares.
+// A float32 in (0, 1]: exact up to the one rounding of the conversion, which every execution
+// shares.
 FASTLORA_HOST_DEVICE float uniform(uint32_t r) {
   return float(int32_t(r >> 1)) * 0x1p-31f + 0x1p-32f;
 }
@@ -73,18 +75,20 @@ FASTLORA_HOST_DEVICE float log_of(float u) {
   return float(e) * 0.693145752f + (float(e) * 1.42860677e-6f + log_m);  // ln 2 in two parts
 }
 
-// z0 = R cos a, z1 = R sin a for R = sqrt(-2 log u(r)), a = pi 2^-31 int32(turn). The quadrant is taken
-// off in integers, so the angle has no rounding error worth the name.
+// z0 = R cos a, z1 = R sin a for R = sqrt(-2 log u(r)), a = pi 2^-31 int32(turn). The quadrant is
+// taken off in integers, so the angle has no rounding error worth the name.
 FASTLORA_HOST_DEVICE void normal_pair(uint32_t r, uint32_t turn, float* z0, float* z1) {
   const float radius = sqrtf(-2.0f * log_of(uniform(r)));
   const uint32_t quadrant = (turn + 0x20000000u) >> 30;
   const int32_t rest = int32_t(turn - (quadrant << 30));  // [-2^29, 2^29): [-pi/4, pi/4)
   const float t = float(rest) * 1.46291808e-9f;           // pi 2^-31
   const float t2 = t * t;
-  const float sine = t + t * t2 * (-1.0f / 6 + t2 * (1.0f / 120 + t2 * (-1.0f / 5040 + t2 / 362880)));
+  const float sine =
+      t + t * t2 * (-1.0f / 6 + t2 * (1.0f / 120 + t2 * (-1.0f / 5040 + t2 / 362880)));
   const float cosine =
-      1.0f - t2 * (0.5f - t2 * (1.0f / 24 - t2 * (1.0f / 720 - t2 * (1.0f / 40320 - t2 / 3628800))));
-  const uint32_t swap = 0u - (quadrant & 1u);              // a mask: a branch would not vectorise
+      1.0f -
+      t2 * (0.5f - t2 * (1.0f / 24 - t2 * (1.0f / 720 - t2 * (1.0f / 40320 - t2 / 3628800))));
+  const uint32_t swap = 0u - (quadrant & 1u);  // a mask: a branch would not vectorise
   const uint32_t crossed = (to_bits(sine) ^ to_bits(cosine)) & swap;
   const uint32_t cos_sign = ((quadrant + 1u) & 2u) << 30;  // negative in quadrants 1 and 2
   const uint32_t sin_sign = (quadrant & 2u) << 30;         // negative in quadrants 2 and 3

@@ -5,6 +5,10 @@ namespace {
 
 constexpr const char* kOp = "sampler_step";
 
+int64_t size_of(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
 void check_tensor(const char* name, const TensorView& t, const TensorView& x) {
   check_memory(kOp, name, t, x);
   check_contiguous(kOp, name, t);
@@ -30,13 +34,17 @@ void sampler_step(TensorView x_next, TensorView history_next, TensorView model_i
   p.batch = x.shape[0];
   p.inner = 1;
   for (int32_t i = 1; i < x.ndim; ++i) p.inner *= x.shape[i];
-  p.n = static_cast<int32_t>(outputs.size());
+  p.n = static_cast<int32_t>(weights.shape[1]);
   p.steps = table.shape[0];
   p.weight_steps = weights.shape[0];
   p.weight_batch = weights.shape[2];
   p.copies = copies;
   p.x = x.data;
-  for (int32_t j = 0; j < p.n; ++j) p.outputs[j] = outputs[j].data;
+  const bool stacked = static_cast<int32_t>(outputs.size()) < p.n;  // all in one tensor
+  for (int32_t j = 0; j < p.n; ++j)
+    p.outputs[j] = stacked
+                       ? outputs[0].ptr<const char>() + j * x.numel() * size_of(outputs[0].dtype)
+                       : outputs[j].data;
   p.weights = weights.data;
   p.table = table.data;
   p.step = step.ptr<const int64_t>();

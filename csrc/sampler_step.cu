@@ -1,10 +1,9 @@
-// One step of a solver's table: every tensor is read or written once. The step index is read here, on
-// the device, so that a whole sampling loop can be one CUDA graph.
-#include "sampler_step.h"
-
+// One step of a solver's table: every tensor is read or written once. The step index is read here,
+// on the device, so that a whole sampling loop can be one CUDA graph.
 #include "elementwise.cuh"
 #include "launch.h"
 #include "philox.h"
+#include "sampler_step.h"
 
 namespace fastlora {
 namespace {
@@ -79,8 +78,7 @@ __global__ void __launch_bounds__(kThreads) sampler_step_kernel(SamplerStep p, b
         for (int i = 0; i < kWidth; ++i) x_next[i] += r.c_n * z[i];
       }
       store(static_cast<float*>(p.x_next) + at, vectors, count, x_next);
-      if (p.history != nullptr)
-        store(static_cast<float*>(p.history_next) + at, vectors, count, h);
+      if (p.history != nullptr) store(static_cast<float*>(p.history_next) + at, vectors, count, h);
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) x_next[i] *= r.m;
       for (int64_t copy = 0; copy < p.copies; ++copy)

@@ -1,5 +1,5 @@
-// x' = c_x x + c_0 clip(k_x x + k_e e) + c_e e + c_h h + c_n z with e = sum_j w_j e_j, h' likewise, and
-// the next model input m x'. The formula and its letters: fastlora/ops/sampler_step.py.
+// x' = c_x x + c_0 clip(k_x x + k_e e) + c_e e + c_h h + c_n z with e = sum_j w_j e_j, h' likewise,
+// and the next model input m x'. The formula and its letters: fastlora/ops/sampler_step.py.
 #pragma once
 
 #include "cpu/isa.h"
@@ -10,8 +10,8 @@ namespace fastlora {
 constexpr int kMaxOutputs = 16;
 constexpr int kTableColumns = 12;
 
-// All tensors contiguous; a sample is `inner` consecutive elements. Plain pointers, so that the same
-// struct is a kernel's argument.
+// All tensors contiguous; a sample is `inner` consecutive elements. Plain pointers, so that the
+// same struct is a kernel's argument.
 struct SamplerStep {
   const void* x;                     // [batch, inner] float32 | float64
   const void* outputs[kMaxOutputs];  // n of [batch, inner]

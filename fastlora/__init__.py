@@ -27,7 +27,7 @@ from fastlora.adapters import (
 )
 from fastlora.formats.files import FormatError
 from fastlora.ops import ContractError
-from fastlora.samplers import Schedule, ddim, sample
+from fastlora.samplers import Schedule, ddim, noise, sample, sample_steps
 from fastlora.verify import VerifyReport, verify
 
 __version__ = "0.1.0"
@@ -48,10 +48,12 @@ __all__ = [
     "fold",
     "inject",
     "load",
+    "noise",
     "ops",
     "parameters",
     "remove",
     "sample",
+    "sample_steps",
     "save",
     "scaled",
     "set_scale",

@@ -1,7 +1,7 @@
 """`verify`: does the fused model compute what plain PyTorch computes from the same parameters?"""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -61,11 +61,12 @@ class VerifyReport:
 def verify(model: nn.Module, *inputs: Any, **keywords: Any) -> VerifyReport:
     """Runs the model fused and by reference and compares.
 
-    Every adapted layer is given the input that it had in the fused run and compared with the formula
-    in float64; so is the model's output, against a float64 copy of the model with every adapted layer
-    replaced by its formula. The rule has no tolerance to choose: the error may be at most twice that of the same
-    formula in plain PyTorch in the model's own dtype. (Where plain PyTorch happens to be closer than that:
-    twice one rounding of the largest value, per adapted layer that led to it.) An adapted layer that the model does not call fails.
+    Every adapted layer is given the input that it had in the fused run and compared with the
+    formula in float64; so is the model's output, against a float64 copy of the model with every
+    adapted layer replaced by its formula. The rule has no tolerance to choose: the error may be at
+    most twice that of the same formula in plain PyTorch in the model's own dtype. (Where plain
+    PyTorch happens to be closer than that: twice one rounding of the largest value, per adapted
+    layer that led to it.) An adapted layer that the model does not call fails.
 
     Costs memory for one float64 copy of the model. Raises AdapterError if there are no adapters.
     """
@@ -77,10 +78,10 @@ def verify(model: nn.Module, *inputs: Any, **keywords: Any) -> VerifyReport:
     try:
         seen: dict[str, tuple[Tensor, Tensor]] = {}
         with recording(layers, seen):
-            fused = flat(model(*inputs, **keywords))
+            fused = [t.clone() for t in flat(model(*inputs, **keywords))]
         rows = [layer_row(path, layer, seen.get(path)) for path, layer in layers.items()]
         with by_reference(layers):
-            plain = flat(model(*inputs, **keywords))
+            plain = [t.clone() for t in flat(model(*inputs, **keywords))]
         double = copy.deepcopy(model).double()
         with by_reference(adapted_layers(double)):
             exact = flat(double(*widened(inputs), **widened(keywords)))
@@ -100,7 +101,7 @@ def layer_row(path: str, layer: Adapted, seen: tuple[Tensor, Tensor] | None) -> 
         return VerifyRow(path, kinds, float("nan"), float("nan"), 0.0, False, note)
     x, y = seen
     note = "folded" if layer._state.merged else ""
-    low = reference(layer, x, layer_dtype(layer, y))
+    low = reference(layer, x, y.dtype)
     return row(path, kinds, y, low, reference(layer, x, torch.float64), note)
 
 
@@ -130,24 +131,19 @@ def worst(a: Tensor, exact: Tensor) -> float:
     return difference if difference == difference else float("inf")
 
 
-def layer_dtype(layer: Adapted, y: Tensor) -> torch.dtype:
-    return y.dtype if isinstance(layer, AdaptedLinearLike) else layer.weight.dtype
-
-
-# --- the reference ----------------------------------------------------------------------------------
+# --- the reference --------------------------------------------------------------------------------
 
 
 def reference(layer: Adapted, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The layer by its formula in plain PyTorch at `dtype`: nothing fused, packed, folded or cached."""
-
-    def at(t: Tensor | None) -> Tensor | None:
-        return t.detach().to(dtype) if t is not None and t.is_floating_point() else t
-
-    x = at(x)  # type: ignore[assignment]
-    slots = [(slot, strength(layer, name)) for name, slot in layer.fastlora.items()]
-    bias = at(layer._parameters.get("bias"))
+    """The layer by its formula in plain PyTorch: nothing fused, packed, folded or cached."""
+    if isinstance(layer, AdaptedConv2d) and x.dim() == 3:
+        return reference(layer, x[None], dtype)[0]
+    x = widened(x, dtype)
+    slots = [(slot, gate_value(layer, name)) for name, slot in layer.fastlora.items()]
+    bias = widened(layer._parameters.get("bias"), dtype)
     if isinstance(layer, AdaptedLinearLike):
-        y: Any = layer.base(x.to(layer_input_dtype(layer, x))).to(dtype)
+        low = layer.weight.dtype if layer.weight.is_floating_point() else x.dtype
+        y: Any = layer.base(x.to(low)).to(dtype)
         weight = None
     else:
         weight = spectral_reference(layer, slots, dtype)
@@ -155,16 +151,14 @@ def reference(layer: Adapted, x: Tensor, dtype: torch.dtype) -> Tensor:
             return layer.with_weight(x, weight, bias)
         y = layer.with_weight(x, weight, None)
     total = y
-    for slot, scale in slots:
-        if not isinstance(slot, LoRASlot) or not scale.any():
+    for slot, gate in slots:
+        if not isinstance(slot, LoRASlot) or not gate.any():
             continue
-        down, up = at(slot.down), at(slot.up)
-        per_token = (
-            scale.to(x.device, dtype if dtype == torch.float64 else torch.float32) * slot.ratio
-        )
+        down, up = slot.down.detach().to(dtype), slot.up.detach().to(dtype)
+        gate = gate.to(x.device, dtype if dtype == torch.float64 else torch.float32)
         if isinstance(layer, AdaptedConv2d):
             h = layer._conv_forward(x, down, None)
-            h = (h * per_token.view(-1, 1, 1, 1)).to(dtype)
+            h = (h * gate.view(-1, 1, 1, 1)).to(dtype)
             part = F.conv2d(h, up, groups=layer.groups)
         else:
             h = (
@@ -172,10 +166,10 @@ def reference(layer: Adapted, x: Tensor, dtype: torch.dtype) -> Tensor:
                 if isinstance(layer, AdaptedEmbedding)
                 else F.linear(x, down)
             )
-            shape = [-1] + [1] * (h.dim() - 1) if per_token.numel() > 1 else [1]
-            part = F.linear((h * per_token.view(shape)).to(dtype), up)
+            shape = [-1] + [1] * (h.dim() - 1) if gate.numel() > 1 else [1]
+            part = F.linear((h * gate.view(shape)).to(dtype), up)
         if slot.spec.dora:
-            rho = dora_reference(layer, weight, slot, per_token.reshape(()), dtype)
+            rho = dora_reference(layer, weight, slot, gate.reshape(()), dtype)
             part = (rho - 1) * y + rho * part
         total = total + part
     if bias is not None and weight is not None:
@@ -183,29 +177,32 @@ def reference(layer: Adapted, x: Tensor, dtype: torch.dtype) -> Tensor:
     return total
 
 
-def strength(layer: Adapted, name: str) -> Tensor:
-    """The scale of an adapter as `[1]` or `[batch]`, float64, zero when it is off."""
+def gate_value(layer: Adapted, name: str) -> Tensor:
+    """What the gate of an adapter has to be, `[1]` or `[batch]`, zero when it is off: scale · α/r
+    in float32, as gates are."""
     arena = layer._state.arena
     scale = arena.scales[name] if arena.enabled[name] else 0.0
+    ratio = torch.tensor(layer.fastlora[name].ratio, dtype=torch.float32)
     if isinstance(scale, Tensor):
-        return scale.detach().double().repeat(arena.copies)
-    return torch.tensor([scale], dtype=torch.float64)
+        return scale.detach().float().repeat(arena.copies) * ratio.to(scale.device)
+    return torch.tensor([scale], dtype=torch.float32) * ratio
 
 
 def spectral_reference(layer: Adapted, slots: Any, dtype: torch.dtype) -> Tensor:
     """W + U diag(relu(σ + Σ strength δ) - σ) Vᵀ, or w + Σ strength δ for a norm."""
-    weight = layer.weight.detach().to(dtype)
-    shifts = [(s, k) for s, k in slots if isinstance(s, SpectralSlot)]
+    weight = layer.weight.detach().to(dtype, copy=True)  # an embedding's look-up may write into it
+    shifts = [(s, g) for s, g in slots if isinstance(s, SpectralSlot)]
     if not shifts:
         return weight
-    total = sum(s.shift.detach().to(dtype) * k.item() for s, k in shifts)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    total = sum(s.shift.detach().to(wide) * g.to(s.shift.device, wide) for s, g in shifts)
     if layer.is_norm():
-        return weight + total
+        return (weight + total).to(dtype)
     factors = layer.fastlora
     assert factors.svd_u is not None and factors.svd_s is not None and factors.svd_vh is not None
-    s = factors.svd_s.to(dtype)
-    change = (factors.svd_u.to(dtype) * ((s + total).clamp_min(0) - s)) @ factors.svd_vh.to(dtype)
-    return weight + change.view(weight.shape)
+    s = factors.svd_s.to(wide)
+    left = (factors.svd_u.to(wide) * ((s + total).clamp_min(0) - s)).to(dtype)
+    return weight + (left @ factors.svd_vh.to(dtype)).view(weight.shape)
 
 
 def dora_reference(layer: Adapted, weight: Any, slot: LoRASlot, gate: Tensor, dtype: Any) -> Tensor:
@@ -225,59 +222,73 @@ def dora_reference(layer: Adapted, weight: Any, slot: LoRASlot, gate: Tensor, dt
     return rho[:, None, None] if isinstance(layer, AdaptedConv2d) else rho
 
 
-def layer_input_dtype(layer: Any, x: Tensor) -> torch.dtype:
-    return layer.weight.dtype if layer.weight.is_floating_point() else x.dtype
-
-
-# --- running ----------------------------------------------------------------------------------------
+# --- running --------------------------------------------------------------------------------------
 
 
 @contextmanager
-def recording(layers: dict[str, Adapted], seen: dict[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
+def forwards(layers: dict[str, Adapted], make: Callable[[str, Adapted], Any]) -> Iterator[None]:
+    """Every layer has `make(path, layer)` as its forward. Not hooks: modules that go past their
+    layers (the fused path of nn.TransformerEncoderLayer) do not where there are hooks."""
+    before = {path: vars(layer).get("forward") for path, layer in layers.items()}
+    for path, layer in layers.items():
+        layer.__dict__["forward"] = make(path, layer)
+    try:
+        yield
+    finally:
+        for path, layer in layers.items():
+            del layer.__dict__["forward"]
+            if before[path] is not None:
+                layer.__dict__["forward"] = before[path]
+
+
+def recording(layers: dict[str, Adapted], seen: dict[str, tuple[Tensor, Tensor]]) -> Any:
     """Keeps the last input and output of every layer."""
 
-    def keep(path: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            seen[path] = (args[0].detach().clone(), output.detach().clone())
+    def make(path: str, layer: Adapted) -> Any:
+        inner = layer.forward
 
-        return hook
+        def forward(*args: Any, **keywords: Any) -> Tensor:
+            x = first(args, keywords).detach().clone()
+            y = inner(*args, **keywords)
+            seen[path] = (x, y.detach().clone())
+            return y
 
-    handles = [layer.register_forward_hook(keep(path)) for path, layer in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        return forward
+
+    return forwards(layers, make)
 
 
-@contextmanager
-def by_reference(layers: dict[str, Adapted]) -> Iterator[None]:
-    """Replaces the forward of every adapted layer by its formula."""
-    for layer in layers.values():
+def by_reference(layers: dict[str, Adapted]) -> Any:
+    """Replaces every layer by its formula in the dtype of its weight."""
+
+    def make(path: str, layer: Adapted) -> Any:
         dtype = layer.weight.dtype if layer.weight.is_floating_point() else torch.float32
-        layer.__dict__["forward"] = lambda x, _l=layer, _d=dtype: reference(_l, x, _d)
-    try:
-        yield
-    finally:
-        for layer in layers.values():
-            del layer.__dict__["forward"]
+        return lambda *args, **keywords: reference(layer, first(args, keywords), dtype)
+
+    return forwards(layers, make)
 
 
-def widened(value: Any) -> Any:
-    """The same arguments with floating tensors in float64."""
+def first(args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    return args[0] if args else next(iter(keywords.values()))
+
+
+def widened(value: Any, dtype: torch.dtype = torch.float64) -> Any:
+    """The same arguments with floating tensors in `dtype`."""
     if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
+        return value.detach().to(dtype) if value.is_floating_point() else value
     if isinstance(value, dict):
-        return {k: widened(v) for k, v in value.items()}
+        return {k: widened(v, dtype) for k, v in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(widened(v, dtype) for v in value))
     if isinstance(value, list | tuple):
-        return type(value)(widened(v) for v in value)
+        return type(value)(widened(v, dtype) for v in value)
     return value
 
 
 def flat(value: Any) -> list[Tensor]:
-    """The tensors of a model's output, whatever holds them."""
+    """The floating tensors of a model's output, whatever holds them."""
     if isinstance(value, Tensor):
-        return [value]
+        return [value] if value.is_floating_point() else []
     if hasattr(value, "to_tuple"):
         value = value.to_tuple()
     if isinstance(value, dict):

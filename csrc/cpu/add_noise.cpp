@@ -8,7 +8,7 @@ namespace fastlora {
 namespace FASTLORA_ISA {
 namespace {
 
-constexpr int64_t kChunk = 1024;                   // elements of one sample; a multiple of Philox's 4
+constexpr int64_t kChunk = 1024;  // elements of one sample; a multiple of Philox's 4
 constexpr int64_t kElementsPerParallel = 1 << 16;  // fewer than this are faster on one thread
 
 template <class A>

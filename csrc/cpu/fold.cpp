@@ -38,25 +38,32 @@ template <class A>
 struct Packed {
   int32_t* active;  // [rank], the components whose gate is not zero
   A* factors;       // [kFoldRows / kRows][active][kRows], U diag(g)
-  A* panels;        // [panels of a strip][active][kColumns], D with zeros beyond its columns
+  A* strip;         // [active][pitch], a strip of D with zeros beyond its columns
+  int64_t columns;  // of a strip, whole tiles
+  int64_t pitch;    // an odd number of cache lines: rows spread over the sets of the caches
   int32_t count;    // of active components
 };
 
 static inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 template <class A>
-static inline int64_t panels_per_strip(int64_t rank, int64_t in) {
-  const int64_t panel = rank * kVectors * kVectorBytes;
-  const int64_t fitting = panel < kStripBytes ? kStripBytes / panel : 1;
-  const int64_t all = round_up(in, kColumns<A>) / kColumns<A>;
-  return fitting < all ? fitting : all;
+static inline int64_t strip_columns(const FoldLayer& p) {
+  const int64_t fitting = kStripBytes / int64_t(p.rank * sizeof(A)) / kColumns<A> * kColumns<A>;
+  const int64_t all = round_up(p.in, kColumns<A>);
+  return fitting < kColumns<A> ? kColumns<A> : fitting < all ? fitting : all;
+}
+
+template <class A>
+static inline int64_t strip_pitch(int64_t columns) {
+  constexpr int64_t line = kLine / sizeof(A);
+  return (round_up(columns, line) / line | 1) * line;
 }
 
 template <class A>
 static inline int64_t scratch_bytes(const FoldLayer& p) {
   if (p.rank == 0) return 0;
   return round_up(p.rank * sizeof(int32_t), kLine) + round_up(p.rank * kFoldRows * sizeof(A), kLine) +
-         panels_per_strip<A>(p.rank, p.in) * p.rank * kVectors * kVectorBytes;
+         p.rank * strip_pitch<A>(strip_columns<A>(p)) * sizeof(A);
 }
 
 template <class A>
@@ -65,11 +72,14 @@ static inline Packed<A> packed(const FoldLayer& p, char* scratch) {
   s.active = reinterpret_cast<int32_t*>(scratch);
   scratch += round_up(p.rank * sizeof(int32_t), kLine);
   s.factors = reinterpret_cast<A*>(scratch);
-  s.panels = reinterpret_cast<A*>(scratch + round_up(p.rank * kFoldRows * sizeof(A), kLine));
+  s.strip = reinterpret_cast<A*>(scratch + round_up(p.rank * kFoldRows * sizeof(A), kLine));
   s.count = 0;
   const A* gate = static_cast<const A*>(p.gate);
   for (int32_t k = 0; k < p.rank; ++k)
     if (gate[k * p.gate_stride] != 0) s.active[s.count++] = k;
+  if (s.count == 0) return s;
+  s.columns = strip_columns<A>(p);
+  s.pitch = strip_pitch<A>(s.columns);
   return s;
 }
 
@@ -94,38 +104,34 @@ void pack_factors(const FoldLayer& p, const Packed<A>& s, int64_t first_row, int
 }
 
 template <class A, class S>
-void pack_panels(const FoldLayer& p, const Packed<A>& s, int64_t first, int64_t end) {
-  constexpr int64_t width = kColumns<A>;
-  const int64_t stride = p.down_stride[1];
-  for (int64_t column = first; column < end; column += width) {
-    A* to = s.panels + (column - first) * s.count;
-    const int64_t valid = end - column < width ? end - column : width;
-    for (int32_t k = 0; k < s.count; ++k, to += width) {
-      const S* from =
-          static_cast<const S*>(p.down) + s.active[k] * p.down_stride[0] + column * stride;
-      if (stride == 1 && valid == width) {
+void pack_strip(const FoldLayer& p, const Packed<A>& s, int64_t first, int64_t columns) {
+  const int64_t stride = p.down_stride[1], end = round_up(columns, kColumns<A>);
+  for (int32_t k = 0; k < s.count; ++k) {
+    const S* from = static_cast<const S*>(p.down) + s.active[k] * p.down_stride[0] + first * stride;
+    A* to = s.strip + k * s.pitch;
+    if (stride == 1) {
 #pragma omp simd
-        for (int64_t j = 0; j < width; ++j) to[j] = A(load(from + j));
-      } else {
-        for (int64_t j = 0; j < width; ++j) to[j] = j < valid ? A(load(from + j * stride)) : A(0);
-      }
+      for (int64_t j = 0; j < columns; ++j) to[j] = A(load(from + j));
+    } else {
+      for (int64_t j = 0; j < columns; ++j) to[j] = A(load(from + j * stride));
     }
+    for (int64_t j = columns; j < end; ++j) to[j] = 0;
   }
 }
 
-// sum[m] = the low-rank part of the tile's row m.
+// sum = the low-rank part of one tile.
 template <class A>
-static inline __attribute__((always_inline)) void multiply(const A* factors, const A* panel,
-                                                           int32_t count,
+static inline __attribute__((always_inline)) void multiply(const A* factors, const A* down,
+                                                           int64_t pitch, int32_t count,
                                                            Vector<A> (&sum)[kRows][kVectors]) {
 #pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) sum[m][v] = Vector<A>{};
-  for (int32_t k = 0; k < count; ++k, factors += kRows, panel += kColumns<A>) {
+  for (int32_t k = 0; k < count; ++k, factors += kRows, down += pitch) {
     Vector<A> d[kVectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) d[v] = load_vector(panel + v * kLanes<A>);
+    for (int v = 0; v < kVectors; ++v) d[v] = load_vector(down + v * kLanes<A>);
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 8
@@ -177,10 +183,20 @@ static __attribute__((noinline)) void add_rounded(const T* w, int64_t w_stride, 
   }
 }
 
-// A row of tiles, [rows, columns] from w and out on. `packed` columns lie in panels of count * width.
+// Asks for the weights of the tile after the next: the caches' own prediction loses track of eight
+// rows between the operands.
 template <class T>
-static void tiles(const FoldLayer& p, const T* w, T* out, int64_t rows, int64_t columns,
-                  const Acc<T>* factors, const Acc<T>* panel, int32_t count, bool streaming) {
+static inline void prefetch(const T* w, int64_t w_stride) {
+  constexpr int64_t bytes = kColumns<Acc<T>> * sizeof(T);
+  for (int m = 0; m < kRows; ++m)
+    for (int64_t b = 2 * bytes; b < 3 * bytes; b += kLine)
+      __builtin_prefetch(reinterpret_cast<const char*>(w + m * w_stride) + b);
+}
+
+// A row of tiles: `columns` of `rows` rows, from w and out on.
+template <class T>
+static void tiles(const FoldLayer& p, const Packed<Acc<T>>& s, const Acc<T>* factors, const T* w,
+                  T* out, int64_t rows, int64_t columns, bool streaming) {
   using A = Acc<T>;
   constexpr int width = kColumns<A>;
   const int64_t w_stride = p.weight_stride[0], out_stride = p.result_stride[0];
@@ -189,9 +205,10 @@ static void tiles(const FoldLayer& p, const T* w, T* out, int64_t rows, int64_t 
     streaming = streaming && width * sizeof(T) % kLine == 0 &&
                 reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0 &&
                 out_stride * sizeof(T) % kVectorBytes == 0;
-    for (; columns - column >= width; column += width, panel += count * width) {
+    for (; columns - column >= width; column += width) {
       Vector<A> sum[kRows][kVectors];
-      multiply<A>(factors, panel, count, sum);
+      prefetch<T>(w + column, w_stride);
+      multiply<A>(factors, s.strip + column, s.pitch, s.count, sum);
       if constexpr (sizeof(T) == sizeof(A)) {
         add_tile<T>(w + column, w_stride, sum, out + column, out_stride, streaming);
       } else {
@@ -201,11 +218,11 @@ static void tiles(const FoldLayer& p, const T* w, T* out, int64_t rows, int64_t 
       }
     }
   }
-  for (; column < columns; column += width, panel += count * width) {
+  for (; column < columns; column += width) {
     const int64_t valid = columns - column < width ? columns - column : width;
     Vector<A> sum[kRows][kVectors];
     A line[kRows][width];
-    multiply<A>(factors, panel, count, sum);
+    multiply<A>(factors, s.strip + column, s.pitch, s.count, sum);
     spill<A>(sum, line);
     for (int64_t m = 0; m < rows; ++m) {
       const T* from = w + m * w_stride + column * p.weight_stride[1];
@@ -233,26 +250,24 @@ void copy_rows(const FoldLayer& p, int64_t first, int64_t end) {
 template <class T>
 void rows_of(const FoldLayer& p, int64_t first, int64_t end, bool streaming, char* scratch) {
   using A = Acc<T>;
-  constexpr int64_t width = kColumns<A>;
   const Packed<A> s = packed<A>(p, scratch);
   if (s.count == 0) return copy_rows<T>(p, first, end);
   if (p.up_dtype == p.dtype)
     pack_factors<A, T>(p, s, first, end - first);
   else
     pack_factors<A, A>(p, s, first, end - first);
-  const int64_t strip = panels_per_strip<A>(p.rank, p.in) * width;
-  for (int64_t c0 = 0; c0 < p.in; c0 += strip) {
-    const int64_t c1 = p.in - c0 < strip ? p.in : c0 + strip;
+  for (int64_t column = 0; column < p.in; column += s.columns) {
+    const int64_t columns = p.in - column < s.columns ? p.in - column : s.columns;
     if (p.down_dtype == p.dtype)
-      pack_panels<A, T>(p, s, c0, c1);
+      pack_strip<A, T>(p, s, column, columns);
     else
-      pack_panels<A, A>(p, s, c0, c1);
+      pack_strip<A, A>(p, s, column, columns);
+    const T* w = static_cast<const T*>(p.weight) + column * p.weight_stride[1];
+    T* out = static_cast<T*>(p.result) + column * p.result_stride[1];
     for (int64_t row = first; row < end; row += kRows)
-      tiles<T>(p,
-               static_cast<const T*>(p.weight) + row * p.weight_stride[0] + c0 * p.weight_stride[1],
-               static_cast<T*>(p.result) + row * p.result_stride[0] + c0 * p.result_stride[1],
-               end - row < kRows ? end - row : kRows, c1 - c0, s.factors + (row - first) * s.count,
-               s.panels, s.count, streaming);
+      tiles<T>(p, s, s.factors + (row - first) * s.count, w + row * p.weight_stride[0],
+               out + row * p.result_stride[0], end - row < kRows ? end - row : kRows, columns,
+               streaming);
   }
 }
 

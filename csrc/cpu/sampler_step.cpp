@@ -1,5 +1,5 @@
-// One step of a solver's table in one pass over memory: chunks that stay in the first-level cache go
-// through guidance, update and conversion one after the other.
+// One step of a solver's table in one pass over memory: chunks that stay in the first-level cache
+// go through guidance, update and conversion one after the other.
 #include "../sampler_step.h"
 
 #include "../philox.h"
@@ -9,7 +9,7 @@ namespace fastlora {
 namespace FASTLORA_ISA {
 namespace {
 
-constexpr int64_t kChunk = 1024;                   // elements of one sample; a multiple of Philox's 4
+constexpr int64_t kChunk = 1024;  // elements of one sample; a multiple of Philox's 4
 constexpr int64_t kElementsPerParallel = 1 << 16;  // fewer than this are faster on one thread
 
 // What the row of the table and the weights say about one sample.
@@ -98,7 +98,7 @@ static inline void update(const SamplerStep& p, const Row<X>& r, int64_t at, int
 // x' += c_n z for the elements first .. first + count - 1 of a sample, `first` a multiple of 4.
 template <class X>
 static inline void accumulate_noise(X* x_next, X c_n, int64_t seed, int64_t step, int64_t first,
-                             int64_t count, X* z) {
+                                    int64_t count, X* z) {
   const int64_t blocks = (count + 3) / 4;
   for (int64_t i = 0; i < blocks; ++i)
     philox::normals(uint64_t(seed), uint64_t(step), uint64_t(first / 4 + i), z + 4 * i);
@@ -125,8 +125,8 @@ static inline void chunk(const SamplerStep& p, const Row<X>& r, int64_t sample, 
   FASTLORA_FLOAT_TYPES(p.output_dtype, E, guide<X, E>(p, r, at, count, scratch));
   update<X>(p, r, at, count, scratch);
   if (p.seeds != nullptr && r.c_n != 0)
-    accumulate_noise<X>(static_cast<X*>(p.x_next) + at, r.c_n, p.seeds[sample], *p.step, first, count,
-                 scratch);
+    accumulate_noise<X>(static_cast<X*>(p.x_next) + at, r.c_n, p.seeds[sample], *p.step, first,
+                        count, scratch);
   FASTLORA_FLOAT_TYPES(p.input_dtype, M, write_inputs<X, M>(p, r.m, at, count));
 }
 
@@ -136,13 +136,14 @@ static void run(const SamplerStep& p) {
   const int64_t total = p.batch * chunks;
 #pragma omp parallel if (p.batch * p.inner >= kElementsPerParallel)
   {
-    Row<X> row;  // of the sample that this thread is in
+    Row<X> row;  // of the sample that this thread is in; of all where they share their weights
     int64_t row_sample = -1;
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < total; ++task) {
       const int64_t sample = task / chunks, first = task % chunks * kChunk;
       const int64_t count = p.inner - first < kChunk ? p.inner - first : kChunk;
-      if (sample != row_sample) row = row_of<X>(p, sample);
+      if (row_sample < 0 || (p.weight_batch > 1 && sample != row_sample))
+        row = row_of<X>(p, sample);
       row_sample = sample;
       chunk<X>(p, row, sample, first, count);
     }

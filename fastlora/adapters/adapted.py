@@ -1,8 +1,8 @@
 """An adapted layer is its base layer under another class: same object, same parameters, same keys.
 
-`adapted_class(type(module))` gives a subclass of the base's class; `module.__class__ = ...` adapts it
-and taking the class back restores it. The adapters' parameters live in the child module `fastlora`.
-`layers.py` has the subclasses.
+`adapted_class(type(module))` gives a subclass of the base's class; `module.__class__ = ...` adapts
+it and taking the class back restores it. The adapters' parameters live in the child module
+`fastlora`. `layers.py` has the subclasses.
 """
 
 import copy
@@ -93,7 +93,7 @@ class Adapted(nn.Module):
         return self.with_weight(input, weight, self.bias_or_none())
 
     def active(self) -> tuple[tuple[str, Any], ...]:
-        """The slots to compute. A compiled graph has all of them, those at zero with gates of zero."""
+        """The slots to compute; in a compiled graph all of them, some with gates of zero."""
         if torch.compiler.is_compiling():
             return tuple(self.fastlora.items())
         self.refresh()
@@ -143,8 +143,8 @@ class Adapted(nn.Module):
     def gates(self, offset: int, width: int, per_sample: bool) -> Tensor:
         """Gates of this layer out of the arena, float32, float64 beside float64.
 
-        A copy where gradients are recorded: `set_scale` writes the arena in place, and that may come
-        between a forward pass and its backward pass.
+        A copy where gradients are recorded: `set_scale` writes the arena in place, and that may
+        come between a forward pass and its backward pass.
         """
         parameter = next(self.fastlora.parameters())
         gate = self._state.arena.gate(parameter.device, offset, width)
@@ -190,12 +190,12 @@ class Adapted(nn.Module):
             return changed.view(self.weight.shape)
 
     def cached(self, name: str, small: list[Tensor], make: Callable[[], Any]) -> Any:
-        """`make()`, kept while the weight is the same at the same version and the tensors in `small`
-        have the values that they had.
+        """`make()`, kept while the weight is the same at the same version and the tensors in
+        `small` have the values that they had.
 
-        Values, not versions: a write through `.data`, as many averages of weights are copied, leaves
-        no trace in a version. On an accelerator a comparison would wait for the device (and a
-        captured graph would never look again), so there nothing is kept.
+        Values, not versions: a write through `.data`, as many averages of weights are copied,
+        leaves no trace in a version. On an accelerator a comparison would wait for the device (and
+        a captured graph would never look again), so there nothing is kept.
         """
         weight = self.weight
         if weight.device.type != "cpu" or weight.is_inference():
@@ -213,7 +213,7 @@ class Adapted(nn.Module):
         self._state.cache[name] = (weight, key, [t.detach().clone() for t in small], made)
         return made
 
-    # --- what torch does to modules -----------------------------------------------------------------
+    # --- what torch does to modules ---------------------------------------------------------------
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         result = super()._apply(fn, recurse)
@@ -262,7 +262,7 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-# --- which class adapts which -----------------------------------------------------------------------
+# --- which class adapts which ---------------------------------------------------------------------
 
 _ADAPTED: dict[type[nn.Module], type[Adapted]] = {}
 _BASE: dict[type[nn.Module], type[nn.Module]] = {}

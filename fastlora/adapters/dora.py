@@ -14,9 +14,9 @@ from fastlora.adapters.specs import AdapterError
 def row_scale(layer: Any, weight: Tensor, slot: LoRASlot, gate: Tensor) -> Tensor:
     """`m / ‖W + U diag(g) D‖` per output row `[out]`, float32 (float64 beside float64).
 
-    `‖W + UgD‖² = ‖W‖² + 2⟨W Dᵀ, Ug⟩ + ⟨Ug D Dᵀ, Ug⟩` row by row; W Dᵀ and D Dᵀ change only with W and
-    D and are kept. The norm carries no gradient (the paper's section 4.3). A strength of exactly zero
-    means no adapter: the scale is one, not `m / ‖W‖`.
+    `‖W + UgD‖² = ‖W‖² + 2⟨W Dᵀ, Ug⟩ + ⟨Ug D Dᵀ, Ug⟩` row by row; W Dᵀ and D Dᵀ change only with W
+    and D and are kept. The norm carries no gradient (the paper's section 4.3). A strength of
+    exactly zero means no adapter: the scale is one, not `m / ‖W‖`.
     """
     if gate.dim() == 2:
         raise AdapterError(
@@ -46,6 +46,6 @@ def row_scale(layer: Any, weight: Tensor, slot: LoRASlot, gate: Tensor) -> Tenso
 
 
 def magnitude(weight: Tensor) -> Tensor:
-    """The start value ‖W‖ per output row, computed as `row_scale` computes it so that both cancel."""
+    """The start value ‖W‖ per output row, computed as `row_scale` does so that both cancel."""
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     return weight.detach().reshape(weight.shape[0], -1).to(wide).square().sum(-1).sqrt()

@@ -17,13 +17,13 @@ from fastlora.adapters.specs import AdapterError
 
 
 def fold(model: nn.Module, permanent: bool = False) -> None:
-    """`W' = W + U diag(g) D` (or its spectral form) for every adapted layer, in one grouped operator.
+    """`W' = W + U diag(g) D` (or its spectral form) for every adapted layer, in one grouped call.
 
     The folded weights are buffers beside the pristine ones (one more copy of the adapted weights in
     memory), which `.weight` and `state_dict()` go on showing; `unfold` is therefore exact. Changing
-    a scale of a folded model folds it again into the same buffers; after changing weights (training,
-    but not `load_state_dict`) fold again. `permanent=True` writes into `.weight` instead and removes
-    the adapters.
+    a scale of a folded model folds it again into the same buffers, and so does `load_state_dict`;
+    after other changes of parameters (training) fold again. `permanent=True` writes into `.weight`
+    instead and removes the adapters.
 
     Raises AdapterError where a strength differs per sample, a layer has no plain weight, or
     (permanent) a weight is shared with another layer. The model is unchanged then.
@@ -81,8 +81,9 @@ def refolding(model: nn.Module) -> Iterator[None]:
 def check_plain(path: str, layer: nn.Module) -> None:
     if isinstance(layer, AdaptedLinearLike) or layer._parameters.get("weight") is None:
         raise AdapterError(
-            f"fold: {path}: a {type(layer).__name__.removeprefix('Adapted')} computes with its weight "
-            "in a way of its own; only plain Linear, Conv2d, Embedding and norms can be folded"
+            f"fold: {path}: a {type(layer).__name__.removeprefix('Adapted')} computes with its "
+            "weight in a way of its own; only plain Linear, Conv2d, Embedding and norms can be "
+            "folded"
         )
 
 
@@ -109,10 +110,11 @@ def check_unshared(model: nn.Module, layers: Mapping[str, Adapted]) -> None:
         for name, parameter in module._parameters.items():
             owners.setdefault(id(parameter), []).append(f"{path}.{name}".lstrip("."))
     for path, layer in layers.items():
-        if len(owners[id(layer.weight)]) > 1:
+        same = owners[id(layer.weight)]
+        if len(same) > 1:
             raise AdapterError(
-                f"fold: {path}: its weight is also {owners[id(layer.weight)]}; folding for good would "
-                "change all of them. Give it a weight of its own first"
+                f"fold: {path}: {' and '.join(same)} are one parameter; folding for good would "
+                "change both. Give the layer a weight of its own first"
             )
 
 
@@ -187,7 +189,7 @@ def joined(tensors: list[Tensor], dim: int) -> Tensor:
 
 
 def dora_weight(layer: Adapted, weight: Tensor, slots: list[tuple[LoRASlot, Tensor]]) -> Tensor:
-    """`W' = W + Σ (ρ (W + U g D) - W)` with DoRA's row scales ρ (ρ = 1 for plain LoRA), rounded once."""
+    """`W' = W + Σ (ρ (W + U g D) - W)` with DoRA's row scales ρ (1 for LoRA), rounded once."""
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     transposed = isinstance(layer, AdaptedEmbedding)
     base = weight.to(wide)

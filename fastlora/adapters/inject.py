@@ -61,12 +61,12 @@ def inject(
     and gets a child module `fastlora`.
 
     `seed` fixes the initial values; without it they come from torch's default generator. `freeze`
-    (the default) stops gradients of the model's own parameters; `remove` gives them back. `dtype` of
-    the new parameters: the layer's or float32; by default the layer's, and float32 on a 16-bit or
-    quantised base.
+    (the default) stops gradients of the model's own parameters; `remove` gives them back. `dtype`
+    of the new parameters: the layer's or float32; by default the layer's, and float32 on a 16-bit
+    or quantised base.
 
-    Raises AdapterError when the name is taken or has a dot, nothing matches, a selected layer cannot
-    be adapted, or the model is on the meta device. The model is unchanged then.
+    Raises AdapterError when the name is taken or has a dot, nothing matches, a selected layer
+    cannot be adapted, or the model is on the meta device. The model is unchanged then.
     """
     check_name(model, name)
     if not isinstance(spec, LoRA | Spectral):
@@ -143,7 +143,7 @@ def remove(model: nn.Module, name: str) -> None:
         unfreeze_base(model)
 
 
-# --- selection --------------------------------------------------------------------------------------
+# --- selection ------------------------------------------------------------------------------------
 
 
 def select(model: nn.Module, spec: LoRA | Spectral, where: Where) -> dict[str, nn.Module]:
@@ -229,7 +229,7 @@ def unsuitable(module: nn.Module, spec: LoRA | Spectral) -> str | None:
     return None
 
 
-# --- building ---------------------------------------------------------------------------------------
+# --- building -------------------------------------------------------------------------------------
 
 
 def build(
@@ -254,8 +254,8 @@ def build(
     elif isinstance(module, nn.Conv2d):
         if rank % module.groups:
             raise AdapterError(
-                f"inject: {path}: rank {rank} is not divisible by the convolution's {module.groups} "
-                "groups"
+                f"inject: {path}: rank {rank} is not divisible by the convolution's "
+                f"{module.groups} groups"
             )
         down = kaiming_uniform((rank, *weight.shape[1:]), generator, **at)
         up = torch.zeros((module.out_channels, rank // module.groups, 1, 1), **at)
@@ -273,9 +273,8 @@ def parameter_dtype(path: str, weight: Tensor, dtype: torch.dtype | None) -> tor
         return torch.float32 if low else weight.dtype
     fits = (weight.dtype,) if weight.dtype == torch.float64 else (weight.dtype, torch.float32)
     if not dtype.is_floating_point or (weight.is_floating_point() and dtype not in fits):
-        raise AdapterError(
-            f"inject: {path}: dtype: expected {' or '.join(map(str, dict.fromkeys(fits)))}, got {dtype}"
-        )
+        names = " or ".join(map(str, dict.fromkeys(fits)))
+        raise AdapterError(f"inject: {path}: dtype: expected {names}, got {dtype}")
     return dtype
 
 
@@ -291,7 +290,7 @@ def decomposition(path: str, module: Any) -> tuple[Tensor, Tensor, Tensor] | Non
         raise AdapterError(f"inject: {path}: its weight has no decomposition: {error}") from None
 
 
-# --- changing the model -----------------------------------------------------------------------------
+# --- changing the model ---------------------------------------------------------------------------
 
 
 def adapt(module: nn.Module, path: str, arena: Arena) -> Adapted:

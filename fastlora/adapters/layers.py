@@ -174,11 +174,14 @@ class AdaptedGroupNorm(AdaptedNorm, nn.GroupNorm):
 
 @adapts(nn.RMSNorm)
 class AdaptedRMSNorm(AdaptedNorm, nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:  # torch's name of the argument
+        return super().forward(x)
+
     def with_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
-# --- parts of a low-rank forward ----------------------------------------------------------------------
+# --- parts of a low-rank forward ------------------------------------------------------------------
 
 
 def dropped(slot: LoRASlot, x: Tensor, training: bool) -> Tensor:

@@ -29,8 +29,9 @@ class Slot(nn.Module):
 
 
 class LoRASlot(Slot):
-    """down [rank, in], up [out, rank]; convolutions [rank, in/groups, kh, kw], [out, rank/groups, 1, 1];
-    embeddings [rank, vocabulary], [dim, rank]. DoRA adds magnitude [out]."""
+    """down [rank, in], up [out, rank]; convolutions [rank, in/groups, kh, kw] and
+    [out, rank/groups, 1, 1]; embeddings [rank, vocabulary], [dim, rank]. DoRA adds magnitude [out].
+    """
 
     def __init__(
         self, spec: LoRA, down: Tensor, up: Tensor, magnitude: Tensor | None = None

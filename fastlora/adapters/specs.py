@@ -22,7 +22,8 @@ class LoRA:
     Hu et al. 2021, arXiv 2106.09685. `alpha=None` means `alpha = rank`; `rank_stabilized` scales by
     `alpha / sqrt(rank)` (arXiv 2312.03732); `dropout` acts on the adapter's input in training;
     `dora` adds a trained magnitude, `W' = m (W + sUD) / ‖W + sUD‖` per output row with the norm
-    detached (arXiv 2402.09353). `ranks` and `alphas` override rank and alpha for single module paths.
+    detached (arXiv 2402.09353). `ranks` and `alphas` override rank and alpha for single module
+    paths.
     """
 
     rank: int = 16
@@ -61,8 +62,8 @@ class LoRA:
 class Spectral:
     """`W' = U diag(relu(σ + strength δ)) Vᵀ` in residual form: only the shifts δ are trained.
 
-    SVDiff, Han et al. 2023, arXiv 2303.11305. `norms` says what happens to one-dimensional weights of
-    normalisation layers: a shift per element, one shift per layer, or none at all.
+    SVDiff, Han et al. 2023, arXiv 2303.11305. `norms` says what happens to one-dimensional weights
+    of normalisation layers: a shift per element, one shift per layer, or none at all.
     """
 
     norms: Literal["elementwise", "scalar", "skip"] = "elementwise"

@@ -1,1 +1,1 @@
-"""Adapter files: pure functions between a file's tensors and plain dicts. Nothing of models here."""
+"""Adapter files: pure functions between a file's tensors and plain dicts, no models here."""

@@ -17,28 +17,30 @@ class FormatError(ValueError):
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors and the metadata of a safetensors file.
 
-    Raises FileNotFoundError, or FormatError for a pickle, a truncated or foreign file, and for NaN or
-    infinite values.
+    Raises FileNotFoundError, or FormatError for a pickle, a truncated or foreign file, and for NaN
+    or infinite values.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    with path.open("rb") as file:
-        head = file.read(2)
-    if head[:1] == b"\x80" or head == b"PK":
-        raise FormatError(
-            f"{path}: expected a safetensors file, got a pickle (.pt, .bin, .ckpt), which may run code "
-            "when it is read; convert it with torch.load(..., weights_only=True) and "
-            "safetensors.torch.save_file"
-        )
     try:
         with safe_open(path, "pt") as file:
             metadata = dict(file.metadata() or {})
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
     except SafetensorError as error:
+        # Only now: the header's length, with which a safetensors file begins, may be these bytes.
+        with path.open("rb") as file:
+            head = file.read(2)
+        if head[:1] == b"\x80" or head == b"PK":
+            raise FormatError(
+                f"{path}: expected a safetensors file, got a pickle (.pt, .bin, .ckpt), which may "
+                "run code when it is read; convert it with torch.load(..., weights_only=True) and "
+                "safetensors.torch.save_file"
+            ) from None
         raise FormatError(f"{path}: not a safetensors file, or a truncated one: {error}") from None
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        values = tensor.float() if tensor.element_size() == 1 else tensor  # isfinite lacks float8
+        if tensor.is_floating_point() and not torch.isfinite(values).all():
             raise FormatError(f"{path}: {key}: expected finite values, got NaN or infinity")
     return tensors, metadata
 

@@ -1,9 +1,9 @@
 """fastlora's own file: `<module path>.<parameter>` in safetensors, its configuration in the header.
 
-Parameters: `down`, `up`, `magnitude` of a LoRA, `shift` of a spectral shift. The header's metadata has
-`format` = "fastlora", `version` and `config`, a JSON object: `kind`, `modules` (path to the settings of
-that module) and, for spectral shifts, `weight_norms` (the Frobenius norm of every base weight, so that
-shifts are never put on another base).
+Parameters: `down`, `up`, `magnitude` of a LoRA, `shift` of a spectral shift. The header's metadata
+has `format` = "fastlora", `version` and `config`, a JSON object: `kind`, `modules` (path to the
+settings of that module) and, for spectral shifts, `weight_prints` (a few numbers about every base
+weight, so that shifts are never put on another base).
 """
 
 import json
@@ -44,8 +44,10 @@ def unpack(
         config = json.loads(metadata["config"])
         kind, settings = config["kind"], config["modules"]
         allowed = PARAMETERS[kind]
-        if not isinstance(settings, dict):
-            raise TypeError("modules is not an object")
+        if not isinstance(settings, dict) or not settings:
+            raise TypeError("modules is not an object with at least one module")
+        if not all(isinstance(fields, dict) for fields in settings.values()):
+            raise TypeError("the settings of a module are not an object")
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise FormatError(f"{source}: its configuration cannot be read: {error!r}") from None
     modules: dict[str, dict[str, Tensor]] = {}

@@ -33,7 +33,7 @@ def pretrain_digits(
     model: DigitsModel,
     data: Digits,
     *,
-    steps: int = 4000,
+    steps: int = 3000,
     batch: int = 64,
     lr: float = 2e-3,
     seed: int = 0,
@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="directory for the weights")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=("digits", "judge"), help="make one of the two")
     arguments = parser.parse_args(argv)

@@ -34,6 +34,10 @@ def _load_kernels() -> Any:
     try:
         kernels = importlib.import_module("fastlora._C")
     except ImportError as error:
+        if isinstance(error, ModuleNotFoundError):
+            raise ImportError(
+                "fastlora._C is not built; in fastlora's folder: make environment, or pip install ."
+            ) from error
         if "GOMP" not in str(error) and "kmpc" not in str(error):
             raise
         # torch normally brings the OpenMP runtime into the global scope; a build of it that does

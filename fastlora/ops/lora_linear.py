@@ -175,11 +175,12 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, down, up, gate, row_scale = ctx.saved_tensors
     needs, wide = ctx.needs_input_grad, gate_dtype(x.dtype)
     d_row_scale = None
-    d_bias = dy.flatten(0, -2).sum(0) if needs[2] else None
+    d_bias = dy.reshape(-1, dy.shape[-1]).sum(0) if needs[2] else None
     if row_scale is not None:
         if needs[6]:
             z = lora_linear(x, weight, None, down, up, gate, None)
-            d_row_scale = (dy.to(wide) * z.to(wide)).flatten(0, -2).sum(0).to(row_scale.dtype)
+            products = (dy.to(wide) * z.to(wide)).reshape(-1, dy.shape[-1])
+            d_row_scale = products.sum(0).to(row_scale.dtype)
         dy = (dy.to(wide) * row_scale.to(wide)).to(dy.dtype)
     dx = lora_linear(dy, weight.t(), None, up.t(), down.t(), gate, None) if needs[0] else None
     x2, dy2 = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])

@@ -14,7 +14,7 @@ MAX_OUTPUTS = 16  # kMaxOutputs of csrc/sampler_step.h
 
 def sampler_step(
     x: Tensor,  # [B, ...] float32 or float64
-    outputs: list[Tensor],  # n of [B, ...], of one dtype
+    outputs: list[Tensor],  # n of [B, ...], or one of [n * B, ...]
     weights: Tensor,  # [S or 1, n, B or 1]
     table: Tensor,  # [S, 12], columns in the order of COLUMNS
     step: Tensor,  # [] int64, the row of the table, read where x is
@@ -25,17 +25,18 @@ def sampler_step(
 ) -> tuple[Tensor, Tensor, Tensor]:  # [B, ...], [B, ...] or [0], [copies * B, ...]
     """`x' = c_x x + c_0 x̂0 + c_e ê + c_h h + c_n z`, `h' = g_x x + g_0 x̂0 + g_e ê`, input `m x'`.
 
-    `ê = Σ_j w_j e_j` is the guided output, `x̂0 = clip(k_x x + k_e ê)`, z standard normal noise
-    that is a function of (seed, step, element) alone (see `_philox.py`). Without history h is 0 and
-    h' empty; without seeds z is 0. All arithmetic is in x's dtype, which x', h and h' have; weights
-    and table have it too or float32. The outputs and `input_dtype` may be float32, float16,
-    bfloat16, and float64 where x is. The model input holds `copies` times the batch, tiled.
+    `ê = Σ_j w_j e_j` is the guided output (one tensor may hold all e_j, one batch after the other),
+    `x̂0 = clip(k_x x + k_e ê)`, z standard normal noise that is a function of (seed, step, element)
+    alone (see `_philox.py`). Without history h is 0 and h' empty; without seeds z is 0. All
+    arithmetic is in x's dtype, which x', h and h' have; weights and table have it too or float32.
+    The outputs and `input_dtype` may be float32, float16, bfloat16, and float64 where x is. The
+    model input holds `copies` times the batch, tiled.
 
     Differentiable in x, outputs, weights and history. Raises ContractError (a ValueError) naming
     argument, expected, got; a step outside 0..S-1 raises on the CPU and gives NaN on CUDA.
     """
     column = dict(zip(COLUMNS, _row(table, step, x), strict=True))
-    e = _guided(x, outputs, _weights(weights, step, x))
+    e = _guided(x, _each(x, outputs, weights), _weights(weights, step, x))
     x0 = (column["k_x"] * x + column["k_e"] * e).clamp(-column["clip"], column["clip"])
     x_next = column["c_x"] * x + column["c_0"] * x0 + column["c_e"] * e
     history_next = x.new_empty(0)
@@ -59,7 +60,13 @@ def _weights(weights: Tensor, step: Tensor, x: Tensor) -> Tensor:
     return _row(weights, row, x).view(*weights.shape[1:], *[1] * (x.dim() - 1))
 
 
-def _guided(x: Tensor, outputs: list[Tensor] | tuple[Tensor, ...], w: Tensor) -> Tensor:
+def _each(x: Tensor, outputs: list[Tensor], weights: Tensor) -> list[Tensor]:
+    """The n model outputs [B, ...], taken apart where they come in one tensor."""
+    n = weights.shape[1]
+    return outputs if len(outputs) == n else list(outputs[0].reshape(n, *x.shape).unbind())
+
+
+def _guided(x: Tensor, outputs: list[Tensor], w: Tensor) -> Tensor:
     e = w[0] * outputs[0].to(x.dtype)
     for j in range(1, len(outputs)):
         e = e + w[j] * outputs[j].to(x.dtype)
@@ -87,34 +94,26 @@ def _fake(
     floats = FLOATS if x.dtype == torch.float64 else FLOATS[:3]
     allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in floats)
     wide = (torch.float32, x.dtype)
-    batch, n = x.shape[0], len(outputs)
-    expect(1 <= n <= MAX_OUTPUTS, op, "outputs", f"1 to {MAX_OUTPUTS} tensors", f"{n} of them")
+    batch = x.shape[0]
+    rows = table.dim() == 2 and table.shape[0] >= 1 and table.shape[1] == len(COLUMNS)
+    expect(rows, op, "table", f"[S, {len(COLUMNS)}] with S >= 1", table)
+    expect(table.dtype in wide, op, "table", "float32 or x's dtype", table)
+    steps = table.shape[0]
+    right = weights.dim() == 3 and weights.shape[0] in (1, steps) and weights.shape[2] in (1, batch)
+    right = right and 1 <= weights.shape[1] <= MAX_OUTPUTS
+    shape = f"[{steps} or 1, n, {batch} or 1] with n from 1 to {MAX_OUTPUTS}"
+    expect(right, op, "weights", shape, weights)
+    expect(weights.dtype in wide, op, "weights", "float32 or x's dtype", weights)
+    n = weights.shape[1]
+    count = f"{n} tensors, as weights has, or all of them in one"
+    expect(len(outputs) in (1, n), op, "outputs", count, f"{len(outputs)} tensors")
+    each = (n // len(outputs) * batch, *x.shape[1:])
     for j, output in enumerate(outputs):
         name = f"outputs[{j}]"
         expect_tensor(op, name, output)
-        expect(output.shape == x.shape, op, name, f"x's shape {list(x.shape)}", output)
+        expect(tuple(output.shape) == each, op, name, str(list(each)), output)
         expect(output.dtype in floats, op, name, f"one of {allowed}", output)
         expect(output.dtype == outputs[0].dtype, op, name, f"{outputs[0].dtype} as others", output)
-    expect(
-        table.dim() == 2 and table.shape[0] >= 1 and table.shape[1] == len(COLUMNS),
-        op,
-        "table",
-        f"[S, {len(COLUMNS)}] with S >= 1",
-        table,
-    )
-    expect(table.dtype in wide, op, "table", "float32 or x's dtype", table)
-    steps = table.shape[0]
-    expect(
-        weights.dim() == 3
-        and weights.shape[0] in (1, steps)
-        and weights.shape[1] == n
-        and weights.shape[2] in (1, batch),
-        op,
-        "weights",
-        f"[{steps} or 1, {n}, {batch} or 1]",
-        weights,
-    )
-    expect(weights.dtype in wide, op, "weights", "float32 or x's dtype", weights)
     expect(step.dim() == 0 and step.dtype == torch.int64, op, "step", "int64 []", step)
     history_next = x.new_empty(0)
     if history is not None:
@@ -170,7 +169,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _backward(ctx: Any, d_next: Tensor, d_history: Tensor, d_input: Tensor) -> tuple[Any, ...]:
     """The step is linear in x, ê and h but for the clip, which lets pass what it does not cut."""
-    x, weights, table, step, *outputs = ctx.saved_tensors
+    x, weights, table, step, *given = ctx.saved_tensors
+    outputs = _each(x, given, weights)
     column = dict(zip(COLUMNS, _row(table, step, x), strict=True))
     w = _weights(weights, step, x)
     e = _guided(x, outputs, w)
@@ -181,6 +181,8 @@ def _backward(ctx: Any, d_next: Tensor, d_history: Tensor, d_input: Tensor) -> t
     d_e = column["c_e"] * d + column["g_e"] * d_h + column["k_e"] * d_x0
     d_x = column["c_x"] * d + column["g_x"] * d_h + column["k_x"] * d_x0
     d_outputs = [(w[j] * d_e).to(output.dtype) for j, output in enumerate(outputs)]
+    if len(given) < len(outputs):
+        d_outputs = [torch.cat(d_outputs)]
     d_weights = None
     if ctx.needs_input_grad[2]:
         products = [(d_e * output.to(x.dtype))[..., None].flatten(1) for output in outputs]

@@ -120,7 +120,7 @@ def _steps(
             )
         x, history_next, model_input = ops.sampler_step(
             x,
-            list(prediction.chunk(copies)),
+            [prediction],  # all of cond, then all of uncond
             weights,
             coefficients,
             rows[index],

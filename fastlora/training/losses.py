@@ -10,10 +10,12 @@ Convention: `a = sqrt(abar)`, `s = sqrt(1 - abar)`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
 
+from fastlora.adapters import scaled
 from fastlora.ops import add_noise
 from fastlora.samplers.schedule import Schedule
 
@@ -21,15 +23,11 @@ Batch = Mapping[str, Any]
 Metrics = dict[str, torch.Tensor]
 Loss = Callable[[Any, Batch, Schedule, torch.Generator], tuple[torch.Tensor, Metrics]]
 
-_tables: dict[tuple[int, str, torch.device], tuple[Schedule, torch.Tensor]] = {}
 
-
+@lru_cache(maxsize=16)
 def noise_table(schedule: Schedule, prediction: str, device: torch.device) -> torch.Tensor:
-    """`schedule.noise_table(prediction)` on the device, made once per schedule."""
-    key = (id(schedule), prediction, device)
-    if key not in _tables:  # the schedule is kept beside its table, so that its id stays taken
-        _tables[key] = (schedule, schedule.noise_table(prediction).to(device))
-    return _tables[key][1]
+    """`schedule.noise_table(prediction)` on the device, made once (schedules compare by identity)."""
+    return schedule.noise_table(prediction).to(device)
 
 
 def draw_timesteps(
@@ -148,8 +146,6 @@ def visual_slider(name: str, prediction: str = "epsilon", strength: float = 1.0)
     def loss(
         model: Any, batch: Batch, schedule: Schedule, generator: torch.Generator
     ) -> tuple[torch.Tensor, Metrics]:
-        from fastlora.adapters import scaled
-
         high, low = batch["high"], batch["low"]
         if high.shape != low.shape:
             raise ValueError(

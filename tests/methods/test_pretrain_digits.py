@@ -18,7 +18,7 @@ def test_loss_falls_and_a_seed_decides_the_weights() -> None:
     for _ in range(2):
         torch.manual_seed(0)
         model = DigitsModel()
-        losses = pretrain_digits(model, data, steps=40, batch=16, progress=False)
+        losses = pretrain_digits(model, data, steps=30, batch=8, progress=False)
         states.append(model.state_dict())
         assert losses[-1] < 0.9 * losses[0]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])

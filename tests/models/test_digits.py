@@ -21,13 +21,10 @@ def model() -> digits.DigitsModel:
 
 @cache
 def table():
-    kind, steps, prediction = (
-        digits.DigitsModel.schedule_config[k] for k in ("kind", "T", "prediction")
-    )
-    assert (kind, steps) == ("cosine", 1000)
-    return fastlora.ddim(
-        fastlora.Schedule.cosine(1000), 20, prediction=prediction, spacing="trailing"
-    )
+    config = digits.DigitsModel.schedule_config
+    assert (config["kind"], config["T"]) == ("cosine", 1000)
+    schedule = fastlora.Schedule.cosine(1000)
+    return fastlora.ddim(schedule, 12, prediction=config["prediction"], spacing="trailing")
 
 
 @torch.no_grad()
@@ -92,8 +89,8 @@ def test_digits_words_of_thickness_and_slant_are_obeyed(seed: int) -> None:
 
 @pytest.mark.parametrize(("guidance", "least"), [(1.0, 0.85), (1.5, 0.97)], ids=["w=0", "w=0.5"])
 def test_class_accuracy(guidance: float, least: float) -> None:
-    scores = sampled([caption(d) for d in DIGITS] * 6, 7, guidance)
-    assert (scores["digit"] == torch.arange(10).repeat(6)).float().mean() >= least
+    scores = sampled([caption(d) for d in DIGITS] * 4, 7, guidance)
+    assert (scores["digit"] == torch.arange(10).repeat(4)).float().mean() >= least
 
 
 def test_without_a_caption_the_digit_is_left_to_chance() -> None:

@@ -76,21 +76,32 @@ def widened(arguments: list[Any]) -> list[Any]:
     return [*(wide(a) for a in arguments[:-1]), torch.float64]
 
 
-def assert_twofold(results: Any, low: Any, oracle: Any) -> None:
-    """Error at most twice that of PyTorch's evaluation, or of one rounding where it has none."""
-    for ours, theirs, exact in zip(results, low, oracle, strict=True):
-        assert ours.shape == exact.shape and ours.dtype == theirs.dtype
-        if exact.numel() == 0:
-            continue
-        error = (ours.double() - exact).abs().max()
-        rounding = torch.finfo(ours.dtype).eps / 2 * exact.abs().max()
-        assert error <= 2 * max((theirs.double() - exact).abs().max(), rounding)
+def magnitudes(arguments: list[Any]) -> list[Any]:
+    """The same with every term positive: how large the sums are before their terms cancel."""
+
+    def positive(value: Any) -> Any:
+        if isinstance(value, list):
+            return [positive(v) for v in value]
+        floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return value.abs() if floating else value
+
+    return [positive(a) for a in widened(arguments)]
 
 
 def check(arguments: list[Any]) -> Any:
+    """Error at most twice that of PyTorch's evaluation, or of one rounding (a single element's own
+    error may happen to be 0)."""
     results = ops.sampler_step(*arguments)
     reference = ops.sampler_step.reference
-    assert_twofold(results, reference(*arguments), reference(*widened(arguments)))
+    low, oracle = reference(*arguments), reference(*widened(arguments))
+    sizes = reference(*magnitudes(arguments))
+    for ours, theirs, exact, size in zip(results, low, oracle, sizes, strict=True):
+        assert ours.shape == exact.shape and ours.dtype == theirs.dtype
+        if exact.numel():
+            error = (ours.double() - exact).abs().max()
+            rounding = torch.finfo(ours.dtype).eps / 2 * exact.abs().max()
+            rounding += torch.finfo(torch.float32).eps / 2 * size.abs().max()
+            assert error <= 2 * max((theirs.double() - exact).abs().max(), rounding)
     return results
 
 
@@ -129,6 +140,17 @@ def test_options(n, history, seeds, copies):
 @pytest.mark.parametrize("weight_batch", [True, False], ids=["per-sample", "shared"])
 def test_weights(weight_steps, weight_batch):
     check(Case(weight_steps=weight_steps, weight_batch=weight_batch).arguments())
+
+
+@pytest.mark.parametrize("output_dtype", LOW, ids=dtype_id)
+@pytest.mark.parametrize("n", [1, 2, 5])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_outputs_in_one_tensor(shape, n, output_dtype):
+    """As a model that was called on n times the batch returns them."""
+    x, outputs, *rest = Case(shape, n, output_dtype=output_dtype).arguments()
+    stacked = check([x, [torch.cat(outputs)], *rest])
+    pairs = zip(stacked, ops.sampler_step(x, outputs, *rest), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_defaults_and_keywords():
@@ -294,9 +316,13 @@ def test_gradcheck(history, weight_batch, weight_steps, shape, copies):
         results = ops.sampler_step(x, [e0, e1, e2], weights, table, step, h, *rest)
         return tuple(r for r in results if r.numel())
 
+    def stacked(x, weights, e0, e1, e2, h=None):
+        return ops.sampler_step(x, [torch.cat((e0, e1, e2))], weights, table, step, h, *rest)[0]
+
     inputs = tuple(t.requires_grad_() for t in inputs)
     torch.autograd.gradcheck(f, inputs)
     torch.autograd.gradgradcheck(f, inputs)
+    torch.autograd.gradcheck(stacked, inputs)
 
 
 @pytest.mark.parametrize("output_dtype", LOW, ids=dtype_id)
@@ -413,13 +439,14 @@ def test_other_instruction_sets(isa):
 BAD = [
     ("x-dtype", 0, lambda x: x.half(), r"x: expected float32 or float64, got float16 \[3, 5, 7\]"),
     ("x-scalar", 0, lambda x: x.sum(), r"x: expected at least one dimension .*, got float32 \[\]"),
-    ("no-outputs", 1, lambda o: [], "outputs: expected 1 to 16 tensors, got 0 of them"),
-    ("too-many", 1, lambda o: o * 9, "outputs: expected 1 to 16 tensors, got 18 of them"),
+    ("no-outputs", 1, lambda o: [], "outputs: expected 2 tensors, .* or all of them in one, got 0"),
+    ("too-many", 1, lambda o: o * 9, "outputs: expected 2 tensors, as weights has, .*, got 18 ten"),
+    ("stacked", 1, lambda o: o[:1], r"outputs\[0\]: expected \[6, 5, 7\], got float32 \[3, 5, 7\]"),
     (
         "output-shape",
         1,
         lambda o: [o[0], o[1][:2]],
-        r"outputs\[1\]: expected x's shape \[3, 5, 7\], got float32 \[2, 5, 7\]",
+        r"outputs\[1\]: expected \[3, 5, 7\], got float32 \[2, 5, 7\]",
     ),
     (
         "output-dtype",
@@ -437,7 +464,13 @@ BAD = [
         "weights-shape",
         2,
         lambda w: w[:2],
-        r"weights: expected \[5 or 1, 2, 3 or 1\], got float32 \[2, 2, 3\]",
+        r"weights: expected \[5 or 1, n, 3 or 1\] with n from 1 to 16, got float32 \[2, 2, 3\]",
+    ),
+    (
+        "weights-n",
+        2,
+        lambda w: w.repeat(1, 9, 1),
+        r"weights: expected .*, got float32 \[5, 18, 3\]",
     ),
     ("weights-rank", 2, lambda w: w[0], r"weights: expected .*, got float32 \[2, 3\]"),
     (
@@ -500,5 +533,5 @@ def test_bad_input_under_compilation():
     arguments = Case().arguments()
     arguments[1] = arguments[1][:1]
     compiled = torch.compile(lambda: ops.sampler_step(*arguments), backend="eager", fullgraph=True)
-    with pytest.raises(Exception, match=r"sampler_step: weights: expected \[5 or 1, 1, 3 or 1\]"):
+    with pytest.raises(Exception, match=r"sampler_step: outputs\[0\]: expected \[6, 5, 7\], got"):
         compiled()

@@ -1,0 +1,490 @@
+"""Strengths: numbers, per sample, learned; blocks of code; several adapters in one model."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastlora
+from fastlora.adapters import adapted_layers, tiled
+from tests.adapters.oracles import (
+    adapted_weight,
+    assert_unchanged,
+    randomise,
+    same_bits,
+    snapshot,
+    spectral_weight,
+    with_weight,
+)
+
+
+class Net(nn.Module):
+    """Every kind of layer on one path: tokens -> embedding -> image -> convolutions -> linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(12, 16)
+        self.conv = nn.Conv2d(4, 8, 3, padding=1)
+        self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=2, padding_mode="reflect")
+        self.norm = nn.GroupNorm(2, 8)
+        self.inner = nn.Sequential(nn.Linear(8, 10), nn.SiLU(), nn.Linear(10, 6))
+
+    def forward(self, tokens: Tensor) -> Tensor:  # [batch, 4] -> [batch, 16, 6]
+        x = self.embedding(tokens).view(len(tokens), 4, 4, 4)
+        x = self.norm(self.grouped(self.conv(x)))
+        return self.inner(x.flatten(2).mT)
+
+
+def net(*names: str) -> tuple[Net, Tensor]:
+    torch.manual_seed(0)
+    model = Net()
+    for name in names:
+        fastlora.inject(model, fastlora.LoRA(rank=4), name=name, seed=0)
+    randomise(model, size=0.5)
+    return model, torch.randint(0, 12, (5, 4))
+
+
+# --- numbers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["scale", "negative_zero", "disable"])
+def test_off_is_the_base_bit_for_bit(how: str) -> None:
+    model, x = net()
+    before = model(x).detach()
+    model, _ = net("a", "b")
+    assert (model(x) - before).abs().max() > 0.1
+    if how == "disable":
+        fastlora.disable(model)
+    else:
+        fastlora.set_scale(model, -0.0 if how == "negative_zero" else 0)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert same_bits(model(x).detach(), before)
+
+
+def test_a_small_scale_is_linear_to_first_order() -> None:
+    model, x = net("a")
+    model.double()
+    fastlora.set_scale(model, 0.0)
+    y0 = model(x)
+    changes = []
+    for scale in (2**-10, 2**-11):
+        fastlora.set_scale(model, {"a": scale})
+        changes.append(model(x) - y0)
+    ratio = changes[0].norm() / changes[1].norm()
+    assert ratio.item() == pytest.approx(2, abs=5e-3)
+
+
+def test_set_scale_takes_names_or_all() -> None:
+    model, _ = net("a", "b")
+    fastlora.set_scale(model, {"a": 0.25})
+    assert [i.scale for i in fastlora.adapters(model).values()] == [0.25, 1.0]
+    fastlora.set_scale(model, 3)
+    assert [i.scale for i in fastlora.adapters(model).values()] == [3.0, 3.0]
+    fastlora.set_scale(model, {"b": torch.tensor(0.5)})  # a 0-d tensor is a number
+    assert fastlora.adapters(model)["b"].scale == 0.5
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        "a lot", None, [1.0], float("nan"), float("inf"), torch.ones(2, 2), torch.ones(0),
+        torch.ones(2, dtype=torch.int64), torch.tensor(0.5, requires_grad=True),
+        torch.tensor(float("nan")),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_bad_scale_is_refused_and_changes_nothing(scale: Any) -> None:
+    model, x = net("a", "b")
+    before = model(x).detach()
+    with pytest.raises(fastlora.AdapterError, match="scale of 'a': expected"):
+        fastlora.set_scale(model, {"b": 0.0, "a": scale})
+    assert same_bits(model(x).detach(), before)
+    with pytest.raises(fastlora.AdapterError), fastlora.scaled(model, {"a": scale}):
+        raise AssertionError("the block must not run")
+    assert same_bits(model(x).detach(), before)
+
+
+def test_unknown_names() -> None:
+    model, _ = net("a")
+    for call in (
+        lambda: fastlora.set_scale(model, {"a": 0.5, "b": 1.0}),
+        lambda: fastlora.enable(model, "b"),
+        lambda: fastlora.disable(model, "a", "b"),
+        lambda: fastlora.parameters(model, "b"),
+        lambda: fastlora.remove(model, "b"),
+        lambda: fastlora.save(model, "b.safetensors", name="b"),
+    ):
+        with pytest.raises(fastlora.AdapterError, match=r"no adapter named 'b'; .* \['a'\]"):
+            call()
+    assert fastlora.adapters(model)["a"].scale == 1.0 and fastlora.adapters(model)["a"].enabled
+
+
+def test_a_model_without_adapters_is_told() -> None:
+    model = nn.Linear(2, 2)
+    assert fastlora.adapters(model) == {} and fastlora.parameters(model) == []
+    for call in (
+        lambda: fastlora.set_scale(model, 0.5),
+        lambda: fastlora.disable(model),
+        lambda: fastlora.enable(model),
+        lambda: fastlora.fold(model),
+        lambda: fastlora.verify(model, torch.ones(2)),
+        lambda: fastlora.save(model, "x.safetensors"),
+    ):
+        with pytest.raises(fastlora.AdapterError):
+            call()
+
+
+# --- blocks of code ---------------------------------------------------------------------------
+
+
+def test_blocks_restore_scales_and_switches_nested_and_after_exceptions() -> None:
+    model, x = net("a", "b")
+    fastlora.set_scale(model, {"a": 0.5})
+    fastlora.disable(model, "b")
+    before = model(x).detach()
+
+    def state() -> list[Any]:
+        return [(i.scale, i.enabled) for i in fastlora.adapters(model).values()]
+
+    start = state()
+    with pytest.raises(KeyError), fastlora.scaled(model, {"a": 2.0}) as same:
+        assert same is model and state() == [(2.0, True), (1.0, False)]
+        with fastlora.enable(model, "b"), fastlora.scaled(model, torch.full((5,), 0.25)):
+            assert all(e for _, e in state())
+            model(x)
+            with fastlora.disable(model):
+                assert not any(e for _, e in state())
+            assert all(e for _, e in state())
+        assert state() == [(2.0, True), (1.0, False)]
+        raise KeyError
+    assert state() == start
+    assert same_bits(model(x).detach(), before)
+
+
+def test_enable_and_disable_stay_without_a_block() -> None:
+    model, x = net("a")
+    on = model(x)
+    fastlora.disable(model, "a")
+    assert not fastlora.adapters(model)["a"].enabled
+    off = model(x)
+    fastlora.enable(model, "a")
+    assert torch.equal(model(x), on) and not torch.equal(off, on)
+
+
+def test_a_scale_survives_being_switched_off_and_on() -> None:
+    model, x = net("a")
+    fastlora.set_scale(model, {"a": 0.3})
+    y = model(x)
+    fastlora.disable(model)
+    fastlora.set_scale(model, {"a": 0.6})  # while off
+    fastlora.enable(model)
+    assert fastlora.adapters(model)["a"].scale == 0.6
+    fastlora.set_scale(model, {"a": 0.3})
+    assert torch.equal(model(x), y)
+
+
+def test_an_adapter_removed_within_a_block_stays_removed() -> None:
+    model, x = net("a", "b")
+    with fastlora.scaled(model, {"a": 0.5, "b": 0.5}):
+        fastlora.remove(model, "a")
+    assert list(fastlora.adapters(model)) == ["b"]
+    assert fastlora.adapters(model)["b"].scale == 1.0
+    with fastlora.scaled(model, 0.5):
+        fastlora.remove(model, "b")
+    assert fastlora.adapters(model) == {}
+
+
+def test_a_new_adapter_within_a_block_keeps_its_scale() -> None:
+    model, _ = net("a")
+    with fastlora.scaled(model, {"a": 0.5}):
+        fastlora.inject(model, fastlora.LoRA(rank=2), where=["conv"], name="b")
+        fastlora.set_scale(model, {"b": 0.125})
+    assert fastlora.adapters(model)["a"].scale == 1.0
+    assert fastlora.adapters(model)["b"].scale == 0.125
+
+
+@pytest.mark.parametrize("inner", ["scaled", "disable", "set_scale"])
+def test_strengths_may_change_between_forward_and_backward(inner: str) -> None:
+    """The order of a text slider: prediction with the adapter, targets without it, backward."""
+
+    def gradients(disturb: bool) -> list[Tensor]:
+        model, x = net("a")
+        y = model(x)
+        if disturb:
+            with torch.no_grad():
+                if inner == "set_scale":
+                    fastlora.set_scale(model, -2.0)
+                    model(x)
+                else:
+                    block = fastlora.disable(model) if inner == "disable" else None
+                    with block or fastlora.scaled(model, {"a": -2.0}):
+                        model(x)
+        y.square().sum().backward()
+        return [p.grad for p in fastlora.parameters(model)]
+
+    for a, b in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(a, b)
+
+
+# --- per sample -------------------------------------------------------------------------------
+
+
+def test_each_row_of_a_batch_equals_its_single_run() -> None:
+    model, x = net("a", "b")
+    rows = {"a": torch.tensor([0.0, 1.0, -2.0, 0.5, 3.0]), "b": torch.tensor([1.0, 0, 0.3, -1, 2])}
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            fastlora.set_scale(model, rows)
+            batch = model(x)
+            for i in range(5):
+                fastlora.set_scale(model, {n: float(r[i]) for n, r in rows.items()})
+                torch.testing.assert_close(batch[i : i + 1], model(x[i : i + 1]))
+
+
+def test_a_number_beside_strengths_per_sample() -> None:
+    """Only layers with the per-sample adapter bind the batch, and shifts and DoRA may be there."""
+    model, x = net()
+    plain = copy.deepcopy(model)
+    fastlora.inject(model, fastlora.LoRA(rank=2), where=r"inner\..", name="rows")
+    fastlora.inject(model, fastlora.LoRA(rank=4, dora=True), where=["conv", "inner.0"], name="dora")
+    fastlora.inject(model, fastlora.Spectral(), where=["inner.0", "norm"], name="shift")
+    fastlora.inject(model, fastlora.LoRA(rank=2), where=["embedding", "inner.0"], name="lora")
+    randomise(model, size=0.5)
+    numbers = {"dora": 0.7, "shift": -0.5, "lora": 0.3}
+    rows = torch.tensor([0.0, 1.0, -2.0, 0.5, 3.0])
+    fastlora.set_scale(model, {**numbers, "rows": rows})
+    batch = model(x)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), batch)
+    for i in range(5):
+        single = copy.deepcopy(plain).double()
+        weights: dict[str, Tensor] = {}
+        for path, layer in adapted_layers(model).items():
+            base = copy.deepcopy(plain.get_submodule(path)).double()
+            slots = layer.fastlora
+            if "shift" in slots:
+                with torch.no_grad():
+                    base.weight.copy_(spectral_weight(base, slots["shift"].shift, -0.5))
+            scales = {"dora": 0.7, "lora": 0.3, "rows": rows[i].item()}
+            active = [(slots[n], scales[n]) for n in slots if n in scales]
+            weights[f"{path}.weight"] = adapted_weight(base, active)
+        exact = torch.func.functional_call(single, weights, (x[i : i + 1],))
+        torch.testing.assert_close(batch[i : i + 1].double(), exact, rtol=1e-4, atol=1e-4)
+    # the embedding and the convolution do not have the adapter with five strengths
+    assert model.embedding(x[:2]).shape == (2, 4, 16)
+    assert model.conv(torch.randn(3, 4, 4, 4)).shape == (3, 8, 4, 4)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 6, 10])
+def test_another_batch_size_is_an_error_in_every_layer(rows: int) -> None:
+    layers = nn.ModuleDict(
+        {
+            "linear": nn.Linear(8, 8),
+            "conv": nn.Conv2d(8, 8, 1),
+            "grouped": nn.Conv2d(8, 8, 1, groups=2),
+            "depthwise": nn.Conv2d(8, 8, 1, groups=8),
+            "embedding": nn.Embedding(8, 8),
+        }
+    )
+    fastlora.inject(layers, fastlora.LoRA(rank=8), name="a")
+    fastlora.set_scale(layers, {"a": torch.ones(5)})
+    for grad in (True, False):
+        for name, layer in layers.items():
+            x = torch.randn(rows, 8)
+            x = x.long().clamp(0, 7) if name == "embedding" else x if name == "linear" else x[..., None, None]
+            with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=f"{rows}|5"):
+                layer(x)
+
+
+def test_two_batch_sizes_are_refused_and_change_nothing() -> None:
+    model, _ = net("a", "b")
+    fastlora.set_scale(model, {"a": torch.ones(5)})
+    with pytest.raises(fastlora.AdapterError, match=r"one batch size, got \[4, 5\]"):
+        fastlora.set_scale(model, {"b": torch.ones(4)})
+    assert fastlora.adapters(model)["b"].scale == 1.0
+    fastlora.set_scale(model, {"a": torch.ones(4), "b": torch.ones(4)})  # both at once
+
+
+def test_rows_are_copied_from_the_callers_tensor() -> None:
+    model, x = net("a", "b")
+    rows = torch.tensor([0.5, 1.0, 2.0, 0.0, -1.0])
+    fastlora.set_scale(model, {"a": rows})
+    y = model(x)
+    rows.fill_(100.0)
+    fastlora.set_scale(model, {"b": 1.0})  # writes all gates again
+    assert torch.equal(model(x), y)
+
+
+def test_tiled_rows_repeat_as_guidance_concatenates() -> None:
+    model, x = net("a")
+    rows = torch.tensor([0.5, 1.0, 2.0, 0.0, -1.0])
+    fastlora.set_scale(model, {"a": rows})
+    single = model(x)
+    with tiled(model, 2):
+        twice = model(torch.cat([x, x]))
+        with pytest.raises(ValueError, match="10"):
+            model(x)
+        with pytest.raises(KeyError), tiled(model, 3):
+            assert model(x.repeat(6, 1)).shape[0] == 30
+            raise KeyError
+        model(torch.cat([x, x]))
+    torch.testing.assert_close(twice, torch.cat([single, single]))
+    torch.testing.assert_close(model(x), single)
+
+
+def test_back_to_a_number_frees_the_batch() -> None:
+    model, x = net("a")
+    y = model(x[:2])
+    with fastlora.scaled(model, torch.ones(5)):
+        torch.testing.assert_close(model(x)[:2], y)
+    assert torch.equal(model(x[:2]), y)
+
+
+# --- learned strengths ------------------------------------------------------------------------
+
+
+def test_a_tensor_that_requires_a_gradient_gets_it_again_and_again() -> None:
+    model, x = net("a")
+    model.double()
+    scale = torch.tensor([0.3, 1.0, -0.5, 0.0, 2.0], requires_grad=True)
+    fastlora.set_scale(model, {"a": scale})
+
+    def loss(s: Tensor) -> Tensor:
+        fastlora.set_scale(model, {"a": s})
+        with torch.no_grad():
+            return model(x).square().sum()
+
+    optimiser = torch.optim.SGD([scale], lr=1e-4)
+    for _ in range(3):  # a graph of its own for every forward pass
+        fastlora.set_scale(model, {"a": scale})
+        value = model(x).square().sum()
+        optimiser.zero_grad()
+        value.backward()
+        for i in range(5):
+            step = torch.zeros(5)
+            step[i] = 2**-9
+            difference = (loss(scale.detach() + step) - loss(scale.detach() - step)) / 2**-8
+            assert scale.grad[i].item() == pytest.approx(difference.item(), rel=2e-2, abs=1e-2)
+        fastlora.set_scale(model, {"a": scale})
+        optimiser.step()
+        with torch.no_grad():  # what the step wrote is seen without setting it again
+            torch.testing.assert_close(model(x).square().sum(), loss(scale.detach()))
+
+
+def test_a_learned_strength_needs_no_second_set_scale() -> None:
+    model, x = net("a")
+    scale = nn.Parameter(torch.full((5,), 0.5))
+    fastlora.set_scale(model, {"a": scale})
+    for _ in range(2):
+        model(x).square().sum().backward()
+        with torch.no_grad():
+            scale.sub_(0.001 * scale.grad)
+    y = model(x).detach()
+    fastlora.set_scale(model, {"a": scale.detach()})
+    torch.testing.assert_close(model(x).detach(), y)
+    model, x = net("a")
+    router = nn.Linear(3, 1)
+    fastlora.set_scale(model, {"a": router(torch.randn(5, 3))[:, 0]})  # not a leaf
+    model(x).sum().backward()
+    assert router.weight.grad.abs().sum() > 0
+
+
+# --- what is reported -------------------------------------------------------------------------
+
+
+def test_adapters_reports_what_there_is() -> None:
+    model, _ = net()
+    info = fastlora.inject(
+        model, fastlora.LoRA(rank=4, alphas={"conv": 2.0}, ranks={"inner.2": 7}), name="a"
+    )
+    assert info == fastlora.adapters(model)["a"]
+    assert info.kind == "lora" and info.rank == 7 and info.scale == 1.0 and info.enabled
+    assert info.modules == ("embedding", "conv", "grouped", "inner.0", "inner.2")
+    assert info.parameters == sum(p.numel() for p in fastlora.parameters(model, "a"))
+    fastlora.inject(model, fastlora.LoRA(rank=2, dora=True), where=["conv"], name="d")
+    fastlora.inject(model, fastlora.Spectral(), where=["norm"], name="s")
+    kinds = {n: (i.kind, i.rank) for n, i in fastlora.adapters(model).items()}
+    assert kinds == {"a": ("lora", 7), "d": ("dora", 2), "s": ("spectral", None)}
+    assert len(fastlora.parameters(model)) == 10 + 3 + 1
+
+
+def test_ranks_and_alphas_of_single_modules() -> None:
+    model, x = net()
+    plain = copy.deepcopy(model).double()
+    spec = fastlora.LoRA(
+        rank=4, alpha=2, ranks={"inner.0": 3, "conv": 1}, alphas={"conv": 5.0}, rank_stabilized=True
+    )
+    fastlora.inject(model, spec, where=["conv", "inner.0", "inner.2"], name="a")
+    randomise(model, size=0.5)
+    ratios = {"conv": 5.0, "inner.0": 2 / 3**0.5, "inner.2": 2 / 4**0.5}
+    weights = {
+        f"{p}.weight": adapted_weight(
+            plain.get_submodule(p), [(model.get_submodule(p).fastlora["a"], ratio)]
+        )
+        for p, ratio in ratios.items()
+    }
+    exact = torch.func.functional_call(plain, weights, (x,))
+    torch.testing.assert_close(model(x).double(), exact, rtol=1e-4, atol=1e-4)
+    with pytest.raises(fastlora.AdapterError, match=r"expected paths of adapted layers, got \['in'\]"):
+        fastlora.inject(model, fastlora.LoRA(ranks={"in": 3}), name="b")
+
+
+def test_removing_one_of_several_leaves_the_others_as_they_were() -> None:
+    model, x = net("a")
+    fastlora.set_scale(model, {"a": 0.5})
+    with_a, before = model(x).detach(), snapshot(net()[0])
+    for spec in (fastlora.LoRA(rank=8, dora=True), fastlora.Spectral()):
+        fastlora.inject(model, spec, name="b")
+        randomise(model.get_submodule("conv").fastlora, seed=3)
+        with torch.no_grad():
+            for p in fastlora.parameters(model, "b"):
+                p.add_(0.1)
+        assert not torch.allclose(model(x), with_a)
+        fastlora.remove(model, "b")
+        torch.testing.assert_close(model(x).detach(), with_a)
+        assert fastlora.adapters(model)["a"].scale == 0.5
+    fastlora.remove(model, "a")
+    assert snapshot(model)["keys"] == before["keys"]
+    model2, _ = net()
+    before = snapshot(model2)
+    for name in ("a", "b"):
+        fastlora.inject(model2, fastlora.LoRA(rank=2), name=name)
+    for name in ("a", "b"):
+        fastlora.remove(model2, name)
+    assert_unchanged(model2, before)
+
+
+def test_mixed_kinds_on_one_layer_against_the_dense_weight() -> None:
+    base = nn.Linear(12, 10, dtype=torch.float64)
+    plain = copy.deepcopy(base)
+    specs = {
+        "l": fastlora.LoRA(rank=3, alpha=2),
+        "d": fastlora.LoRA(rank=5, dora=True),
+        "s": fastlora.Spectral(),
+        "r": fastlora.LoRA(rank=2, alpha=1, rank_stabilized=True),
+    }
+    for name, spec in specs.items():
+        fastlora.inject(base, spec, name=name)
+    randomise(base)
+    x = torch.randn(7, 12, dtype=torch.float64)
+    shifted = copy.deepcopy(plain)
+    for scales in ({"l": 0.5, "d": 0.25, "s": -1.0, "r": 2.0}, {"l": 0.5, "d": 0, "s": 1.0, "r": 0}):
+        fastlora.set_scale(base, scales)
+        with torch.no_grad():
+            shifted.weight.copy_(spectral_weight(plain, base.fastlora["s"].shift, scales["s"]))
+        slots = [
+            (base.fastlora[n], (torch.tensor(scales[n]) * torch.tensor(specs[n].ratio)).item())
+            for n in "ldr"
+        ]
+        exact = with_weight(plain, adapted_weight(shifted, slots), x)
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                torch.testing.assert_close(base(x), exact, rtol=1e-9, atol=1e-9)
+        fastlora.fold(base)
+        torch.testing.assert_close(base(x), exact, rtol=1e-9, atol=1e-9)
+        fastlora.unfold(base)
