@@ -11,7 +11,7 @@ namespace fastlora {
 namespace {
 
 constexpr int kTileTokens = 64, kTileK = 32;
-constexpr int kTileOut = 64, kTileRank = 16;    // the two widths of a tile
+constexpr int kTileOut = 64, kTileRank = 16;    // the widths of a tile of y and of h
 constexpr int kSide = 16;                       // threads along each side of a block
 constexpr int kBlock = kSide * kSide;
 constexpr int kMine = kTileTokens / kSide;      // tokens of one thread
@@ -105,13 +105,15 @@ __device__ __forceinline__ void accumulate(float (&sum)[kMine][kColumns / kSide]
 }
 
 template <class T, int kColumns>
-__global__ void __launch_bounds__(kBlock) lora_linear_kernel(const __grid_constant__ Problem<T> p) {
+__global__ void __launch_bounds__(kBlock, 2)
+    lora_linear_kernel(const __grid_constant__ Problem<T> p) {
   constexpr int kWide = kColumns / kSide;
   const int64_t first_token = int64_t(blockIdx.x) * kTileTokens;
   const int64_t first_column = int64_t(blockIdx.y) * kColumns;
   float sum[kMine][kWide] = {};
   accumulate<T, kColumns>(sum, p.first, first_token, first_column);
-  accumulate<T, kColumns>(sum, p.second, first_token, first_column);
+  if constexpr (kColumns == kTileOut)
+    accumulate<T, kColumns>(sum, p.second, first_token, first_column);
 
   const int64_t token = first_token + int(threadIdx.x) / kSide * kMine;
   const int64_t column = first_column + int(threadIdx.x) % kSide * kWide;

@@ -49,7 +49,7 @@ __device__ __forceinline__ float load_factor(const Layer& p, int64_t row, int64_
 }
 
 template <class T, class Layer>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, 3)
     rank_update_kernel(const __grid_constant__ LayerGroup<Layer> group) {
   __shared__ __align__(16) float down[kTileRank][kTileColumns];
   __shared__ __align__(16) float factor[kTileRank][kTileRows + 4];

@@ -41,10 +41,10 @@ def check(name: str, operator: Operator, device: str, dtype: torch.dtype) -> Che
     generator = torch.Generator().manual_seed(0)
 
     def data(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
+        return torch.randn(shape, generator=generator).to(device, dtype)
 
     def control(*shape: int) -> Tensor:  # gates, weights, tables: float32 beside low precision
-        return torch.rand(*shape, generator=generator).to(device)
+        return torch.rand(shape, generator=generator).to(device)
 
     try:
         arguments = EXAMPLES[name](data, control, device)
@@ -129,6 +129,7 @@ EXAMPLES: dict[str, Callable[[Any, Any, str], tuple[Any, ...]]] = {
         data(19),
         control(),
     ),
+    "spectral_dots": lambda data, control, device: (data(23, 19), data(23, 19), data(19, 19)),
     "sampler_step": lambda data, control, device: (
         data(2, 3, 5).float(),
         [data(2, 3, 5), data(2, 3, 5)],

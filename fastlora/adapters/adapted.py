@@ -102,14 +102,15 @@ class Adapted(nn.Module):
     def refresh(self) -> None:
         """Takes up what changed in the arena since the last call."""
         state = self._state
-        if state.epoch == state.arena.epoch:
+        epoch = state.arena.epoch
+        if state.epoch == epoch:
             return
-        state.forget()
-        state.epoch = state.arena.epoch
         state.active = tuple(
             (name, slot) for name, slot in self.fastlora.items() if not state.arena.off(name)
         )
+        state.cache = {}
         state.fast = self.shortcut()
+        state.epoch = epoch  # last: another thread may be looking
 
     def folded(self) -> Tensor:
         if self._state.stale:
@@ -241,7 +242,9 @@ class Adapted(nn.Module):
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)
-        self._state.arena.join(self)
+        arena = self._state.arena
+        arena.join(self)
+        arena.prepare(self.device())  # now: a compiled graph finds gates and does not make them
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         new = type(self).__new__(type(self))

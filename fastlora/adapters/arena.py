@@ -137,7 +137,8 @@ class Arena:
     def prepare(self, device: torch.device) -> None:
         """Makes the gates exist on a device."""
         if device not in self._values and self._owners:
-            self._values[device] = self._compute(device, 0, len(self._owners)).detach()
+            values = self._compute(device, 0, len(self._owners)).detach()
+            self._values.setdefault(device, values)  # of two threads the first
 
     # Also when first called under inference mode, the buffer has to serve training later.
     @torch.inference_mode(False)

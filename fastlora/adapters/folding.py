@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from fastlora import ops
-from fastlora.adapters.adapted import Adapted, adapted_layers, full_precision
+from fastlora.adapters.adapted import (
+    Adapted,
+    adapted_class,
+    adapted_layers,
+    base_class,
+    full_precision,
+)
 from fastlora.adapters.arena import Scale
 from fastlora.adapters.dora import row_scale
 from fastlora.adapters.layers import AdaptedConv2d, AdaptedEmbedding, AdaptedLinearLike
@@ -79,11 +85,13 @@ def refolding(model: nn.Module) -> Iterator[None]:
 
 
 def check_plain(path: str, layer: nn.Module) -> None:
-    if isinstance(layer, AdaptedLinearLike) or layer._parameters.get("weight") is None:
+    """Raises AdapterError for a layer, adapted or about to be, that has no plain weight."""
+    kind = type(layer) if isinstance(layer, Adapted) else adapted_class(type(layer))
+    assert kind is not None
+    if issubclass(kind, AdaptedLinearLike) or layer._parameters.get("weight") is None:
         raise AdapterError(
-            f"fold: {path}: a {type(layer).__name__.removeprefix('Adapted')} computes with its "
-            "weight in a way of its own; only plain Linear, Conv2d, Embedding and norms can be "
-            "folded"
+            f"fold: {path}: a {base_class(kind).__name__} computes with its weight in a way of its "
+            "own; only plain Linear, Conv2d, Embedding and norms can be folded"
         )
 
 

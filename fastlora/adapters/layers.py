@@ -24,8 +24,7 @@ class AdaptedLinear(Adapted, nn.Linear):
         if _is_compiling():
             return super().forward(input)
         state = self._state
-        fast = state.fast
-        if fast is None or state.epoch != state.arena.epoch:
+        if state.epoch != state.arena.epoch or (fast := state.fast) is None:
             return super().forward(input)
         slot, gate, own = fast
         if _is_grad_enabled():
@@ -70,14 +69,14 @@ class AdaptedLinear(Adapted, nn.Linear):
             return slots[0][0].down, slots[0][0].up, slots[0][1]
         dtype = self.weight.dtype if self.weight.is_floating_point() else slots[0][0].down.dtype
         downs, ups = [s.down.to(dtype) for s, _ in slots], [s.up.to(dtype) for s, _ in slots]
-        rows = max((len(g) for _, g in slots if g.dim() == 2), default=None)
+        batches = [len(g) for _, g in slots if g.dim() == 2]
         if len(slots) == len(self.fastlora):  # neighbours in the arena
             width = sum(s.width for s, _ in slots)
-            gate = self.gates(self._state.offset, width, rows is not None)
+            gate = self.gates(self._state.offset, width, per_sample=bool(batches))
         else:
             gates = [g for _, g in slots]
-            if rows is not None:
-                gates = [g if g.dim() == 2 else g.expand(rows, -1) for g in gates]
+            if batches:
+                gates = [g if g.dim() == 2 else g.expand(batches[0], -1) for g in gates]
             gate = torch.cat(gates, -1)
         return torch.cat(downs), torch.cat(ups, 1), gate
 

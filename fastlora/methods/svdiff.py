@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastlora.adapters import Spectral, adapted_layers, inject, parameters
+from fastlora.adapters import LoRA, Spectral, adapted_layers, inject, parameters
 from fastlora.samplers.schedule import Schedule
 from fastlora.training import TrainResult, prior_preservation, train
+from fastlora.training.losses import Batch
+
+# [1, ...] for all pictures, [N, ...] one for each, or a function of the drawn indices int64 [batch]:
+# that is how a text encoder inside the model is trained along.
+Cond = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
 
 
 def personalise(
     model: nn.Module,
     images: torch.Tensor,  # [N, ...] of the subject: five are enough
-    cond: torch.Tensor,  # [1, ...] its name: a rare word and its class
+    cond: Cond,  # its name: a rare word and its class
     schedule: Schedule,
     *,
-    prior_images: torch.Tensor | None = None,  # [P, ...] of the class, sampled from the plain model
-    prior_cond: torch.Tensor | None = None,  # [1, ...] one name for all of them, or [P, ...]
+    prior_images: torch.Tensor | None = None,  # [P, ...] of its class, sampled from the plain model
+    prior_cond: Cond | None = None,
     name: str = "subject",
-    adapter: Spectral | None = None,
+    adapter: Spectral | LoRA | None = None,
     where: Any = None,
     prediction: str = "epsilon",
     prior_weight: float = 1.0,
@@ -33,32 +39,24 @@ def personalise(
     progress: bool = True,
     description: str = "subject",
 ) -> TrainResult:
-    """Adds the adapter `name` to every weight that can take it and trains nothing but the singular
-    values' shifts: `W' = U diag(relu(sigma + delta)) V^T`.
+    """Adds the adapter `name` to every weight that can take it and trains nothing but the shifts of
+    the singular values: `W' = U diag(relu(sigma + delta)) V^T`.
 
     `L(subject) + prior_weight L(class)` with `batch` pictures of each in one pass (DreamBooth's
     prior preservation): `prior_images` come from the model itself, sampled once before, and hold on
-    to what it knew. Without them only the first part is left. AdamW, weight decay 1e-2, constant
-    rates, `lr` for matrices and `norm_lr` for norms, gradients clipped to 1: the paper's settings.
+    to what it knows. Without them only the first part is left. AdamW with weight decay 1e-2 and
+    constant rates, `lr` for matrices and `norm_lr` for norms, gradients clipped to 1. The defaults
+    are the paper's, for Stable Diffusion. With a LoRA as `adapter` it is DreamBooth with LoRA.
 
-    The method keeps the classes and underfits the subject; a LoRA of the same budget does the
-    reverse.
+    Raises ValueError without images or for half a prior; what `inject` and `train` raise.
     """
-    with_prior = prior_images is not None and prior_cond is not None and prior_weight > 0
-    if not with_prior and (prior_images is not None or prior_cond is not None):
-        if prior_weight > 0:
-            raise ValueError(
-                "personalise: prior_images, prior_cond: expected both or neither, got one"
-            )
     if not len(images):
         raise ValueError("personalise: images: expected at least one, got none")
+    if (prior_images is None) != (prior_cond is None):
+        raise ValueError("personalise: prior_images, prior_cond: expected both or neither, got one")
     inject(model, adapter or Spectral(), where, name=name, seed=seed)
-    norms = {
-        id(p)
-        for layer in adapted_layers(model).values()
-        if layer.is_norm() and name in layer.fastlora
-        for p in layer.fastlora[name].parameters()
-    }
+    layers = [m for m in adapted_layers(model).values() if m.is_norm() and name in m.fastlora]
+    norms = {id(p) for layer in layers for p in layer.fastlora[name].parameters()}
 
     def optimizer(trained: list[nn.Parameter]) -> torch.optim.Optimizer:
         groups = [
@@ -67,18 +65,17 @@ def personalise(
         ]
         return torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=1e-2)
 
-    def batches(generator: torch.Generator) -> dict[str, torch.Tensor]:
-        drawn = torch.randint(len(images), (batch,), generator=generator)
-        found = {"x0": images[drawn], "cond": rows(cond, drawn)}
-        if with_prior:
-            assert prior_images is not None and prior_cond is not None
-            drawn = torch.randint(len(prior_images), (batch,), generator=generator)
-            found |= {"prior_x0": prior_images[drawn], "prior_cond": rows(prior_cond, drawn)}
+    def batches(generator: torch.Generator) -> Batch:
+        x0, its_cond = draw(images, cond, batch, generator)
+        found = {"x0": x0, "cond": its_cond}
+        if prior_images is not None and prior_cond is not None:
+            x0, its_cond = draw(prior_images, prior_cond, batch, generator)
+            found |= {"prior_x0": x0, "prior_cond": its_cond}
         return found
 
     return train(
         model,
-        prior_preservation(prediction, prior_weight if with_prior else 0.0),
+        prior_preservation(prediction, 0.0 if prior_images is None else prior_weight),
         batches,
         schedule,
         parameters=parameters(model, name),
@@ -90,6 +87,13 @@ def personalise(
     )
 
 
-def rows(cond: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
-    """The drawn samples' conditions; one condition stands for all."""
-    return cond.expand(len(drawn), *cond.shape[1:]) if len(cond) == 1 else cond[drawn]
+def draw(
+    images: torch.Tensor, cond: Cond, count: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`count` of the pictures, with their conditions."""
+    drawn = torch.randint(len(images), (count,), generator=generator)
+    if isinstance(cond, torch.Tensor):
+        found = cond.expand(count, *cond.shape[1:]) if len(cond) == 1 else cond[drawn]
+    else:
+        found = cond(drawn)
+    return images[drawn], found

@@ -68,7 +68,7 @@ def train_visual_slider(
 
     return train(
         model,
-        visual_slider_loss(name, prediction, strength),
+        visual_slider_loss(name, prediction, float(strength)),
         batches,
         schedule,
         parameters=parameters(model, name),

@@ -169,7 +169,7 @@ def define_op(
     elif not differentiable:
         _register_no_autograd(name, overload)
     elif mutated:
-        _register_mutating_autograd(name, overload, reference)
+        _register_mutating_autograd(name, overload, reference, fake)
     if autocast:
         _register_autocast(name, overload, [names.index(a) for a in autocast], mutated)
 
@@ -215,7 +215,9 @@ def _increment_version(value: Any) -> None:
             torch.autograd.graph.increment_version(tensor)
 
 
-def _register_mutating_autograd(name: str, overload: Any, reference: Function) -> None:
+def _register_mutating_autograd(
+    name: str, overload: Any, reference: Function, fake: Function
+) -> None:
     """Gradients of an in-place operator are those of its reference, which torch differentiates."""
     below = torch._C._after_autograd_keyset
 
@@ -224,6 +226,7 @@ def _register_mutating_autograd(name: str, overload: Any, reference: Function) -
         for a in args:
             flat.extend(a if isinstance(a, list | tuple) else [a])
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in flat):
+            fake(*args)  # the contract: torch alone would broadcast
             reference(*args)
             return None
         return overload.redispatch(keyset & below, *args)
@@ -248,11 +251,12 @@ def _register_autocast(name: str, overload: Any, cast: list[int], mutated: list[
         def autocast_impl(*args: Any, _device: str = device) -> Any:
             dtype = args[mutated[0]].dtype if mutated else torch.get_autocast_dtype(_device)
             bound = list(args)
-            for i in cast:
-                value = bound[i]
-                if isinstance(value, Tensor) and value.is_floating_point():
-                    if value.dtype != torch.float64:
-                        bound[i] = value.to(dtype)
+            for i, value in enumerate(args):
+                if not isinstance(value, Tensor) or value.dtype not in FLOATS[:3]:
+                    continue
+                # Parameters in the other 16-bit dtype follow, those in float32 stay.
+                if i in cast or (value.dtype != torch.float32 and i not in mutated):
+                    bound[i] = value.to(dtype)
             with torch._C._ExcludeDispatchKeyGuard(_autocast_keys):
                 return overload(*bound)
 

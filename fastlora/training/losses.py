@@ -1,10 +1,10 @@
-"""Losses of diffusion training: callables `loss(model, batch, schedule, generator) -> (scalar,
-metrics)`.
+"""Losses of diffusion training: callables `loss(model, batch, schedule, generator)`.
 
+A loss returns a scalar to minimise and detached scalars to look at, by name.
 `model(x, t, cond)` predicts what `prediction` says; `batch` is a mapping of tensors on the model's
 device (each loss names its keys); `generator` is a CPU generator from which everything random
-comes, so that a run is a function of its seed on every device; `metrics` are detached scalars.
-Convention: `a = sqrt(abar)`, `s = sqrt(1 - abar)`.
+comes, so that a run is a function of its seed on every device. Convention: `a = sqrt(abar)`,
+`s = sqrt(1 - abar)`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Loss = Callable[[Any, Batch, Schedule, torch.Generator], tuple[torch.Tensor, Met
 
 @lru_cache(maxsize=16)
 def noise_table(schedule: Schedule, prediction: str, device: torch.device) -> torch.Tensor:
-    """`schedule.noise_table(prediction)` on the device, made once (schedules compare by identity)."""
+    """`schedule.noise_table(prediction)` on the device, made once for each schedule object."""
     return schedule.noise_table(prediction).to(device)
 
 
@@ -37,39 +37,32 @@ def draw_timesteps(
     low: int = 0,
     high: int | None = None,
 ) -> torch.Tensor:
-    """t int64 [count] in [low, high), uniform and stratified: one from each of `count` equal parts,
-    in order.
+    """t int64 [count] in [low, high): one from each of `count` equal parts, in random order.
 
-    Every t has the probability of a plain uniform draw, the mean over a batch varies less.
+    Every sample's t is uniform, as in a plain draw; the mean over a batch varies less.
     """
     high = len(schedule) if high is None else high
     if not 0 <= low < high <= len(schedule):
         raise ValueError(
             f"timesteps: expected 0 <= low < high <= {len(schedule)}, got [{low}, {high})"
         )
-    u = (torch.arange(count) + torch.rand(count, generator=generator, dtype=torch.float64)) / max(
-        count, 1
-    )
+    part = torch.randperm(count, generator=generator)
+    u = (part + torch.rand(count, generator=generator, dtype=torch.float64)) / max(count, 1)
     return (low + u * (high - low)).long().clamp(max=high - 1)
 
 
 def draw_seeds(count: int, generator: torch.Generator) -> torch.Tensor:
-    """Noise seeds int64 [count], over the whole range: 31 distinct seeds are a known fault
-    elsewhere.
-    """
+    """Noise seeds int64 [count], of 2^62: a few distinct seeds are a known fault elsewhere."""
     return torch.randint(2**62, (count,), generator=generator)
 
 
 def noised(
     x0: torch.Tensor, t: torch.Tensor, seeds: torch.Tensor, schedule: Schedule, prediction: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(x_t, target)` of pictures x0 [B, ...] at t [B] with each sample's own noise, on x0's
-    device.
-    """
+    """`(x_t, target)` of pictures x0 [B, ...] at t [B], each with its own noise, on its device."""
     device = x0.device
-    return add_noise(
-        x0, None, seeds.to(device), t.to(device), noise_table(schedule, prediction, device)
-    )
+    table = noise_table(schedule, prediction, device)
+    return add_noise(x0, None, seeds.to(device), t.to(device), table)
 
 
 def per_sample_mse(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -47,7 +47,8 @@ def test_denoising_reaches_t_range_and_depends_on_the_generator_alone() -> None:
         loss = denoising("v", low=10, high=50)
         loss(model, {"x0": x0, "cond": None}, SCHEDULE, torch.Generator().manual_seed(seed))
         seen.append(model.calls[0])
-    assert seen[0][1].tolist() == list(range(10, 50))  # one from each of 40 equal parts
+    t = seen[0][1].tolist()
+    assert sorted(t) == list(range(10, 50)) and t != sorted(t)  # one from each of 40 equal parts
     assert torch.equal(seen[0][0], seen[1][0])
     assert not torch.equal(seen[0][0], seen[2][0])
     assert len(seen[0][0].unique(dim=0)) == 40
@@ -60,6 +61,14 @@ def test_timesteps_are_uniform_over_many_draws() -> None:
     assert len(counts) == 100
     # 42,000 draws, 420 each; five standard deviations of a binomial count
     assert (counts - 420).abs().max() < 5 * 420**0.5
+
+
+def test_timesteps_of_one_sample_of_a_fixed_batch_are_uniform() -> None:
+    """Else the first of five pictures would be seen at little noise only."""
+    generator = torch.Generator().manual_seed(0)
+    first = torch.stack([draw_timesteps(SCHEDULE, 5, generator)[0] for _ in range(4000)])
+    counts = torch.bincount(first // 20, minlength=5).double()
+    assert (counts - 800).abs().max() < 5 * 800**0.5
 
 
 @pytest.mark.parametrize(("low", "high"), [(-1, 10), (10, 10), (0, 101)])
