@@ -37,8 +37,12 @@ py::object call(PyObject* function) {
 bool plain_eager() {
   for (const Guard& guard : g_guards)
     if (call(guard.query).ptr() != guard.idle) return false;
+  return true;
+}
+
+bool forward_ad_active() {
   PyObject* level = PyDict_GetItem(g_forward_ad, g_current_level);
-  return level == nullptr || PyLong_AsLong(level) < 0;
+  return level != nullptr && PyLong_AsLong(level) >= 0;
 }
 
 // The signature: everything of the arguments that a plan may depend on, as words. Floats are left
@@ -147,14 +151,19 @@ class Signature {
 };
 
 // Plans of one operator. `miss(*args)` checks the contract and returns a plan; `dispatch(*args)` is
-// torch's dispatcher.
+// torch's dispatcher; `reference(*args)` plain PyTorch.
 class Dispatcher {
  public:
-  Dispatcher(py::object miss, py::object dispatch, bool differentiable)
-      : miss_(std::move(miss)), dispatch_(std::move(dispatch)), differentiable_(differentiable) {}
+  Dispatcher(py::object miss, py::object dispatch, py::object reference, bool differentiable)
+      : miss_(std::move(miss)),
+        dispatch_(std::move(dispatch)),
+        reference_(std::move(reference)),
+        differentiable_(differentiable) {}
 
   // Guards first; what is not plain eager execution without gradients goes to the dispatcher.
   PyObject* eager(PyObject* const* args, Py_ssize_t n) {
+    // Operators have no forward-mode formula, and torch would drop the tangents without a word.
+    if (forward_ad_active()) return PyObject_Vectorcall(reference_.ptr(), args, n, nullptr);
     if (!plain_eager()) return PyObject_Vectorcall(dispatch_.ptr(), args, n, nullptr);
     const bool check_grad = differentiable_ && call(g_grad_enabled).ptr() == Py_True;
     Signature signature;
@@ -204,6 +213,7 @@ class Dispatcher {
 
   py::object miss_;
   py::object dispatch_;
+  py::object reference_;
   const bool differentiable_;  // without it nobody asks for a gradient
   std::mutex mutex_;
   std::unordered_map<std::string, py::object> plans_;
@@ -235,8 +245,10 @@ PyMethodDef g_eager{"eager", as_method(&enter<&Dispatcher::eager>), METH_FASTCAL
 PyMethodDef g_kernel{"kernel", as_method(&enter<&Dispatcher::kernel>), METH_FASTCALL, nullptr};
 
 // Returns (eager, kernel, clear, size). A Dispatcher lives as long as the process, as operators do.
-py::tuple make_dispatcher(py::object miss, py::object dispatch, bool differentiable) {
-  auto* d = new Dispatcher(std::move(miss), std::move(dispatch), differentiable);
+py::tuple make_dispatcher(py::object miss, py::object dispatch, py::object reference,
+                          bool differentiable) {
+  auto* d = new Dispatcher(std::move(miss), std::move(dispatch), std::move(reference),
+                           differentiable);
   const py::capsule self(d, "fastlora.Dispatcher");
   return py::make_tuple(
       py::reinterpret_steal<py::object>(PyCFunction_New(&g_eager, self.ptr())),

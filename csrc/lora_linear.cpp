@@ -1,30 +1,58 @@
 #include "lora_linear.h"
 
+#include <new>
+
 namespace fastlora {
 namespace {
 
-constexpr int64_t kMaxRank = 1024;  // of the CPU loop's buffer; see cpu/lora_linear.cpp
+// Limits of the loop for tiny calls; see cpu/lora_linear.cpp.
+constexpr int64_t kMaxRank = 1024;
 constexpr int64_t kMaxIn = 4096;
+constexpr int64_t kTinyWork = 1 << 12;  // multiplications; packing operands pays off beyond
 
-void check(const char* op, const LoraLinear& p) {
+bool tiny(const LoraLinear& p) {
+  bool plain = p.gate.contiguous() && p.rank <= kMaxRank && p.in <= kMaxIn &&
+               p.tokens * p.rank * (p.out + (p.down.defined ? p.in : 0)) <= kTinyWork;
+  for (const TensorView* t : {&p.y, &p.x, &p.down, &p.up})
+    plain = plain && (!t->defined || (t->contiguous() && t->dtype == p.y.dtype));
+  return plain;
+}
+
+// `in_place`: strides and float32 factors are welcome.
+void check(const char* op, const LoraLinear& p, bool in_place) {
   const struct {
     const char* name;
     const TensorView& view;
-  } arguments[] = {{"y", p.y},       {"x", p.x},       {"weight", p.weight}, {"bias", p.bias},
-                   {"down", p.down}, {"up", p.up},     {"gate", p.gate},     {"row_scale", p.row_scale},
-                   {"h", p.h}};
+    bool factor;
+  } arguments[] = {{"y", p.y, false},         {"x", p.x, false},       {"weight", p.weight, false},
+                   {"bias", p.bias, false},   {"down", p.down, true},  {"up", p.up, true},
+                   {"row_scale", p.row_scale, false}};
+  const DType wide = p.y.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
   for (const auto& a : arguments) {
     check_memory(op, a.name, a.view, p.y);
-    if (p.y.cpu()) check_contiguous(op, a.name, a.view);
+    if (p.y.cpu() && !in_place) check_contiguous(op, a.name, a.view);
+    FASTLORA_CHECK(!a.view.defined || a.view.dtype == p.y.dtype ||
+                       (in_place && a.factor && a.view.dtype == wide),
+                   op, a.name, name_of(p.y.dtype), a.view);
   }
-  const DType gate_type = p.y.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
-  FASTLORA_CHECK(p.gate.dtype == gate_type, op, "gate", name_of(gate_type), p.gate);
-  for (const TensorView* t : {&p.x, &p.weight, &p.bias, &p.down, &p.up, &p.row_scale})
-    FASTLORA_CHECK(!t->defined || t->dtype == p.y.dtype, op, "argument", name_of(p.y.dtype), *t);
-  if (p.y.cpu()) {
+  check_memory(op, "h", p.h, p.y);
+  check_memory(op, "gate", p.gate, p.y);
+  if (p.y.cpu() && !in_place) check_contiguous(op, "gate", p.gate);
+  FASTLORA_CHECK(p.gate.dtype == wide, op, "gate", name_of(wide), p.gate);
+  if (p.y.cpu() && !in_place) {
     FASTLORA_CHECK(p.rank <= kMaxRank, op, "up", "a rank of at most 1024 for the CPU loop", p.up);
     FASTLORA_CHECK(p.in <= kMaxIn, op, "x", "at most 4096 inputs for the CPU loop", p.x);
   }
+}
+
+void add_on_cpu(const LoraLinear& p) {
+  if (p.rank == 0) return;
+  bool out_of_memory = false;
+  {
+    const WithoutGil others_may_run;
+    FASTLORA_CPU_CALL(lora_add_loop, p, out_of_memory);
+  }
+  if (out_of_memory) throw std::bad_alloc();
 }
 
 void run(const char* op, LoraLinear& p) {
@@ -34,8 +62,10 @@ void run(const char* op, LoraLinear& p) {
   p.in = p.down.defined ? p.down.shape[1] : p.rank;
   const int64_t rows = p.gate.ndim == 2 ? p.gate.shape[0] : 1;
   p.tokens_per_row = rows > 0 ? p.tokens / rows : 0;
-  check(op, p);
+  const bool in_place = p.y.cpu() && !p.weight.defined && !tiny(p);
+  check(op, p, in_place);
   if (p.tokens == 0 || p.out == 0) return;
+  if (in_place) return add_on_cpu(p);
   if (p.y.cpu()) {
     FASTLORA_CPU_CALL(lora_linear_loop, p);
     return;

@@ -6,8 +6,8 @@
 
 namespace fastlora {
 
-// Operands of both operators. All matrices are row-major and contiguous on the CPU; the CUDA kernels
-// read x, W, D and U through their strides.
+// Operands of both operators. The loop for tiny calls wants contiguous matrices of one dtype; the CUDA
+// kernels and lora_add_ read x, D, U (and W) through their strides.
 struct LoraLinear {
   TensorView y;          // [tokens, out], written (lora_add_: read and written)
   TensorView x;          // [tokens, in]; without `down`: [tokens, rank]
@@ -32,4 +32,6 @@ void lora_add_(TensorView y, TensorView x, TensorView down, TensorView up, Tenso
 
 }  // namespace fastlora
 
+// Tiny calls; and lora_add_ of every other size.
 FASTLORA_DECLARE_CPU(lora_linear_loop, const ::fastlora::LoraLinear& p)
+FASTLORA_DECLARE_CPU(lora_add_loop, const ::fastlora::LoraLinear& p, bool& out_of_memory)

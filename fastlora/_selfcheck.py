@@ -1,4 +1,4 @@
-"""Every operator once against its reference, on small made-up data: for `fastlora doctor`."""
+"""Every operator against its reference, on small made-up data: for `fastlora doctor`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +9,8 @@ from torch import Tensor
 
 from fastlora.ops import Operator, operators
 
+DRAWS = 20  # of random data: the largest error of a few numbers alone says little
+
 
 @dataclass(frozen=True)
 class Check:
@@ -18,7 +20,7 @@ class Check:
     device: str
     dtype: str
     error: float  # max |compiled - reference in float64|
-    allowed: float  # twice the error of the reference in `dtype`
+    allowed: float  # four times the error of the reference in `dtype`
     problem: str = ""
 
     @property
@@ -46,16 +48,21 @@ def check(name: str, operator: Operator, device: str, dtype: torch.dtype) -> Che
     def control(*shape: int) -> Tensor:  # gates, weights, tables: float32 beside low precision
         return torch.rand(shape, generator=generator).to(device)
 
+    error = plain_error = largest = 0.0
     try:
-        arguments = EXAMPLES[name](data, control, device)
-        got = outputs(operator, operator, arguments)
-        plain = outputs(operator, operator.reference, arguments)
-        exact = outputs(operator, operator.reference, widened(arguments))
-    except Exception as error:  # a report of what is broken must not break
-        return Check(name, device, short, float("inf"), 0.0, f"{type(error).__name__}: {error}")
-    largest = max(e.abs().max().item() for e in exact)
-    error, plain_error = worst(got, exact), worst(plain, exact)
-    return Check(name, device, short, error, max(2 * plain_error, largest * torch.finfo(dtype).eps))
+        for _ in range(DRAWS):
+            arguments = EXAMPLES[name](data, control, device)
+            exact = outputs(operator, operator.reference, widened(arguments))
+            error = max(error, worst(outputs(operator, operator, arguments), exact))
+            plain = outputs(operator, operator.reference, arguments)
+            plain_error = max(plain_error, worst(plain, exact))
+            largest = max(largest, *(e.abs().max().item() for e in exact))
+    except Exception as failure:  # a report of what is broken must not break
+        problem = f"{type(failure).__name__}: {failure}"
+        return Check(name, device, short, float("inf"), 0.0, problem)
+    # Twice as much as in the tests: here a few unlucky roundings must not raise an alarm.
+    allowed = 2 * max(2 * plain_error, largest * torch.finfo(dtype).eps)
+    return Check(name, device, short, error, allowed)
 
 
 def outputs(

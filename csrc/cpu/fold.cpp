@@ -4,8 +4,7 @@
 
 #include <cstdlib>
 
-#include "scalar.h"
-#include "vector.h"
+#include "rank_update.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -15,24 +14,10 @@ namespace fastlora {
 namespace FASTLORA_ISA {
 namespace {
 
-// kRows x kVectors accumulators, kVectors operands and one factor must fit the registers.
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kRows = 8;
-#else
-constexpr int kRows = 6;
-#endif
-constexpr int kVectors = 2;
 static_assert(kFoldRows % kRows == 0, "a task consists of whole tiles");
 
 constexpr int64_t kStripBytes = 1 << 18;      // of packed D: part of the second-level cache
 constexpr int64_t kSerialWork = 1 << 16;      // elements of W that are not worth a second thread
-constexpr int64_t kLine = 64;                 // bytes of a cache line
-
-template <class A>
-constexpr int kLanes = kVectorBytes / int(sizeof(A));
-template <class A>
-constexpr int kColumns = kVectors * kLanes<A>;
-
 // One task's packed operands, inside one thread's scratch memory.
 template <class A>
 struct Packed {
@@ -44,8 +29,6 @@ struct Packed {
   int32_t count;    // of active components
 };
 
-static inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
 template <class A>
 static inline int64_t strip_columns(const FoldLayer& p) {
   const int64_t fitting = kStripBytes / int64_t(p.rank * sizeof(A)) / kColumns<A> * kColumns<A>;
@@ -54,16 +37,10 @@ static inline int64_t strip_columns(const FoldLayer& p) {
 }
 
 template <class A>
-static inline int64_t strip_pitch(int64_t columns) {
-  constexpr int64_t line = kLine / sizeof(A);
-  return (round_up(columns, line) / line | 1) * line;
-}
-
-template <class A>
 static inline int64_t scratch_bytes(const FoldLayer& p) {
   if (p.rank == 0) return 0;
   return round_up(p.rank * sizeof(int32_t), kLine) + round_up(p.rank * kFoldRows * sizeof(A), kLine) +
-         p.rank * strip_pitch<A>(strip_columns<A>(p)) * sizeof(A);
+         p.rank * odd_pitch<A>(strip_columns<A>(p)) * sizeof(A);
 }
 
 template <class A>
@@ -79,7 +56,7 @@ static inline Packed<A> packed(const FoldLayer& p, char* scratch) {
     if (gate[k * p.gate_stride] != 0) s.active[s.count++] = k;
   if (s.count == 0) return s;
   s.columns = strip_columns<A>(p);
-  s.pitch = strip_pitch<A>(s.columns);
+  s.pitch = odd_pitch<A>(s.columns);
   return s;
 }
 
@@ -119,120 +96,6 @@ void pack_strip(const FoldLayer& p, const Packed<A>& s, int64_t first, int64_t c
   }
 }
 
-// sum = the low-rank part of one tile.
-template <class A>
-static inline __attribute__((always_inline)) void multiply(const A* factors, const A* down,
-                                                           int64_t pitch, int32_t count,
-                                                           Vector<A> (&sum)[kRows][kVectors]) {
-#pragma GCC unroll 8
-  for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) sum[m][v] = Vector<A>{};
-  for (int32_t k = 0; k < count; ++k, factors += kRows, down += pitch) {
-    Vector<A> d[kVectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) d[v] = load_vector(down + v * kLanes<A>);
-#pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) sum[m][v] += factors[m] * d[v];
-  }
-}
-
-// W + sum for a whole tile of unit column strides. `streaming`: `out` is aligned to whole registers.
-template <class A>
-static inline __attribute__((always_inline)) void add_tile(const A* w, int64_t w_stride,
-                                                           const Vector<A> (&sum)[kRows][kVectors],
-                                                           A* out, int64_t out_stride,
-                                                           bool streaming) {
-#pragma GCC unroll 8
-  for (int m = 0; m < kRows; ++m, w += w_stride, out += out_stride)
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      const Vector<A> result = load_vector(w + v * kLanes<A>) + sum[m][v];
-      if (streaming)
-        stream(out + v * kLanes<A>, &result);
-      else
-        store_vector(out + v * kLanes<A>, result);
-    }
-}
-
-template <class A>
-static inline __attribute__((always_inline)) void spill(const Vector<A> (&sum)[kRows][kVectors],
-                                                        A (&line)[kRows][kColumns<A>]) {
-#pragma GCC unroll 8
-  for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) store_vector(&line[m][v * kLanes<A>], sum[m][v]);
-}
-
-// The same with a rounding to sixteen bits.
-template <class T>
-static __attribute__((noinline)) void add_rounded(const T* w, int64_t w_stride, float* sum, T* out,
-                                                  int64_t out_stride, bool streaming) {
-  constexpr int width = kColumns<float>;
-  for (int m = 0; m < kRows; ++m, w += w_stride, sum += width, out += out_stride) {
-    T line[width];
-#pragma omp simd
-    for (int j = 0; j < width; ++j) sum[j] += load(w + j);
-#pragma omp simd
-    for (int j = 0; j < width; ++j) store((streaming ? line : out) + j, sum[j]);
-    if (streaming)
-      for (int b = 0; b < int(sizeof line); b += kVectorBytes)
-        stream(reinterpret_cast<char*>(out) + b, reinterpret_cast<char*>(line) + b);
-  }
-}
-
-// Asks for the weights of the tile after the next: the caches' own prediction loses track of eight
-// rows between the operands.
-template <class T>
-static inline void prefetch(const T* w, int64_t w_stride) {
-  constexpr int64_t bytes = kColumns<Acc<T>> * sizeof(T);
-  for (int m = 0; m < kRows; ++m)
-    for (int64_t b = 2 * bytes; b < 3 * bytes; b += kLine)
-      __builtin_prefetch(reinterpret_cast<const char*>(w + m * w_stride) + b);
-}
-
-// A row of tiles: `columns` of `rows` rows, from w and out on.
-template <class T>
-static void tiles(const FoldLayer& p, const Packed<Acc<T>>& s, const Acc<T>* factors, const T* w,
-                  T* out, int64_t rows, int64_t columns, bool streaming) {
-  using A = Acc<T>;
-  constexpr int width = kColumns<A>;
-  const int64_t w_stride = p.weight_stride[0], out_stride = p.result_stride[0];
-  int64_t column = 0;
-  if (rows == kRows && p.weight_stride[1] == 1 && p.result_stride[1] == 1) {
-    streaming = streaming && width * sizeof(T) % kLine == 0 &&
-                reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0 &&
-                out_stride * sizeof(T) % kVectorBytes == 0;
-    for (; columns - column >= width; column += width) {
-      Vector<A> sum[kRows][kVectors];
-      prefetch<T>(w + column, w_stride);
-      multiply<A>(factors, s.strip + column, s.pitch, s.count, sum);
-      if constexpr (sizeof(T) == sizeof(A)) {
-        add_tile<T>(w + column, w_stride, sum, out + column, out_stride, streaming);
-      } else {
-        A line[kRows][width];
-        spill<A>(sum, line);
-        add_rounded<T>(w + column, w_stride, line[0], out + column, out_stride, streaming);
-      }
-    }
-  }
-  for (; column < columns; column += width) {
-    const int64_t valid = columns - column < width ? columns - column : width;
-    Vector<A> sum[kRows][kVectors];
-    A line[kRows][width];
-    multiply<A>(factors, s.strip + column, s.pitch, s.count, sum);
-    spill<A>(sum, line);
-    for (int64_t m = 0; m < rows; ++m) {
-      const T* from = w + m * w_stride + column * p.weight_stride[1];
-      T* to = out + m * out_stride + column * p.result_stride[1];
-      for (int64_t j = 0; j < valid; ++j)
-        store(to + j * p.result_stride[1], load(from + j * p.weight_stride[1]) + line[m][j]);
-    }
-  }
-}
-
 // No component is active: the same bits.
 template <class T>
 void copy_rows(const FoldLayer& p, int64_t first, int64_t end) {
@@ -265,9 +128,10 @@ void rows_of(const FoldLayer& p, int64_t first, int64_t end, bool streaming, cha
     const T* w = static_cast<const T*>(p.weight) + column * p.weight_stride[1];
     T* out = static_cast<T*>(p.result) + column * p.result_stride[1];
     for (int64_t row = first; row < end; row += kRows)
-      tiles<T>(p, s, s.factors + (row - first) * s.count, w + row * p.weight_stride[0],
-               out + row * p.result_stride[0], end - row < kRows ? end - row : kRows, columns,
-               streaming);
+      tiles<T>({s.factors + (row - first) * s.count, s.strip, s.pitch, s.count},
+               {w + row * p.weight_stride[0], p.weight_stride[0], p.weight_stride[1]},
+               {out + row * p.result_stride[0], p.result_stride[0], p.result_stride[1]},
+               end - row < kRows ? end - row : kRows, columns, streaming);
   }
 }
 

@@ -98,7 +98,7 @@ def attach(
     model: nn.Module, slots: dict[str, Slot], name: str, *, freeze: bool = True
 ) -> AdapterInfo:
     """Puts ready slots into the layers at their paths; raises before the first change or never."""
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     found = arenas(model)
     check_mergeable(found)
     decompositions = {
@@ -118,8 +118,8 @@ def attach(
             if decompositions.get(path) is not None:
                 holder = layer.fastlora
                 holder.svd_u, holder.svd_s, holder.svd_vh = decompositions[path]
-            slot.train(layer.training)
             layer.fastlora[name] = slot
+            layer.fastlora.train(layer.training)
         arena.layout()
     set_fused_encoders(model)
     return adapters(model)[name]

@@ -1,0 +1,61 @@
+"""`fastlora demo`: train two adapters of a small model, sample, judge, verify, time, report."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from fastlora.demo.settings import Settings
+
+__all__ = ["Settings", "main", "run"]
+
+
+def main(out: str | Path = "out", seed: int = 0, settings: Settings | None = None) -> int:
+    """Runs the demo with progress bars; 0, or 1 if what it verifies does not hold.
+
+    Raises OSError for a directory that cannot be written and ModuleNotFoundError for a package of
+    the extra `demo` that is missing: both before anything is trained.
+    """
+    return 0 if run(out, seed, settings)["verify"]["passed"] else 1
+
+
+def run(
+    out: str | Path = "out",
+    seed: int = 0,
+    settings: Settings | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Runs the demo, writes its files into `out` and returns the numbers of `report.json`."""
+    from fastlora.training import ensure_writable
+
+    out = ensure_writable(out)
+    for needed in ("PIL", "safetensors", "sklearn", "tqdm", "transformers"):
+        __import__(needed)
+    from fastlora.demo import checks, report, slider, speed, subject
+    from fastlora.demo.world import World
+
+    start = time.perf_counter()
+    world = World.make(settings or Settings(), seed, progress)
+    world.say(report.banner(world, out))
+    with world.part("1  a thickness slider from six pairs of pictures"):
+        thickness = slider.make_slider(world)
+        first = slider.save_slider(thickness, out)
+        world.say(report.say_slider(thickness))
+    with world.part("2  a subject from five pictures"):
+        mirrored = subject.make_subject(world)
+        second = subject.save_subject(mirrored, out)
+        world.say(report.say_subject(mirrored))
+    with world.part("3  both at once, fused against reference"):
+        model, together = checks.make_together(world, (first, second), mirrored)
+        verified = checks.make_checks(world, model)
+        world.say(report.say_checks(together, verified))
+    with world.part("4  against plain PyTorch, PEFT and diffusers"):
+        comparisons = speed.make_comparisons(world)
+        world.say(report.say_comparisons(comparisons))
+    found = report.Findings(world, out, thickness, mirrored, together, verified, comparisons)
+    with world.part("5  the report"):
+        numbers = report.write(found, time.perf_counter() - start)
+    total = time.perf_counter() - start
+    world.say(f"  {out / 'report.html'}\n\n{total:.0f} s in all")
+    return numbers

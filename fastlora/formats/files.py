@@ -55,9 +55,8 @@ def write(
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
-        save_file(
-            {k: t.detach().cpu().contiguous() for k, t in tensors.items()}, temporary, metadata
-        )
+        copies = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
+        save_file(copies, temporary, metadata)  # which refuses tensors that share memory
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         umask = os.umask(0)

@@ -21,7 +21,7 @@ def pack(
     modules: dict[str, dict[str, Tensor]], config: dict[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The file's tensors and metadata for each module's parameters."""
-    tensors = {f"{p}.{k}": t for p, own in modules.items() for k, t in own.items()}
+    tensors = {key_of(p, k): t for p, own in modules.items() for k, t in own.items()}
     metadata = {"format": "fastlora", "version": VERSION, "config": json.dumps(config)}
     return tensors, metadata
 
@@ -53,10 +53,16 @@ def unpack(
     modules: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         path, _, parameter = key.rpartition(".")
-        if path not in settings or parameter not in allowed:
+        fits = path in settings and parameter in allowed
+        if not fits or key != key_of(path, parameter):
             raise FormatError(f"{source}: unexpected key {key!r}")
         modules.setdefault(path, {})[parameter] = tensor
     missing = sorted(set(settings) - set(modules))
     if missing:
         raise FormatError(f"{source}: no tensors for {missing[:5]}")
     return modules, config
+
+
+def key_of(path: str, parameter: str) -> str:
+    """A parameter's key; the model itself, when it is the adapted layer, has the path ""."""
+    return f"{path}.{parameter}" if path else parameter

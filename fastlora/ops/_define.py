@@ -148,7 +148,9 @@ def define_op(
 
         return mutating
 
-    eager, kernel, clear, plan_count = kernels.make_dispatcher(miss, overload, differentiable)
+    eager, kernel, clear, plan_count = kernels.make_dispatcher(
+        miss, overload, reference, differentiable
+    )
 
     def fake_impl(*args: Any) -> Any:
         outputs = fake(*args)
@@ -156,7 +158,8 @@ def define_op(
 
     def kernel_impl(*args: Any, **kwargs: Any) -> Any:
         # The dispatcher leaves out arguments that equal their defaults.
-        return kernel(*(bind(args, kwargs) if len(args) != len(names) else args))
+        bound = bind(args, kwargs) if len(args) != len(names) else args
+        return kernel(*(_plain(a) for a in bound))
 
     _library.impl(name, reference, "CompositeExplicitAutograd")
     _library.impl(name, kernel_impl, "CPU")
@@ -206,6 +209,18 @@ def define_op(
     operator.plan_count = plan_count  # type: ignore[attr-defined]
     operators[name] = operator  # type: ignore[assignment]
     return operator  # type: ignore[return-value]
+
+
+def _plain(value: Any) -> Any:
+    """Below the dispatcher a subclass without a dispatch of its own is its plain memory."""
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if not isinstance(value, Tensor) or type(value) in (Tensor, torch.nn.Parameter):
+        return value
+    if type(value).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
+        return value
+    with torch._C.DisableTorchFunctionSubclass():
+        return value.as_subclass(Tensor)
 
 
 def _increment_version(value: Any) -> None:

@@ -10,6 +10,15 @@ from fastlora.ops._define import FLOATS, define_op, expect, expect_tensor, gate_
 
 # Up to this many multiplications our own loop beats the library calls (each about 2 µs).
 TINY = 1 << 14
+# Numbers of tokens for which our pass over x and y, which serves all dtypes alike, is faster than
+# torch's two products: those have a price per call, and instructions for bfloat16 on some CPUs.
+LOOP_TOKENS = {
+    torch.float32: (32, 1 << 62),
+    torch.float64: (32, 1 << 62),
+    torch.float16: (0, 1 << 62),
+    torch.bfloat16: (0, 512),
+}
+LOOP_RANK = 256
 # The same for one launch of the first CUDA kernel; a guess until it has been measured.
 TINY_CUDA = 1 << 22
 
@@ -149,16 +158,21 @@ def _products(
 
 
 def accumulate(y: Tensor, x: Tensor, down: Tensor | None, up: Tensor, gate: Tensor) -> None:
-    """`y += ((x Dᵀ) ∘ g) Uᵀ` on matrices `y [tokens, out]`, `x [tokens, in]` by torch's products."""
-    if y.shape[0] == 0:
+    """`y += ((x Dᵀ) ∘ g) Uᵀ` on matrices `y [tokens, out]`, `x [tokens, in]`."""
+    tokens, dtype = y.shape[0], y.dtype
+    if tokens == 0:
         return
-    h = x if down is None else F.linear(x, down.to(x.dtype))
+    least, most = LOOP_TOKENS[dtype]
+    if y.device.type == "cpu" and least <= tokens < most and up.shape[1] <= LOOP_RANK:
+        kernels.lora_add_(y, x, down, up, gate, None)
+        return
+    h = x if down is None else torch.mm(x, (down if down.dtype == dtype else down.to(dtype)).t())
     if gate.dim() == 1:
-        h = torch.mul(h, gate, out=None if down is None else h)
+        h = h * gate if down is None else h.mul_(gate)
     else:
         rows = h.view(gate.shape[0], -1, gate.shape[1])
         h = torch.mul(rows, gate[:, None], out=None if down is None else rows).view(h.shape)
-    y.addmm_(h.to(y.dtype), up.to(y.dtype).t())
+    y.addmm_(h if h.dtype == dtype else h.to(dtype), (up if up.dtype == dtype else up.to(dtype)).t())
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
