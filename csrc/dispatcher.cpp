@@ -57,6 +57,15 @@ class Signature {
   bool has_tensor_subclass() const { return subclass_; }
   bool requires_grad() const { return requires_grad_; }
 
+  // An argument of the operator: beside the words, its view for a native plan.
+  void add_argument(PyObject* object, bool check_grad) {
+    const size_t index = arguments_++;
+    if (index < kMaxNativeArguments) argument_ = &views_[index];
+    add(object, check_grad);
+    argument_ = nullptr;
+  }
+  const TensorView* views() const { return views_; }
+
   void add(PyObject* object, bool check_grad) {
     if (full()) {
       // Too long to remember; the guards of the remaining tensors still have to be read.
@@ -136,6 +145,7 @@ class Signature {
       subclass_ = true;  // what DLPack cannot describe (meta, sparse) is for torch's dispatcher
       return;
     }
+    if (argument_ != nullptr) *argument_ = t;
     const bool real = t.data != nullptr || t.numel() == 0;
     push(Kind::kTensor, (int64_t(t.dtype) << 32) | (int64_t(t.ndim) << 8) |
                             (real ? 4 : 0) | (t.aligned(16) ? 2 : 0) | (t.aligned(64) ? 1 : 0));
@@ -146,6 +156,9 @@ class Signature {
 
   int64_t words_[kCapacity];
   size_t size_ = 0;
+  TensorView views_[kMaxNativeArguments];  // undefined for what is not a tensor
+  TensorView* argument_ = nullptr;
+  size_t arguments_ = 0;
   bool subclass_ = false;
   bool requires_grad_ = false;
 };
@@ -167,7 +180,7 @@ class Dispatcher {
     if (!plain_eager()) return PyObject_Vectorcall(dispatch_.ptr(), args, n, nullptr);
     const bool check_grad = differentiable_ && call(g_grad_enabled).ptr() == Py_True;
     Signature signature;
-    for (Py_ssize_t i = 0; i < n; ++i) signature.add(args[i], check_grad);
+    for (Py_ssize_t i = 0; i < n; ++i) signature.add_argument(args[i], check_grad);
     if (signature.has_tensor_subclass() || signature.requires_grad())
       return PyObject_Vectorcall(dispatch_.ptr(), args, n, nullptr);
     return run(signature, args, n);
@@ -176,7 +189,7 @@ class Dispatcher {
   // Below the dispatcher: no guards, the same plans.
   PyObject* kernel(PyObject* const* args, Py_ssize_t n) {
     Signature signature;
-    for (Py_ssize_t i = 0; i < n; ++i) signature.add(args[i], false);
+    for (Py_ssize_t i = 0; i < n; ++i) signature.add_argument(args[i], false);
     return run(signature, args, n);
   }
 
@@ -196,6 +209,10 @@ class Dispatcher {
       plan = py::reinterpret_steal<py::object>(PyObject_Vectorcall(miss_.ptr(), args, n, nullptr));
       if (!plan) return nullptr;
       if (!signature.full()) store(signature, plan);
+    }
+    if (PyCapsule_CheckExact(plan.ptr())) {
+      void* native = PyCapsule_GetPointer(plan.ptr(), kNativePlan);
+      return native == nullptr ? nullptr : reinterpret_cast<NativePlan>(native)(signature.views());
     }
     return PyObject_Vectorcall(plan.ptr(), args, n, nullptr);
   }
@@ -230,6 +247,8 @@ PyObject* enter(PyObject* self, PyObject* const* args, Py_ssize_t n) {
     e.restore();
   } catch (const py::builtin_exception& e) {
     e.set_error();
+  } catch (const std::invalid_argument& e) {
+    PyErr_SetString(PyExc_ValueError, e.what());
   } catch (const std::exception& e) {
     PyErr_SetString(PyExc_RuntimeError, e.what());
   }

@@ -3,7 +3,15 @@
 
 #include <pybind11/pybind11.h>
 
+#include "tensor.h"
+
 namespace fastlora {
+
+// A plan in C++: a capsule of this name around a function that takes the views of the operator's
+// arguments (undefined for None) and returns a new reference. Otherwise a plan is a Python callable.
+constexpr const char* kNativePlan = "fastlora.plan";
+constexpr size_t kMaxNativeArguments = 8;
+using NativePlan = PyObject* (*)(const TensorView* arguments);
 
 // `guards`: zero-argument callables with the value that each returns while nothing of torch's
 // interposition (dispatch and function modes, functorch, autocast, tracing) is active.

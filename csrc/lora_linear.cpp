@@ -10,6 +10,21 @@ constexpr int64_t kMaxRank = 1024;
 constexpr int64_t kMaxIn = 4096;
 constexpr int64_t kTinyWork = 1 << 12;  // multiplications; packing operands pays off beyond
 
+// A contiguous tensor [..., columns] as the matrix that it is.
+struct Flattened {
+  int64_t shape[2], strides[2];
+  void apply(TensorView& t) {
+    if (t.ndim == 2 || t.ndim == 0 || !t.contiguous()) return;
+    const int64_t columns = t.shape[t.ndim - 1];
+    shape[0] = columns > 0 ? t.numel() / columns : 0;
+    shape[1] = strides[0] = columns;
+    strides[1] = 1;
+    t.shape = shape;
+    t.strides = strides;
+    t.ndim = 2;
+  }
+};
+
 bool tiny(const LoraLinear& p) {
   bool plain = p.gate.contiguous() && p.rank <= kMaxRank && p.in <= kMaxIn &&
                p.tokens * p.rank * (p.out + (p.down.defined ? p.in : 0)) <= kTinyWork;
@@ -62,8 +77,13 @@ void run(const char* op, LoraLinear& p) {
   p.in = p.down.defined ? p.down.shape[1] : p.rank;
   const int64_t rows = p.gate.ndim == 2 ? p.gate.shape[0] : 1;
   p.tokens_per_row = rows > 0 ? p.tokens / rows : 0;
+  Flattened y, x;
+  y.apply(p.y);
+  x.apply(p.x);
   const bool in_place = p.y.cpu() && !p.weight.defined && !tiny(p);
   check(op, p, in_place);
+  FASTLORA_CHECK(p.y.ndim == 2, op, "y", "a matrix, or contiguous memory", p.y);
+  FASTLORA_CHECK(p.x.ndim == 2, op, "x", "a matrix, or contiguous memory", p.x);
   if (p.tokens == 0 || p.out == 0) return;
   if (in_place) return add_on_cpu(p);
   if (p.y.cpu()) {

@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command. 0: well; 1: `doctor` found a problem; 2: an error, said in one line."""
+    """Runs a command. 0: well; 1: it found a problem; 2: an error, said in one line."""
     arguments = parser().parse_args(argv)
     if arguments.version:
         from fastlora import __version__

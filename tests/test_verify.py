@@ -179,7 +179,8 @@ def test_a_wrong_operator_is_named(monkeypatch) -> None:
 
     monkeypatch.setattr(layers, "lora_linear", wrong)
     report = fastlora.verify(model, x)
-    assert not report and failures(report) == ["inner.0", "inner.2", "output"]
+    # the others convolve, look up, or add to their base with another operator
+    assert not report and failures(report) == ["inner.0", "output"]
 
 
 def test_a_wrong_shortcut_is_named(monkeypatch) -> None:

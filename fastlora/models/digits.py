@@ -22,7 +22,7 @@ CONFIG = UNetConfig(in_channels=1, block_out_channels=(32, 64, 96), attention=(F
 
 
 class DigitsModel(nn.Module):
-    """`model(x [B, 1, 32, 32], t int64 [B], cond [B, 12, 64]) -> v [B, 1, 32, 32]`.
+    """`model(x [B, 1, 32, 32], t int64 [B], cond [B, 16, 64]) -> v [B, 1, 32, 32]`.
 
     Pictures are in [-1, 1]. `encode` turns captions into `cond`; "" is the empty caption that
     guidance takes for unconditional. The model was trained to predict `v = a eps - s x0` on the
@@ -39,7 +39,7 @@ class DigitsModel(nn.Module):
         self.unet = UNet(config)
 
     def encode(self, captions: str | Sequence[str]) -> torch.Tensor:
-        """Hidden states [B, 12, 64] of captions, differentiable in the text encoder's weights."""
+        """Hidden states [B, 16, 64] of captions, differentiable in the text encoder's weights."""
         device = next(self.text_encoder.parameters()).device
         return self.text_encoder(input_ids=self.tokenizer(captions).to(device)).last_hidden_state
 

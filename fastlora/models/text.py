@@ -10,9 +10,11 @@ import torch
 if TYPE_CHECKING:
     from transformers import CLIPTextModel
 
-LENGTH = 12
+LENGTH = 16
 # Never seen in pretraining: for subjects that a personalisation method teaches ("a v1 three").
 RARE = ("v1", "v2", "v3", "v4")
+# Neither, but grammar for them: "a v1 three on the left and a v2 seven on the right".
+LINKS = ("and", "on", "with", "very")
 WORDS = (
     *("a", "an", "the", "picture", "drawing", "of", "digit", "number"),
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
@@ -29,6 +31,7 @@ WORDS = (
         "right",
     ),
     *RARE,
+    *LINKS,
 )
 
 

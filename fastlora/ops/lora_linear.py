@@ -8,13 +8,14 @@ from torch import Tensor
 
 from fastlora.ops._define import FLOATS, define_op, expect, expect_tensor, gate_dtype, kernels
 
-# Up to this many multiplications our own loop beats the library calls (each about 2 µs).
-TINY = 1 << 14
+# Up to this many multiplications our own loop beats the library calls (each about 2 µs); it goes through
+# W for every token, so that more than FEW of them come sooner to the end of it.
+TINY, FEW = 1 << 15, 32
 # Numbers of tokens for which our pass over x and y, which serves all dtypes alike, is faster than
 # torch's two products: those have a price per call, and instructions for bfloat16 on some CPUs.
 LOOP_TOKENS = {
-    torch.float32: (32, 1 << 62),
-    torch.float64: (32, 1 << 62),
+    torch.float32: (FEW, 1 << 62),
+    torch.float64: (FEW, 1 << 62),
     torch.float16: (0, 1 << 62),
     torch.bfloat16: (0, 512),
 }
@@ -126,10 +127,16 @@ def _plan(x: Tensor, weight: Tensor, *rest: Any) -> Any:
         t is None or (t.is_contiguous() and (t is gate or t.dtype == x.dtype)) for t in operands
     )
     work = tokens * (out * features + rank * (out + features))
-    if plain and work <= TINY and rank <= 1024 and features <= 4096 and x.device.type == "cpu":
+    tiny = work <= (TINY if tokens < FEW else TINY // 4) and rank <= 1024 and features <= 4096
+    if plain and tiny and x.device.type == "cpu":
         return kernels.lora_linear_tiny
-    if work <= TINY_CUDA and x.is_cuda:
+    if work <= TINY_CUDA and x.is_cuda and x.dtype != torch.float64:
         return _kernel
+    if row_scale is None and tokens > 0:
+        if x.is_contiguous() and by_loop(x, tokens, rank):
+            return _around
+        if plain and x.dim() == 2 and gate.dim() == 1:
+            return _few
     return _products
 
 
@@ -142,6 +149,21 @@ def _kernel(
     m = None if row_scale is None else row_scale.to(dtype)
     kernels.lora_linear(y, x2, weight, bias, down.to(dtype), up.to(dtype), gate, m, h)
     return y.view(*x.shape[:-1], out)
+
+
+def _around(
+    x: Tensor, weight: Tensor, bias: Any, down: Tensor, up: Tensor, gate: Tensor, _: None
+) -> Tensor:
+    y = F.linear(x, weight, bias)
+    kernels.lora_add_(y, x, down, up, gate, None)
+    return y
+
+
+def _few(
+    x: Tensor, weight: Tensor, bias: Any, down: Tensor, up: Tensor, gate: Tensor, _: None
+) -> Tensor:
+    y = F.linear(x, weight, bias)
+    return y.addmm_(torch.mm(x, down.t()).mul_(gate), up.t())
 
 
 def _products(
@@ -157,13 +179,18 @@ def _products(
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
+def by_loop(like: Tensor, tokens: int, rank: int) -> bool:
+    """Whether our pass over x and y adds the low-rank part faster than torch's products."""
+    least, most = LOOP_TOKENS[like.dtype]
+    return like.device.type == "cpu" and least <= tokens < most and 0 < rank <= LOOP_RANK
+
+
 def accumulate(y: Tensor, x: Tensor, down: Tensor | None, up: Tensor, gate: Tensor) -> None:
     """`y += ((x Dᵀ) ∘ g) Uᵀ` on matrices `y [tokens, out]`, `x [tokens, in]`."""
     tokens, dtype = y.shape[0], y.dtype
     if tokens == 0:
         return
-    least, most = LOOP_TOKENS[dtype]
-    if y.device.type == "cpu" and least <= tokens < most and up.shape[1] <= LOOP_RANK:
+    if by_loop(y, tokens, up.shape[1]):
         kernels.lora_add_(y, x, down, up, gate, None)
         return
     h = x if down is None else torch.mm(x, (down if down.dtype == dtype else down.to(dtype)).t())

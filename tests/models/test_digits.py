@@ -48,7 +48,7 @@ def test_loaded_model_is_frozen_in_eval_mode_and_float32() -> None:
 def test_prediction_is_finite_at_both_ends_of_the_schedule_and_the_text_matters() -> None:
     x = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     cond = model().encode(["a thick seven", ""])
-    assert cond.shape == (2, 12, 64)
+    assert cond.shape == (2, 16, 64)
     out = model()(x, torch.tensor([999, 999]), cond)
     assert out.shape == x.shape
     swapped = model()(x, torch.tensor([999, 999]), cond.flip(0))

@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from fastlora.models import digits_data as data
 from fastlora.models import judge
-from fastlora.models.text import RARE, Tokenizer
+from fastlora.models.text import LENGTH, RARE, Tokenizer
 from tests.models.strokes import picture, ring
 
 SQUARE = np.ones((3, 3), int)
@@ -121,7 +121,7 @@ def test_captions_are_true_and_the_tokenizer_reads_them() -> None:
                     named[attribute] += 1
     assert 500 < named["digit"] < 580  # 0.9
     assert all(310 < named[a] < 410 for a in ("thickness", "slant", "brightness"))  # 0.6
-    assert Tokenizer()(drawn.captions).shape == (600, 12)
+    assert Tokenizer()(drawn.captions).shape == (600, LENGTH)
     assert not any(word in text for word in RARE for text in drawn.captions)
     assert torch.bincount(drawn.digit).min() > 30
 
