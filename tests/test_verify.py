@@ -19,6 +19,11 @@ from tests.adapters.test_control import Net
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
+@pytest.fixture(autouse=True)
+def one_thread(fixed_seed: None) -> None:
+    torch.set_num_threads(1)  # small tensors; `fixed_seed` puts the number back
+
+
 def mixed(dtype: torch.dtype = torch.float32, scale: float = 1 / 3) -> tuple[Net, Tensor]:
     """All kinds of adapters; scales and ratios that no float32 holds exactly."""
     torch.manual_seed(0)

@@ -1,10 +1,24 @@
 """Make the shipped weights of `fastlora.models.digits` and of its judge, from nothing.
 
-    python -m fastlora.methods.pretrain_digits --out DIR     # digits.safetensors,
-    judge.safetensors, samples.png
+    python -m fastlora.methods.pretrain_digits --out DIR    # digits.safetensors, judge.safetensors
 
-v-prediction on the cosine schedule with T = 1000, caption dropped with probability 0.12, AdamW,
-cosine decay of the learning rate, EMA. Interrupted runs go on from `DIR/digits.checkpoint`.
+v-prediction on the cosine schedule with T = 1000, 3000 steps of 64 pictures out of 32,768 drawings,
+caption dropped with probability 0.12, AdamW with lr 2e-3 decayed along a cosine after 100 steps of
+warm-up, EMA 0.999, seed 0. An interrupted run goes on from `DIR/digits.checkpoint`.
+
+The shipped files come from one such run: 17.5 minutes of CPU time on two cores shared with other
+work (26.6 minutes by the clock). A step was measured at 0.17 s on nearly idle cores: about 10
+minutes in all, by that estimate.
+With DDIM in 25 steps (trailing) and the judge as the eye, over three seeds:
+
+    class accuracy of "a seven" at guidance 1 / 1.5 / 2 / 3     0.95 / 1.0 / 1.0 / 1.0  (120 each)
+    of full captions ("a bright thick seven leaning left") at 2  0.996                   (270)
+    thickness at "thin", "medium", "thick", pixels               2.13, 3.27, 5.08
+    slant at "left", "upright", "right", degrees                 -19.5, 0.1, 20.4
+    brightness at "dim", "bright"                                0.48, 0.93
+    the judge on 2000 drawings of 170 held-out lines             0.9945
+
+Other machines and thread counts round differently: expect the same numbers, not the same bits.
 """
 
 from __future__ import annotations
