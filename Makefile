@@ -50,4 +50,4 @@ lock: environment  ## pin what requirements/*.in name (needs uv on the PATH)
 	    | grep -vE '^(nvidia|cuda|triton)' > $$name.new && mv $$name.new $$name.txt || exit 1; done
 
 clean:  ## remove .venv and everything that was built
-	rm -rf .venv build dist out .pytest_cache .ruff_cache .benchmarks fastlora.egg-info fastlora/_C*.so
+	rm -rf .venv build dist out .pytest_cache .ruff_cache .hypothesis .benchmarks fastlora.egg-info fastlora/_C*.so

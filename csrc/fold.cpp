@@ -28,11 +28,11 @@ void check_results(const TensorViews& weights, const TensorViews& outs) {
     const TensorView &w = weights[i], &o = outs[i];
     const int64_t bytes = o.numel() * element_bytes(o.dtype);
     if (bytes == 0) continue;
-    const bool same = w.data == o.data && w.strides[0] == o.strides[0] &&
-                      w.strides[1] == o.strides[1];
+    const bool same =
+        w.data == o.data && w.strides[0] == o.strides[0] && w.strides[1] == o.strides[1];
     const char *begin = o.ptr<const char>(), *other = w.ptr<const char>();
-    const bool apart = !o.contiguous() || !w.contiguous() || begin + bytes <= other ||
-                       other + bytes <= begin;
+    const bool apart =
+        !o.contiguous() || !w.contiguous() || begin + bytes <= other || other + bytes <= begin;
     FASTLORA_CHECK(same || (apart && w.data != o.data), kOp, item("outs", i),
                    "weights[i] itself or memory that does not overlap it", o);
     if (o.contiguous()) ranges.push_back({begin, begin + bytes, i});
@@ -55,8 +55,8 @@ FoldLayer fold_layer(const char* op, const TensorView& weight, const TensorView&
     FASTLORA_CHECK(t->dtype == weight.dtype || t->dtype == wide, op, "factor",
                    "the dtype of the weight or float32", *t);
   constexpr int64_t kLimit = INT32_MAX;
-  FASTLORA_CHECK(weight.shape[0] <= kLimit && weight.shape[1] <= kLimit && up.shape[1] <= kLimit, op,
-                 "weight", "dimensions below 2^31", weight);
+  FASTLORA_CHECK(weight.shape[0] <= kLimit && weight.shape[1] <= kLimit && up.shape[1] <= kLimit,
+                 op, "weight", "dimensions below 2^31", weight);
   FoldLayer p{};
   p.weight = weight.data;
   p.result = result.data;

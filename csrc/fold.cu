@@ -1,6 +1,5 @@
 // W' = W + U diag(g) D for all layers of a device, some dozens a launch.
 #include "fold.h"
-
 #include "rank_update.cuh"
 
 namespace fastlora {

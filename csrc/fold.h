@@ -19,7 +19,8 @@ struct FoldLayer {
   DType dtype, down_dtype, up_dtype;  // of weight and result, of down, of up
 };
 
-// All layers of one parallel region: tasks of kFoldRows rows, those of layer i from first_task[i] on.
+// All layers of one parallel region: tasks of kFoldRows rows, those of layer i from first_task[i]
+// on.
 constexpr int64_t kFoldRows = 48;
 struct FoldTasks {
   const FoldLayer* layers;

@@ -39,8 +39,12 @@ void check(const char* op, const LoraLinear& p, bool in_place) {
     const char* name;
     const TensorView& view;
     bool factor;
-  } arguments[] = {{"y", p.y, false},         {"x", p.x, false},       {"weight", p.weight, false},
-                   {"bias", p.bias, false},   {"down", p.down, true},  {"up", p.up, true},
+  } arguments[] = {{"y", p.y, false},
+                   {"x", p.x, false},
+                   {"weight", p.weight, false},
+                   {"bias", p.bias, false},
+                   {"down", p.down, true},
+                   {"up", p.up, true},
                    {"row_scale", p.row_scale, false}};
   const DType wide = p.y.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
   for (const auto& a : arguments) {

@@ -1,21 +1,20 @@
-// The first CUDA version of the low-rank linear layer: h = (x Dᵀ) ∘ g by a skinny tiled product, then
-// one product with two sources of K, x·Wᵀ and h·Uᵀ, into the same float accumulators.
-#include "lora_linear.h"
-
+// The first CUDA version of the low-rank linear layer: h = (x Dᵀ) ∘ g by a skinny tiled product,
+// then one product with two sources of K, x·Wᵀ and h·Uᵀ, into the same float accumulators.
 #include <stdexcept>
 
 #include "launch.h"
+#include "lora_linear.h"
 #include "types.cuh"
 
 namespace fastlora {
 namespace {
 
 constexpr int kTileTokens = 64, kTileK = 32;
-constexpr int kTileOut = 64, kTileRank = 16;    // the widths of a tile of y and of h
-constexpr int kSide = 16;                       // threads along each side of a block
+constexpr int kTileOut = 64, kTileRank = 16;  // the widths of a tile of y and of h
+constexpr int kSide = 16;                     // threads along each side of a block
 constexpr int kBlock = kSide * kSide;
-constexpr int kMine = kTileTokens / kSide;      // tokens of one thread
-constexpr int kPad = 4;                         // keeps rows of shared memory 16-byte aligned
+constexpr int kMine = kTileTokens / kSide;  // tokens of one thread
+constexpr int kPad = 4;                     // keeps rows of shared memory 16-byte aligned
 
 // A matrix [rows, k] that a product sums over k.
 template <class T>

@@ -6,8 +6,8 @@
 
 namespace fastlora {
 
-// Operands of both operators. The loop for tiny calls wants contiguous matrices of one dtype; the CUDA
-// kernels and lora_add_ read x, D, U (and W) through their strides.
+// Operands of both operators. The loop for tiny calls wants contiguous matrices of one dtype; the
+// CUDA kernels and lora_add_ read x, D, U (and W) through their strides.
 struct LoraLinear {
   TensorView y;          // [tokens, out], written (lora_add_: read and written)
   TensorView x;          // [tokens, in]; without `down`: [tokens, rank]

@@ -72,8 +72,8 @@ __global__ void __launch_bounds__(kTileThreads, 3)
     for (int g = thread; g < kTileRank * kGroups; g += kTileThreads) {
       const int64_t k = k0 + g / kGroups;
       float* to = &down[g / kGroups][g % kGroups * kWidth];
-      load_down<T>(p, k < p.rank ? coefficient(p, k) : 0.0f, k,
-                   first_column + g % kGroups * kWidth, to);
+      load_down<T>(p, k < p.rank ? coefficient(p, k) : 0.0f, k, first_column + g % kGroups * kWidth,
+                   to);
     }
     for (int e = thread; e < kTileRank * kTileRows; e += kTileThreads)
       factor[e % kTileRank][e / kTileRank] =
@@ -88,7 +88,8 @@ __global__ void __launch_bounds__(kTileThreads, 3)
             *reinterpret_cast<const float4*>(&down[k][my_column + j]);
 #pragma unroll
       for (int m = 0; m < kTileThreadRows; m += 4)
-        *reinterpret_cast<float4*>(f + m) = *reinterpret_cast<const float4*>(&factor[k][my_row + m]);
+        *reinterpret_cast<float4*>(f + m) =
+            *reinterpret_cast<const float4*>(&factor[k][my_row + m]);
 #pragma unroll
       for (int m = 0; m < kTileThreadRows; ++m)
 #pragma unroll
@@ -104,15 +105,15 @@ __global__ void __launch_bounds__(kTileThreads, 3)
     const int64_t row = first_row + my_row + m;
     if (row >= p.out) return;
     float w[kWidth];
-    load_strided(static_cast<const T*>(p.weight) + row * p.weight_stride[0] +
-                     column * p.weight_stride[1],
-                 p.weight_stride[1], count, w);
+    load_strided(
+        static_cast<const T*>(p.weight) + row * p.weight_stride[0] + column * p.weight_stride[1],
+        p.weight_stride[1], count, w);
 #pragma unroll
     for (int j = 0; j < kWidth; ++j)
       if (sum[m][j] != 0.0f) w[j] += sum[m][j];  // without a sum even -0 keeps its sign
-    store_strided(static_cast<T*>(p.result) + row * p.result_stride[0] +
-                      column * p.result_stride[1],
-                  p.result_stride[1], count, w);
+    store_strided(
+        static_cast<T*>(p.result) + row * p.result_stride[0] + column * p.result_stride[1],
+        p.result_stride[1], count, w);
   }
 }
 

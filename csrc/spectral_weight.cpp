@@ -20,7 +20,8 @@ void check_coefficients(const TensorView& like, const TensorView& s, const Tenso
 
 // A CPU tensor's coefficients, in its arithmetic.
 template <class A>
-std::vector<A> coefficients(const TensorView& s, const TensorView& shift, const TensorView& strength) {
+std::vector<A> coefficients(const TensorView& s, const TensorView& shift,
+                            const TensorView& strength) {
   std::vector<A> c(s.shape[0]);
   const A a = *strength.ptr<const A>();
   for (size_t i = 0; i < c.size(); ++i)

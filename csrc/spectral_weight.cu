@@ -1,8 +1,7 @@
 // The fold whose coefficients follow from singular values and their shift, and the dots of its
 // backward.
-#include "spectral_weight.h"
-
 #include "rank_update.cuh"
+#include "spectral_weight.h"
 
 namespace fastlora {
 
@@ -32,8 +31,9 @@ __global__ void __launch_bounds__(kDotColumns* kDotRows) spectral_dots_kernel(Do
   double sum = 0;
   if (column < p.rank)
     for (int64_t row = slice; row < p.rows; row += kDotRows)
-      sum += double(widen(static_cast<const T*>(p.product)[row * p.product_stride + column]) *
-                    widen(static_cast<const T*>(p.u)[row * p.u_stride[0] + column * p.u_stride[1]]));
+      sum +=
+          double(widen(static_cast<const T*>(p.product)[row * p.product_stride + column]) *
+                 widen(static_cast<const T*>(p.u)[row * p.u_stride[0] + column * p.u_stride[1]]));
   partial[slice][lane] = sum;
   __syncthreads();
   if (slice != 0 || column >= p.rank) return;

@@ -7,7 +7,8 @@
 
 namespace fastlora {
 
-// relu(s + x) - s without the cancellation: exactly 0 at x = 0, for s >= 0. (constexpr: also for GPUs)
+// relu(s + x) - s without the cancellation: exactly 0 at x = 0, for s >= 0. (constexpr: also for
+// GPUs)
 template <class A>
 constexpr A spectral_coefficient(A s, A x) {
   return x <= -s || s != s ? -s : x;
@@ -24,8 +25,8 @@ void launch_spectral_weight(const SpectralLayer& layer, int device, void* stream
 
 // scaled[o, i] = u[o, i] * coefficient[i]
 struct ScaledColumns {
-  TensorView scaled;  // [out, rank], contiguous
-  TensorView u;       // [out, rank]
+  TensorView scaled;        // [out, rank], contiguous
+  TensorView u;             // [out, rank]
   const void* coefficient;  // [rank] float (double beside float64)
 };
 
@@ -38,8 +39,8 @@ struct SpectralDots {
 
 void launch_spectral_dots(const SpectralDots& p, void* stream);
 
-// The Python-facing entries, shapes and dtypes already checked. `spectral_scale` is false where every
-// coefficient is 0 (CPU only).
+// The Python-facing entries, shapes and dtypes already checked. `spectral_scale` is false where
+// every coefficient is 0 (CPU only).
 void spectral_weight(TensorView out, TensorView weight, TensorView u, TensorView s, TensorView vh,
                      TensorView shift, TensorView strength);
 bool spectral_scale(TensorView scaled, TensorView u, TensorView s, TensorView shift,

@@ -1,5 +1,6 @@
-// Element types of the kernels: loads and stores of eight elements at a time, 16-byte accesses where
-// the memory allows them, single ones otherwise; arithmetic in float. Included by .cu files only.
+// Element types of the kernels: loads and stores of eight elements at a time, 16-byte accesses
+// where the memory allows them, single ones otherwise; arithmetic in float. Included by .cu files
+// only.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -69,15 +70,15 @@ __device__ __forceinline__ void store(T* to, bool vectors, int count, const floa
 // The same for any address and for elements `stride` apart.
 template <class T>
 __device__ __forceinline__ void load_strided(const T* from, int64_t stride, int count, float* to) {
-  const bool vectors = stride == 1 && count >= kWidth && reinterpret_cast<uintptr_t>(from) % 16 == 0;
+  const bool vectors =
+      stride == 1 && count >= kWidth && reinterpret_cast<uintptr_t>(from) % 16 == 0;
   if (stride == 1) return load(from, vectors, count, to);
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) to[i] = i < count ? widen(from[i * stride]) : 0.0f;
 }
 
 template <class T>
-__device__ __forceinline__ void store_strided(T* to, int64_t stride, int count,
-                                              const float* from) {
+__device__ __forceinline__ void store_strided(T* to, int64_t stride, int count, const float* from) {
   const bool vectors = stride == 1 && count >= kWidth && reinterpret_cast<uintptr_t>(to) % 16 == 0;
   if (stride == 1) return store(to, vectors, count, from);
 #pragma unroll

@@ -60,6 +60,39 @@ def linear_arguments(
     ]
 
 
+# (out, in, rank): 0, 1, odd sizes, more than one task and strip of the packed operands
+FOLD_SHAPES = [
+    (1, 1, 1),
+    (0, 5, 2),
+    (5, 0, 2),
+    (3, 7, 0),
+    (8, 32, 16),
+    (17, 33, 3),
+    (49, 31, 5),
+    (151, 129, 33),
+    (100, 2065, 40),
+    (9, 11, 1024),
+]
+
+
+def fold_layer(
+    out: int,
+    features: int,
+    rank: int,
+    dtype: torch.dtype = torch.float32,
+    factors: torch.dtype | None = None,
+) -> list[Tensor]:
+    """weight, down, up, gate, out of one layer of `fold`."""
+    factors = factors or dtype
+    return [
+        randn(out, features, dtype=dtype, seed=1),
+        randn(rank, features, dtype=factors, seed=2) / max(rank, 1) ** 0.5,
+        randn(out, rank, dtype=factors, seed=3),
+        randn(rank, dtype=wide(dtype), seed=4),
+        torch.full((out, features), float("nan"), dtype=dtype),
+    ]
+
+
 def widened(args: list[Any]) -> list[Any]:
     """The same arguments in float64: what the oracle is given."""
     return [

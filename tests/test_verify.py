@@ -148,7 +148,9 @@ def test_single_images_and_subclasses_of_linear() -> None:
         def forward(self, input: Tensor) -> Tensor:
             return super().forward(input).sigmoid()
 
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1, groups=2), nn.Flatten(0), Mine(64, 5))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1, groups=2), nn.Flatten(0), Mine(64, 5)
+    )
     fastlora.inject(model, fastlora.LoRA(rank=2))
     randomise(model)
     report = fastlora.verify(model, torch.randn(3, 6, 6))
@@ -296,7 +298,9 @@ def test_the_report_reads_well() -> None:
     assert len(lines) == len(report.rows) + 3 and max(map(len, lines)) <= 100
     assert len({line.index("e-") for line in lines[2:-1] if "e-" in line}) == 1  # columns
     assert "inner.0    lora+spectral" in str(report) and "lora+dora+spectral" in str(report)
-    assert lines[-1] == f"{len(report.rows)} of {len(report.rows)} rows within twice the plain error"
+    assert (
+        lines[-1] == f"{len(report.rows)} of {len(report.rows)} rows within twice the plain error"
+    )
     fastlora.fold(model)
     assert str(fastlora.verify(model, x)).count("ok folded") == 6
     with torch.no_grad():

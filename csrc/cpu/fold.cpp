@@ -1,5 +1,6 @@
-// W' = W + U diag(g) D in one pass over W: tiles of kRows x kColumns whose low-rank part is summed in
-// registers and added to W once. The operands are packed in the order in which the tiles read them.
+// W' = W + U diag(g) D in one pass over W: tiles of kRows x kColumns whose low-rank part is summed
+// in registers and added to W once. The operands are packed in the order in which the tiles read
+// them.
 #include "../fold.h"
 
 #include <cstdlib>
@@ -16,8 +17,8 @@ namespace {
 
 static_assert(kFoldRows % kRows == 0, "a task consists of whole tiles");
 
-constexpr int64_t kStripBytes = 1 << 18;      // of packed D: part of the second-level cache
-constexpr int64_t kSerialWork = 1 << 16;      // elements of W that are not worth a second thread
+constexpr int64_t kStripBytes = 1 << 18;  // of packed D: part of the second-level cache
+constexpr int64_t kSerialWork = 1 << 16;  // elements of W that are not worth a second thread
 // One task's packed operands, inside one thread's scratch memory.
 template <class A>
 struct Packed {
@@ -39,7 +40,8 @@ static inline int64_t strip_columns(const FoldLayer& p) {
 template <class A>
 static inline int64_t scratch_bytes(const FoldLayer& p) {
   if (p.rank == 0) return 0;
-  return round_up(p.rank * sizeof(int32_t), kLine) + round_up(p.rank * kFoldRows * sizeof(A), kLine) +
+  return round_up(p.rank * sizeof(int32_t), kLine) +
+         round_up(p.rank * kFoldRows * sizeof(A), kLine) +
          p.rank * odd_pitch<A>(strip_columns<A>(p)) * sizeof(A);
 }
 
@@ -74,8 +76,8 @@ void pack_factors(const FoldLayer& p, const Packed<A>& s, int64_t first_row, int
       }
       for (int32_t k = 0; k < s.count; ++k) {
         const int64_t r = s.active[k];
-        to[k * kRows] = gate[r * p.gate_stride] *
-                        A(load(up + row * p.up_stride[0] + r * p.up_stride[1]));
+        to[k * kRows] =
+            gate[r * p.gate_stride] * A(load(up + row * p.up_stride[0] + r * p.up_stride[1]));
       }
     }
 }

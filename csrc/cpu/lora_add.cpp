@@ -1,10 +1,9 @@
-// y += ((x Dᵀ) ∘ g) Uᵀ in one pass over x and y. A task takes kTokens tokens: their rank-r activation
-// stays in its thread's scratch memory, gated, in the order in which the tiles of y read it. D and U are
-// packed once, for all tasks.
-#include "../lora_linear.h"
-
+// y += ((x Dᵀ) ∘ g) Uᵀ in one pass over x and y. A task takes kTokens tokens: their rank-r
+// activation stays in its thread's scratch memory, gated, in the order in which the tiles of y read
+// it. D and U are packed once, for all tasks.
 #include <cstdlib>
 
+#include "../lora_linear.h"
 #include "rank_update.h"
 
 #ifdef _OPENMP
@@ -23,10 +22,10 @@ constexpr int64_t kBlock = 64;            // columns that are transposed at a ti
 
 template <class A>
 struct Workspace {
-  A* down;           // [in][ranks], Dᵀ with zeros beyond the rank
-  A* up;             // [rank][pitch], Uᵀ with zeros beyond the outputs
-  A* threads;        // each: h [kRows][ranks], factors [kTokens / kRows][rank][kRows], x [kRows][kChunk]
-  int64_t ranks;     // the rank in whole registers
+  A* down;     // [in][ranks], Dᵀ with zeros beyond the rank
+  A* up;       // [rank][pitch], Uᵀ with zeros beyond the outputs
+  A* threads;  // each: h [kRows][ranks], factors [kTokens / kRows][rank][kRows], x [kRows][kChunk]
+  int64_t ranks;  // the rank in whole registers
   int64_t pitch;
   int64_t per_thread;
 };
@@ -42,7 +41,8 @@ Workspace<A> workspace(const LoraLinear& p) {
 
 // to[j][i] = from[i, j] for the columns first..end-1 of a matrix of `rows` rows.
 template <class A, class S>
-void transpose(const TensorView& t, int64_t rows, int64_t first, int64_t end, A* to, int64_t pitch) {
+void transpose(const TensorView& t, int64_t rows, int64_t first, int64_t end, A* to,
+               int64_t pitch) {
   for (int64_t i = 0; i < rows; ++i) {
     const S* from = t.ptr<const S>() + i * t.strides[0];
     for (int64_t j = first; j < end; ++j) to[j * pitch + i] = A(load(from + j * t.strides[1]));
@@ -50,8 +50,8 @@ void transpose(const TensorView& t, int64_t rows, int64_t first, int64_t end, A*
 }
 
 template <class A, class T>
-void transpose_any(const TensorView& t, DType dtype, int64_t rows, int64_t first, int64_t end, A* to,
-                   int64_t pitch) {
+void transpose_any(const TensorView& t, DType dtype, int64_t rows, int64_t first, int64_t end,
+                   A* to, int64_t pitch) {
   if (t.dtype == dtype)
     transpose<A, T>(t, rows, first, end, to, pitch);
   else
@@ -140,8 +140,8 @@ void tokens_of(const LoraLinear& p, const Workspace<Acc<T>>& s, int64_t first, i
       if (gate_rows) gate += (token + m) / p.tokens_per_row * p.gate.strides[0];
       const T* x = p.x.ptr<const T>() + (token + m) * p.x.strides[0];
       for (int64_t r = 0; r < p.rank; ++r)
-        f[r * kRows + m] = gate[r * gate_stride] * (p.down.defined ? h[m * s.ranks + r]
-                                                                   : load(x + r * p.x.strides[1]));
+        f[r * kRows + m] = gate[r * gate_stride] *
+                           (p.down.defined ? h[m * s.ranks + r] : load(x + r * p.x.strides[1]));
     }
   }
   const int64_t fitting = kStripBytes / int64_t(p.rank * sizeof(A)) / kColumns<A> * kColumns<A>;
@@ -170,8 +170,8 @@ bool run(const LoraLinear& p) {
   const int threads = int(tasks < most ? tasks : most);
   const int64_t down = p.down.defined ? round_up(p.in * s.ranks, kLine) : 0;
   const int64_t up = round_up(p.rank * s.pitch, kLine);
-  char* memory = static_cast<char*>(
-      std::malloc((down + up + threads * s.per_thread) * sizeof(A) + kLine));
+  char* memory =
+      static_cast<char*>(std::malloc((down + up + threads * s.per_thread) * sizeof(A) + kLine));
   if (memory == nullptr) return false;
   s.down = reinterpret_cast<A*>(memory + kLine - reinterpret_cast<uintptr_t>(memory) % kLine);
   s.up = s.down + down;
@@ -187,8 +187,7 @@ bool run(const LoraLinear& p) {
 #pragma omp for schedule(static) nowait
       for (int64_t k = 0; k < p.in; k += kBlock) {
         const int64_t end = p.in - k < kBlock ? p.in : k + kBlock;
-        if (s.ranks > p.rank)
-          std::memset(s.down + k * s.ranks, 0, (end - k) * s.ranks * sizeof(A));
+        if (s.ranks > p.rank) std::memset(s.down + k * s.ranks, 0, (end - k) * s.ranks * sizeof(A));
         transpose_any<A, T>(p.down, p.y.dtype, p.rank, k, end, s.down, s.ranks);
       }
     }

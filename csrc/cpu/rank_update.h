@@ -1,5 +1,6 @@
-// The tile of W += F·D that the CPU loops share: kRows x kColumns elements whose low-rank part is summed
-// in registers and added to W once. F and D are packed in the order in which the tiles read them.
+// The tile of W += F·D that the CPU loops share: kRows x kColumns elements whose low-rank part is
+// summed in registers and added to W once. F and D are packed in the order in which the tiles read
+// them.
 #pragma once
 
 #include <cstdint>
@@ -27,8 +28,8 @@ constexpr int kColumns = kVectors * kLanes<A>;
 
 static inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-// The distance of a packed matrix' rows: an odd number of cache lines, so that they spread over the sets
-// of the caches.
+// The distance of a packed matrix' rows: an odd number of cache lines, so that they spread over the
+// sets of the caches.
 template <class A>
 static inline int64_t odd_pitch(int64_t columns) {
   constexpr int64_t line = kLine / sizeof(A);
@@ -55,7 +56,8 @@ static inline __attribute__((always_inline)) void multiply(const A* factors, con
   }
 }
 
-// W + sum for a whole tile of unit column strides. `streaming`: `out` is aligned to whole registers.
+// W + sum for a whole tile of unit column strides. `streaming`: `out` is aligned to whole
+// registers.
 template <class A>
 static inline __attribute__((always_inline)) void add_tile(const A* w, int64_t w_stride,
                                                            const Vector<A> (&sum)[kRows][kVectors],

@@ -1,5 +1,5 @@
-// One register of the instruction set that a file in this directory is being compiled for, through the
-// vector types of GCC and Clang: arithmetic operators work element by element.
+// One register of the instruction set that a file in this directory is being compiled for, through
+// the vector types of GCC and Clang: arithmetic operators work element by element.
 #pragma once
 
 #include <cstdint>
@@ -40,8 +40,9 @@ static inline void store_vector(A* to, Vector<A> v) {
   *reinterpret_cast<typename VectorOf<A>::anywhere*>(to) = v;
 }
 
-// Writes one register past the caches: memory that is only written need not be read first, and what is
-// in the caches stays there. `to` is aligned to kVectorBytes; finish_streams() orders the writes.
+// Writes one register past the caches: memory that is only written need not be read first, and what
+// is in the caches stays there. `to` is aligned to kVectorBytes; finish_streams() orders the
+// writes.
 static inline void stream(void* to, const void* from) {
 #if defined(__AVX512F__)
   _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_loadu_si512(from));

@@ -6,7 +6,8 @@ it and taking the class back restores it. The adapters' parameters live in the c
 """
 
 import copy
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.adapters.arena import Arena
-from fastlora.adapters.slots import LoRASlot, Slots, SpectralSlot
+from fastlora.adapters.slots import LoRASlot, SpectralSlot
 from fastlora.adapters.specs import AdapterError
 from fastlora.ops import spectral_weight
 
@@ -48,7 +49,8 @@ class LayerState:
 class Adapted(nn.Module):
     """What all adapted layers share. Subclasses say how their base uses a weight."""
 
-    fastlora: Slots
+    fastlora: Any  # Slots; torch declares what is in one as plain modules
+    weight: Tensor
     _state: LayerState
 
     # --- what a base class provides ---------------------------------------------------------------
@@ -105,6 +107,11 @@ class Adapted(nn.Module):
         epoch = state.arena.epoch
         if state.epoch == epoch:
             return
+        if self.anchor().is_meta and not self.weight.is_meta:
+            raise AdapterError(
+                f"{state.path}: its adapters are on the meta device and it is not; accelerate's "
+                f"cpu_offload needs preload_module_classes=['{type(self).__name__}', ...]"
+            )
         state.active = tuple(
             (name, slot) for name, slot in self.fastlora.items() if not state.arena.off(name)
         )
@@ -124,8 +131,10 @@ class Adapted(nn.Module):
     def bias_or_none(self) -> Tensor | None:
         return self._parameters.get("bias")
 
-    def device(self) -> torch.device:
-        return next(self.fastlora.parameters()).device
+    def anchor(self) -> Tensor:
+        """A parameter of the adapters: all have its device, and are float64 if it is."""
+        slot = next(iter(self.fastlora._modules.values()))
+        return next(iter(slot._parameters.values()))
 
     # --- gates ------------------------------------------------------------------------------------
 
@@ -147,11 +156,11 @@ class Adapted(nn.Module):
         A copy where gradients are recorded: `set_scale` writes the arena in place, and that may
         come between a forward pass and its backward pass.
         """
-        parameter = next(self.fastlora.parameters())
-        gate = self._state.arena.gate(parameter.device, offset, width)
+        anchor = self.anchor()
+        gate = self._state.arena.gate(anchor.device, offset, width)
         if gate.dim() == 2 and not per_sample:  # another adapter's scale is per sample
             gate = gate[0]
-        if parameter.dtype == torch.float64:
+        if anchor.dtype == torch.float64:
             return gate.double()
         return gate.clone() if torch.is_grad_enabled() else gate
 
@@ -174,21 +183,21 @@ class Adapted(nn.Module):
         small = [*shifts, *gates]
         return self.cached("spectral", small, lambda: self.spectral_now(shifts, gates))
 
-    def spectral_now(self, shifts: list[Tensor], gates: list[Tensor]) -> Tensor:
+    def spectral_now(self, shifts: Sequence[Tensor], gates: list[Tensor]) -> Tensor:
         with full_precision(self.weight.device):
+            strength: Tensor = gates[0].reshape(())
+            shift = shifts[0]
+            if self.is_norm() or len(shifts) > 1:  # several of a layer add up under one relu
+                products = [g * s for g, s in zip(gates, shifts, strict=True)]
+                shift = functools.reduce(torch.add, products)
+                strength = torch.ones_like(strength)
             if self.is_norm():  # w + Σ strength δ
-                total = sum(g * s for g, s in zip(gates, shifts, strict=True))
-                return (self.weight + total).to(self.weight.dtype)
+                return (self.weight + shift).to(self.weight.dtype)
             factors = self.fastlora
-            if len(shifts) == 1:
-                shift, strength = shifts[0], gates[0].reshape(())
-            else:  # several shifts of one layer add up under one relu
-                shift = sum(g * s for g, s in zip(gates, shifts, strict=True))
-                strength = torch.ones_like(gates[0].reshape(()))
             changed = spectral_weight(
                 self.matrix(), factors.svd_u, factors.svd_s, factors.svd_vh, shift, strength
             )
-            return changed.view(self.weight.shape)
+        return changed.view(self.weight.shape)
 
     def cached(self, name: str, small: list[Tensor], make: Callable[[], Any]) -> Any:
         """`make()`, kept while the weight is the same at the same version and the tensors in
@@ -199,9 +208,9 @@ class Adapted(nn.Module):
         a captured graph would never look again), so there nothing is kept.
         """
         weight = self.weight
-        if weight.device.type != "cpu" or weight.is_inference():
+        found, key = self._state.cache.get(name), memory(weight)
+        if weight.device.type != "cpu" or key is None:
             return make()
-        found, key = self._state.cache.get(name), (weight.data_ptr(), weight._version)
         if (
             found is not None
             and found[0] is weight
@@ -219,20 +228,30 @@ class Adapted(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         result = super()._apply(fn, recurse)
         self._state.forget()  # the shortcut holds what may just have been replaced
-        self._state.arena.prepare(self.device())
+        self._state.arena.prepare(self.anchor().device)
         if self._state.merged and not self.weight.is_meta:
             self._state.stale = True  # the fold of the converted weight, not the converted fold
             self.folded()
         return result
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        factors = self.fastlora if self.fastlora.svd_s is not None else None
-        before = self.weight.detach().clone() if factors is not None else None
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        before = None if self.fastlora.svd_s is None else self.weight.detach().clone()
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         self._state.forget()
         self._state.stale = self._state.merged
-        if factors is not None and not torch.equal(before, self.weight):  # another base
-            factors.decompose(self.matrix())
+        if before is not None and not torch.equal(before, self.weight):  # another base
+            self.fastlora.decompose(self.matrix())
 
     def _replicate_for_data_parallel(self) -> Any:
         raise AdapterError(
@@ -244,7 +263,9 @@ class Adapted(nn.Module):
         super().__setstate__(state)
         arena = self._state.arena
         arena.join(self)
-        arena.prepare(self.device())  # now: a compiled graph finds gates and does not make them
+        arena.prepare(
+            self.anchor().device
+        )  # now: a compiled graph finds gates and does not make them
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         new = type(self).__new__(type(self))
@@ -256,6 +277,14 @@ class Adapted(nn.Module):
         # Adapted classes may be made at run time; pickle finds them through the base.
         _, _, *state = super().__reduce_ex__(max(2, protocol))  # type: ignore[misc]
         return blank, (base_class(type(self)),), *state
+
+
+def memory(t: Tensor) -> tuple[int, int] | None:
+    """Address and version of a tensor; None where there are none (inference mode, functorch)."""
+    try:
+        return t.data_ptr(), t._version
+    except RuntimeError:
+        return None
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
@@ -305,4 +334,15 @@ def blank(base: type[nn.Module]) -> Adapted:
 
 def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
     """The adapted layers of a model by path."""
-    return {path: m for path, m in model.named_modules() if isinstance(m, Adapted)}
+    return {p: m for p, m in unwrapped(model).named_modules() if isinstance(m, Adapted)}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of torch.compile's and DistributedDataParallel's modules: paths are its."""
+    while True:
+        if type(model).__name__ == "OptimizedModule" and "_orig_mod" in model._modules:
+            model = model._modules["_orig_mod"]  # type: ignore[assignment]
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model

@@ -69,7 +69,7 @@ class Arena:
         self._values.clear()
         self.epoch += 1
         for layer in layers:
-            self.prepare(layer.device())
+            self.prepare(layer.anchor().device)
 
     # --- scales ---------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from fastlora.adapters.adapted import full_precision
+from fastlora.adapters.adapted import full_precision, memory
 from fastlora.adapters.slots import LoRASlot
 from fastlora.adapters.specs import AdapterError
 
@@ -33,7 +33,7 @@ def row_scale(layer: Any, weight: Tensor, slot: LoRASlot, gate: Tensor) -> Tenso
         return w.square().sum(-1), w @ d.mT, d @ d.mT
 
     with torch.no_grad(), full_precision(weight.device):
-        if not is_compiling() and weight.data_ptr() == layer.weight.data_ptr():
+        if not is_compiling() and memory(weight) == memory(layer.weight):
             w2, wd, dd = layer.cached(f"dora{id(slot)}", [slot.down], products)
         else:  # a weight that spectral shifts have changed, or nothing that can be kept
             w2, wd, dd = products()

@@ -14,6 +14,7 @@ from fastlora.adapters.adapted import (
     adapted_layers,
     base_class,
     full_precision,
+    unwrapped,
 )
 from fastlora.adapters.arena import Scale
 from fastlora.adapters.dora import row_scale
@@ -114,7 +115,7 @@ def check_strengths(
 
 def check_unshared(model: nn.Module, layers: Mapping[str, Adapted]) -> None:
     owners: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
+    for path, module in unwrapped(model).named_modules():
         for name, parameter in module._parameters.items():
             owners.setdefault(id(parameter), []).append(f"{path}.{name}".lstrip("."))
     for path, layer in layers.items():

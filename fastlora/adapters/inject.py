@@ -17,6 +17,7 @@ from fastlora.adapters.adapted import (
     adapted_layers,
     base_class,
     full_precision,
+    unwrapped,
 )
 from fastlora.adapters.arena import Arena
 from fastlora.adapters.control import adapters, arenas, known_names, require_known
@@ -68,6 +69,7 @@ def inject(
     Raises AdapterError when the name is taken or has a dot, nothing matches, a selected layer
     cannot be adapted, or the model is on the meta device. The model is unchanged then.
     """
+    model = unwrapped(model)
     check_name(model, name)
     if not isinstance(spec, LoRA | Spectral):
         raise TypeError(f"inject: spec: expected LoRA or Spectral, got {type(spec).__name__}")
@@ -115,9 +117,10 @@ def attach(
             freeze_base(model)
         for path, slot in slots.items():
             layer = adapt(modules[path], path, arena)
-            if decompositions.get(path) is not None:
+            found_factors = decompositions.get(path)
+            if found_factors is not None:
                 holder = layer.fastlora
-                holder.svd_u, holder.svd_s, holder.svd_vh = decompositions[path]
+                holder.svd_u, holder.svd_s, holder.svd_vh = found_factors
             layer.fastlora[name] = slot
             layer.fastlora.train(layer.training)
         arena.layout()
@@ -128,6 +131,7 @@ def attach(
 def remove(model: nn.Module, name: str) -> None:
     """Takes the adapter out. Layers without any adapter get their class back: the plain model, with
     the same keys and the same bits. Raises AdapterError for an unknown name."""
+    model = unwrapped(model)
     require_known(model, name)
     with refolding(model):
         found = arenas(model)
@@ -212,14 +216,17 @@ def unsuitable(module: nn.Module, spec: LoRA | Spectral) -> str | None:
         return "MultiheadAttention reads this layer's weight and never calls it"
     if adapted_class(base) is None:
         return "this kind of layer is not supported"
-    if any(is_lazy(p) for p in module._parameters.values()):
+    if any(is_lazy(p) for p in module.parameters(recurse=False)):
         return "its weight has no shape yet; run the model once first"
     if base in NORMS:
         if isinstance(spec, LoRA):
             return "LoRA needs a matrix"
         return None if spec.norms != "skip" and module.weight is not None else ""
-    if not module.weight.numel():
+    weight: Any = module.weight
+    if not weight.numel():
         return "its weight is empty"
+    if weight.is_complex():
+        return "its weight is complex"
     whole = isinstance(spec, Spectral) or spec.dora  # needs the whole weight, not just its product
     if whole and (base not in PLAIN or module._parameters.get("weight") is None):
         kind = "spectral shifts need" if isinstance(spec, Spectral) else "DoRA needs"
@@ -282,7 +289,7 @@ def decomposition(path: str, module: Any) -> tuple[Tensor, Tensor, Tensor] | Non
     """The factors of a layer's weight; None if it has them already."""
     if isinstance(module, Adapted) and module.fastlora.svd_s is not None:
         return None
-    weight = module.weight
+    weight: Tensor = module.weight
     try:
         with full_precision(weight.device):
             return factors(weight.reshape(weight.shape[0], -1))
@@ -309,7 +316,7 @@ def restore(layer: Adapted) -> None:
     """The plain layer again."""
     del layer._modules["fastlora"]
     del layer.__dict__["_state"]
-    layer.__class__ = base_class(type(layer))
+    layer.__class__ = base_class(type(layer))  # type: ignore[reportAttributeAccessIssue]
 
 
 def freeze_base(model: nn.Module) -> None:

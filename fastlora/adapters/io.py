@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora.adapters.adapted import adapted_layers
+from fastlora.adapters.adapted import adapted_layers, unwrapped
 from fastlora.adapters.arena import checked
 from fastlora.adapters.control import adapters, known_names, require_known, set_scale
 from fastlora.adapters.inject import (
@@ -64,6 +64,7 @@ def load(
     FormatError for a bad file (a pickle, truncated, foreign, NaN), AdapterError for one that does
     not fit the model.
     """
+    model = unwrapped(model)
     check_name(model, name)
     scale = checked(name, scale)
     modules, config = native.unpack(*files.read(path), source=str(path))

@@ -1,5 +1,6 @@
 """The layers that can be adapted: how each uses its weight and adds low-rank parts."""
 
+import functools
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from fastlora.adapters.slots import LoRASlot
 from fastlora.ops import ContractError, lora_add_, lora_linear
 
 # Bound once: the shortest way through an adapted Linear looks up as little as it can.
-_lora_linear = lora_linear.eager
+_lora_linear = lora_linear.eager  # type: ignore[attr-defined]
 _is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
 
 Gated = list[tuple[LoRASlot, Tensor]]  # slots with their gates
@@ -173,7 +174,7 @@ class AdaptedGroupNorm(AdaptedNorm, nn.GroupNorm):
 
 @adapts(nn.RMSNorm)
 class AdaptedRMSNorm(AdaptedNorm, nn.RMSNorm):
-    def forward(self, x: Tensor) -> Tensor:  # torch's name of the argument
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # torch's name for it
         return super().forward(x)
 
     def with_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -195,7 +196,7 @@ def row_scales(layer: Adapted, weight: Tensor, slots: Gated) -> list[Tensor | No
 def rescaled(y: Tensor, scales: list[Tensor | None]) -> Tensor:
     """`y (1 + Σ (ρ - 1))`: the base's share of every DoRA."""
     changes = [s - 1.0 for s in scales if s is not None]
-    return y * (1.0 + sum(changes)).to(y.dtype) if changes else y
+    return y * (functools.reduce(torch.add, changes) + 1.0).to(y.dtype) if changes else y
 
 
 def scaled_up(slot: LoRASlot, scale: Tensor | None) -> Tensor:

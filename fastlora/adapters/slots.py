@@ -21,17 +21,36 @@ class Slot(nn.Module):
     width: int
     ratio: float
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         # A plain base checkpoint knows nothing of adapters: it loads under strict=True and leaves
         # them as they are. One that has some of this slot's keys must have all of them.
         if any(key.startswith(prefix) for key in state_dict):
-            super()._load_from_state_dict(state_dict, prefix, *args)
+            super()._load_from_state_dict(
+                state_dict,
+                prefix,
+                local_metadata,
+                strict,
+                missing_keys,
+                unexpected_keys,
+                error_msgs,
+            )
 
 
 class LoRASlot(Slot):
     """down [rank, in], up [out, rank]; convolutions [rank, in/groups, kh, kw] and
     [out, rank/groups, 1, 1]; embeddings [rank, vocabulary], [dim, rank]. DoRA adds magnitude [out].
     """
+
+    magnitude: nn.Parameter | None
 
     def __init__(
         self, spec: LoRA, down: Tensor, up: Tensor, magnitude: Tensor | None = None

@@ -12,9 +12,11 @@ FONT = "font-family:Inter,system-ui,-apple-system,'Segoe UI',Roboto,sans-serif"
 
 # For a chart outside the page, where there is no stylesheet.
 COLOURS = """
-svg{--ink:#1d1b19;--muted:#6f6a64;--line:#e4dfd8;--accent:#d9480f;--soft:#f6c7b0;--good:#2b8a3e}
+svg{--card:#fff;--ink:#1d1b19;--muted:#6f6a64;--line:#e4dfd8;--accent:#d9480f;--good:#2b8a3e;
+background:#fff}
 @media(prefers-color-scheme:dark){
-svg{--ink:#efece8;--muted:#9a948c;--line:#3a3733;--accent:#ff7a45;--soft:#7a3a20;--good:#69db7c}}
+svg{--card:#1c1b19;--ink:#efece8;--muted:#a29b92;--line:#35322e;--accent:#ff7a45;--good:#69db7c;
+background:#1c1b19}}
 """
 
 
@@ -26,10 +28,13 @@ def text(
     size: float = 13,
     fill: str = "muted",
     weight: int = 400,
+    halo: bool = False,
 ) -> str:
+    """`halo`: in front of lines, with a rim of the background's colour."""
+    rim = ' paint-order="stroke" stroke="var(--card)" stroke-width="5" stroke-linejoin="round"'
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size:g}"'
-        f' font-weight="{weight}" fill="var(--{fill})">{escape(words)}</text>'
+        f' font-weight="{weight}" fill="var(--{fill})"{rim if halo else ""}>{escape(words)}</text>'
     )
 
 
@@ -81,7 +86,7 @@ def curve(
     Columns are as wide as a strip's tiles and stand below them.
     """
     high = math.ceil(max(max(map(max, rows)), pair[1]) + 0.2)
-    top, bottom = 24.0, 284.0
+    top, bottom = 48.0, 308.0
     width, height = gutter + column * len(strengths), bottom + 66
 
     def x(i: float) -> float:
@@ -93,18 +98,18 @@ def curve(
     parts = []
     for value in range(0, high + 1):
         parts += [line(gutter, y(value), width, y(value)), text(gutter - 12, y(value) + 4, f"{value}", "end")]
-    parts.append(text(gutter - 12, top - 10, "stroke, pixels", "start", 13, "ink", 600))
+    parts.append(text(gutter, 22, f"stroke width in pixels: every row, and the mean of all {len(rows)}", "start", 14, "ink", 600))
     for value, name in zip(pair, ("thin pictures of the pairs", "thick pictures"), strict=True):
         parts.append(line(gutter, y(value), width, y(value), "muted", 1.2, "2 5"))
         at = (width - 6, "end") if value == pair[0] else (gutter + 6, "start")
-        parts.append(text(at[0], y(value) - 6, f"{name}, {value:g}", at[1], 12))
+        parts.append(text(at[0], y(value) - 6, f"{name}, {value:g}", at[1], 12, halo=True))
     for row in rows:
         parts.append(path([(x(i), y(v)) for i, v in enumerate(row)], "accent", 1.2, 0.28))
     parts.append(path([(x(i), y(v)) for i, v in enumerate(mean)], "accent", 3.5))
     for i, (strength, value, share) in enumerate(zip(strengths, mean, accuracy, strict=True)):
         parts.append(f'<circle cx="{x(i):.1f}" cy="{y(value):.1f}" r="5" fill="var(--accent)"/>')
         up = i < len(strengths) / 2
-        parts.append(text(x(i), y(value) + (-13 if up else 24), f"{value:.2f}", size=14, fill="ink", weight=650))
+        parts.append(text(x(i), y(value) + (-13 if up else 24), f"{value:.2f}", size=14, fill="ink", weight=650, halo=True))
         parts.append(text(x(i), bottom + 24, signed(strength), size=14, fill="ink", weight=600))
         parts.append(text(x(i), bottom + 50, f"{share:.0%}", size=13, fill="good" if share > 0.9 else "accent"))
     parts.append(text(gutter - 12, bottom + 24, "strength", "end", 13))
@@ -117,8 +122,8 @@ def curve(
 
 def bars(rows: Sequence[tuple[str, float | None, str, bool]]) -> str:
     """Horizontal bars of (name, ratio or None, label, ours) on one scale from zero."""
-    gutter, width, step = 168.0, 640.0, 30.0
-    room = width - gutter - 128
+    gutter, width, step = 150.0, 480.0, 30.0
+    room = width - gutter - 122
     longest = max((ratio for _, ratio, _, _ in rows if ratio is not None), default=1.0)
     parts = []
     for i, (name, ratio, label, ours) in enumerate(rows):
@@ -142,7 +147,7 @@ def bars(rows: Sequence[tuple[str, float | None, str, bool]]) -> str:
 
 def dots(shares: Sequence[float]) -> str:
     """Error over allowed error, one dot for each layer, on a logarithmic axis; 1 is the limit."""
-    width, height, left, right = 1000.0, 150.0, 24.0, 976.0
+    width, left, right, floor = 1000.0, 24.0, 976.0, 128.0
     low = -4
 
     def x(share: float) -> float:
@@ -150,17 +155,20 @@ def dots(shares: Sequence[float]) -> str:
         return left + (right - left) * (at - low) / (0.5 - low)
 
     parts = []
-    names = {-4: "10⁻⁴", -3: "0.001", -2: "0.01", -1: "0.1", 0: "1 = limit"}
+    names = {-4: "≤ 0.0001", -3: "0.001", -2: "0.01", -1: "0.1", 0: "1 = the limit"}
     for tick, name in names.items():
         limit = tick == 0
-        parts.append(line(x(10.0**tick), 8, x(10.0**tick), 112, "ink" if limit else "line", 1.5 if limit else 1))
-        parts.append(text(x(10.0**tick), 132, name, fill="ink" if limit else "muted"))
-    taken: dict[int, int] = {}
+        parts.append(line(x(10.0**tick), 8, x(10.0**tick), floor, "ink" if limit else "line", 1.5 if limit else 1))
+        parts.append(text(x(10.0**tick), floor + 20, name, fill="ink" if limit else "muted"))
+    pitch = 7.0
+    piles: dict[int, list[bool]] = {}
     for share in sorted(shares):
-        column = round(x(share) / 9)
-        level = taken.get(column, 0)
-        taken[column] = level + 1
-        y = 104 - min(level, 10) * 9.2
-        fill = "good" if share <= 1 else "accent"
-        parts.append(f'<circle cx="{column * 9:g}" cy="{y:.1f}" r="4" fill="var(--{fill})"/>')
-    return svg(width, height - 8, "Error of each layer over what is allowed", *parts)
+        piles.setdefault(round(x(share) / pitch), []).append(share <= 1)
+    rise = min(pitch, (floor - 12) / max(map(len, piles.values()), default=1))
+    for column, pile in piles.items():
+        for level, good in enumerate(pile):
+            parts.append(
+                f'<circle cx="{column * pitch:g}" cy="{floor - 5 - rise * level:.1f}" r="3"'
+                f' fill="var(--{"good" if good else "accent"})"/>'
+            )
+    return svg(width, floor + 34, "Error of each layer over what is allowed", *parts)

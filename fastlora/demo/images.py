@@ -63,6 +63,8 @@ def sheet(
 
 def png(image: Any) -> bytes:
     buffer = io.BytesIO()
+    if image.mode == "RGBA":  # greys and their transparency: a fraction of the bytes
+        image = image.convert("LA")
     image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 

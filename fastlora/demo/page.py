@@ -10,8 +10,8 @@ import torch
 
 from fastlora.demo import charts, images
 from fastlora.demo.checks import Check
-from fastlora.demo.report import Findings, curve, duration, label, losses, rising
-from fastlora.demo.slider import THICK, THIN, Slider
+from fastlora.demo.report import Findings, curve, duration, label, losses, rising, threads_of_processor
+from fastlora.demo.slider import Slider
 from fastlora.demo.style import CSS, SCRIPT
 from fastlora.demo.subject import Personalised, Scores, Trained
 from fastlora.demo.world import WORDS
@@ -96,19 +96,19 @@ def header(found: Findings, numbers: dict[str, Any]) -> str:
             f"stroke over strength {images.signed(s.strengths[0])} to"
             f" {images.signed(s.strengths[-1])}, digit kept in {s.kept.float().mean().item():.0%}",
         ),
-        figure(f"{s.train_seconds:.1f} s", f"to train the slider, {s.parameters:,} numbers"),
+        figure(f"{s.train_seconds:.1f} s", f"to train the slider’s {s.parameters:,} numbers"),
         figure(
             f"{p.before.facing:.0%} → {p.spectral.scores.facing:.0%}",
-            f"of the subject's samples are mirrored after SVDiff, {p.spectral.parameters:,} numbers",
+            f"of samples show the mirrored subject after SVDiff’s {p.spectral.parameters:,} numbers",
         ),
         figure(f"{passed} of {total}", "comparisons of fused with reference are within the rule"),
     ]
     device = numbers["machine"]["GPU"]
     if found.world.device.type == "cpu":
-        device = f"{numbers['machine']['threads']} threads of {numbers['machine']['processor']}"
+        device = threads_of_processor()
     return (
         '<header><div class="brand">fastlora demo</div>'
-        f"<h1>{count} pictures, {len(s.strengths)} strengths of one slider, one batch</h1>"
+        f"<h1>{count} pictures, {spelt(len(s.strengths))} strengths of one slider, one batch</h1>"
         '<p class="lead">A small diffusion model of handwritten digits, two adapters trained from'
         " a handful of pictures, and a judge that measures what they do. All of it was made in"
         f" {numbers['seconds']['total']:.0f} seconds on {escape(device)}, seed"
@@ -131,6 +131,10 @@ def live(s: Slider) -> str:
     )
 
 
+def spelt(number: int) -> str:
+    return WORDS[number] if number < len(WORDS) else str(number)
+
+
 def json_list(names: Sequence[str]) -> str:
     import json
 
@@ -139,6 +143,7 @@ def json_list(names: Sequence[str]) -> str:
 
 def strip(s: Slider) -> str:
     rows, columns = s.images.shape[:2]
+    last = columns - 1
     gutter = 92 / (92 + 100 * columns)
     style = f"grid-template-columns:{100 * gutter:.3f}% repeat({columns},1fr)"
     cells = []
@@ -154,24 +159,29 @@ def strip(s: Slider) -> str:
         f"{tiles(s.pairs.high, 'a thick digit')}</div>"
     )
     return (
-        "<h2>A thickness slider</h2>"
-        f"<p>A LoRA of rank 4 in {s.modules} layers, trained on the {len(s.pairs)} pairs below: one"
+        '<h2>A thickness slider</h2><div class="aside"><div>'
+        f"<p>A LoRA of rank 4 in {s.modules} layers, trained on {len(s.pairs)} pairs: one"
         " forward pass over both pictures of every pair, with gate +1 for the thick and −1 for the"
         f" thin half of the batch. {len(s.loss) * 10} steps took"
         f" {s.train_seconds:.1f} seconds.</p>"
-        f'<div class="card">{pairs}</div>'
         f"<p>Then {len(s.rows)} rows (ten digits from several noises) at {columns} strengths were"
         f" sampled together, {rows * columns} pictures with a gate for each, in"
         f" {s.sample_seconds:.1f} seconds. A row starts from one noise. Strengths beyond ±1 were"
-        " never trained.</p>"
+        f" never trained.</p></div><div class='card'>{pairs}</div></div>"
         f'<div class="card"><div class="strip" style="{style}">{"".join(cells)}</div>'
         f'<div class="chart">{curve(s)}</div></div>'
         f"<p>The judge measures the stroke's width in the pixels (a closed form, no network) and"
         f" reads the digit (a small network). Over all {len(s.rows)} rows {escape(rising(s))}."
         f" The digit is the one asked for in {s.kept.float().mean().item():.1%} of all pictures,"
-        f" in {min(s.accuracy):.0%} at the worst strength. The pairs were drawn with strokes of"
-        f" {THIN:g} and {THICK:g} pixels.</p>"
+        f" in {min(s.accuracy):.0%} at the worst strength. What else moved, on average: slant from"
+        f" {degrees(s.slant, 0)} over {degrees(s.slant, last // 2)} to {degrees(s.slant, last)},"
+        f" brightness from {s.brightness[:, 0].mean():.2f} over"
+        f" {s.brightness[:, last // 2].mean():.2f} to {s.brightness[:, last].mean():.2f}.</p>"
     )
+
+
+def degrees(slant: torch.Tensor, column: int) -> str:
+    return f"{slant[:, column].mean().item():.1f}°".replace("-", "−")
 
 
 def personal(p: Personalised) -> str:
@@ -221,15 +231,24 @@ def personal(p: Personalised) -> str:
         " made before hold on to the classes (prior preservation).</p>"
         f'<div class="card">{pictures}</div>'
         f'<div class="card">{table(head, rows, ours=[1])}</div>'
-        f"<p>Both sides: the subject is learnt in {spectral.facing:.0%} of its samples, and"
+        f"<p>Both sides: the subject is there in {spectral.facing:.0%} of its samples, and"
         f" {left} of the distance that it began with is left (the five pictures themselves lie"
         f" {p.floor:.2f} from the {len(p.subject.held_out)} held-out ones). The plain word stayed"
         f" itself in {1 - spectral.leaked:.0%}, and the judge reads {spectral.classes:.0%} of the"
         f" ten digits as asked for, {p.before.classes:.0%} before. A LoRA with"
         f" {p.lora.parameters / p.spectral.parameters:.0f} times the numbers, trained for as many"
-        " steps on the same pictures, stands beside it. One subject, one seed: a demonstration, not"
-        " a benchmark.</p>"
+        f" steps on the same pictures, {beside(p)}. One subject, one seed: a demonstration, not a"
+        " benchmark.</p>"
     )
+
+
+def beside(p: Personalised) -> str:
+    """How the LoRA did next to SVDiff, whichever way it went."""
+    spectral, lora = p.spectral.scores, p.lora.scores
+    nearer = "came nearer" if lora.distance < spectral.distance else "stayed further away"
+    kept = lora.classes - spectral.classes
+    same = "kept as many digits" if kept == 0 else f"kept {'more' if kept > 0 else 'fewer'} digits"
+    return f"{nearer} ({lora.distance:.2f}) and {same} ({lora.classes:.0%})"
 
 
 def together(found: Findings) -> str:
@@ -251,7 +270,7 @@ def together(found: Findings) -> str:
         f" for every picture, the subject at 1. {t.facing:.0%} of the pictures are mirrored, and"
         f" the stroke goes from {t.thickness[0]:.2f} to {t.thickness[-1]:.2f} pixels, though the"
         " two were never trained together.</p>"
-        f'<div class="card"><div class="strip centred" style="{style}">{"".join(cells)}{marks}'
+        f'<div class="card"><div class="strip under" style="{style}">{"".join(cells)}{marks}'
         "</div></div>"
     )
 
@@ -326,12 +345,13 @@ def facts(numbers: dict[str, Any]) -> str:
 
     times = {name: duration(s) for name, s in numbers["seconds"].items() if name != "total"}
     times["all of it"] = duration(numbers["seconds"]["total"])
-    files = ", ".join(numbers["files"])
+    files = " ".join(f"<code>{escape(name)}</code>" for name in numbers["files"])
     return (
         "<h2>This run</h2><div class=two>"
-        f'<div class="card"><h3>Machine and versions</h3><br>{definitions(numbers["machine"])}</div>'
-        f'<div class="card"><h3>Time and files</h3><br>'
-        f"{definitions({'seed': str(numbers['seed']), **times, 'files': files})}</div></div>"
+        f'<div class="card"><h3>Machine and versions</h3>{definitions(numbers["machine"])}</div>'
+        f'<div class="card"><h3>Time and files</h3>'
+        f"{definitions({'seed': str(numbers['seed']), **times})}"
+        f'<p class="files">{files}</p></div></div>'
         "<footer>The numbers are in report.json. The model was trained on scikit-learn's digits;"
         " its weights are part of the package.</footer>"
     )

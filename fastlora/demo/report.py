@@ -103,7 +103,10 @@ def numbers(found: Findings, seconds: float) -> dict[str, Any]:
             "class_accuracy": s.accuracy,
             "mean_rises": s.mean_rises,
             "rows_rising": s.rows_rising,
+            "steps_rising": s.steps_rising,
             "worst_fall": s.worst_fall,
+            "slant_mean": s.slant.mean(0).tolist(),
+            "brightness_mean": s.brightness.mean(0).tolist(),
         },
         "subject": {
             "caption": p.subject.caption,
@@ -144,6 +147,7 @@ def machine(world: World) -> dict[str, str]:
     return {
         "processor": processor(),
         "threads": str(torch.get_num_threads()),
+        "cores": str(os.cpu_count()),
         "GPU": gpu,
         "system": platform.platform(terse=True),
         "Python": platform.python_version(),
@@ -151,6 +155,11 @@ def machine(world: World) -> dict[str, str]:
         "fastlora": f"{__version__}, {build['cpu_isa']}, {build['compiler']}",
         **{name: version_of(name) or "not installed" for name in packages},
     }
+
+
+def threads_of_processor() -> str:
+    count = torch.get_num_threads()
+    return f"{count} thread{'s' * (count > 1)} of {processor()}"
 
 
 def processor() -> str:
@@ -212,7 +221,7 @@ def banner(world: World, out: Path) -> str:
     if world.device.type == "cuda":
         device = torch.cuda.get_device_name()
     else:
-        device = f"{torch.get_num_threads()} threads of {processor()}"
+        device = threads_of_processor()
     return f"fastlora {__version__} on {device}\nseed {world.seed}, writing to {out.resolve()}"
 
 
@@ -229,9 +238,9 @@ def say_slider(s: Slider) -> str:
 def rising(s: Slider) -> str:
     """Whether thickness rises with strength, in the mean and in every row."""
     mean = "the mean rises at every step" if s.mean_rises else "the mean does not always rise"
-    every = f"{s.rows_rising} of {len(s.rows)} single rows do"
-    falls = f", the worst fall is {s.worst_fall:.2f} pixels" if s.worst_fall else ""
-    return f"{mean}, {every}{falls}"
+    every = f"so do {s.rows_rising} of {len(s.rows)} single rows"
+    falls = f" ({s.steps_rising:.1%} of all steps, the worst fall is {s.worst_fall:.2f} pixels)"
+    return f"{mean}, {every}{falls if s.worst_fall else ''}"
 
 
 def say_subject(p: Personalised) -> str:

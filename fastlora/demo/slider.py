@@ -34,6 +34,8 @@ class Slider:
     images: torch.Tensor  # [R, S, 1, 32, 32]
     thickness: torch.Tensor  # [R, S] in pixels, by the judge
     kept: torch.Tensor  # [R, S] bool: the judge reads the digit that was asked for
+    slant: torch.Tensor  # [R, S] degrees; like the next, what a slider should leave alone
+    brightness: torch.Tensor  # [R, S] 0 to 1
 
     @property
     def mean(self) -> list[float]:
@@ -53,6 +55,11 @@ class Slider:
     def rows_rising(self) -> int:
         """Rows that are thicker at every strength than at the one before."""
         return int((self.thickness.diff(dim=1) > 0).all(1).sum())
+
+    @property
+    def steps_rising(self) -> float:
+        """Share of single steps, of one row from one strength to the next, that are thicker."""
+        return (self.thickness.diff(dim=1) > 0).float().mean().item()
 
     @property
     def worst_fall(self) -> float:
@@ -93,7 +100,7 @@ def make_slider(world: World) -> Slider:
 
     strengths = settings.strengths
     rows = [d for _ in range(settings.noises) for d in range(10)]
-    images = sample_strengths(world, model, [f"a {WORDS[d]}" for d in rows], strengths)
+    images = sample_strengths(world, model, [f"a bright {WORDS[d]}" for d in rows], strengths)
     sampled = world.clock()
     score = world.score(images.flatten(0, 1))
     kept = score["digit"].view(len(rows), -1) == torch.tensor(rows)[:, None]
@@ -110,6 +117,8 @@ def make_slider(world: World) -> Slider:
         images=images,
         thickness=score["thickness"].view(len(rows), -1),
         kept=kept,
+        slant=score["slant"].view(len(rows), -1),
+        brightness=score["brightness"].view(len(rows), -1),
     )
 
 

@@ -3,10 +3,10 @@
 CSS = """
 :root{color-scheme:light dark;
 --page:#f8f6f3;--card:#fff;--ink:#1d1b19;--muted:#6f6a64;--line:#e4dfd8;--accent:#d9480f;
---soft:#fbe9e0;--good:#2b8a3e;--bar:#c9c2b8;--code:#f3efe9}
+--good:#2b8a3e;--bar:#c9c2b8;--code:#f3efe9}
 @media(prefers-color-scheme:dark){:root{
 --page:#131211;--card:#1c1b19;--ink:#efece8;--muted:#a29b92;--line:#35322e;--accent:#ff7a45;
---soft:#3a2118;--good:#69db7c;--bar:#57524b;--code:#151412}}
+--good:#69db7c;--bar:#57524b;--code:#151412}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);line-height:1.55;font-size:16px;
 font-family:Inter,system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",sans-serif;
@@ -30,9 +30,8 @@ margin:18px 0}
 line-height:1.25}
 .figure span{color:var(--muted);font-size:14px}
 .tile{aspect-ratio:1;border-radius:9px;background-color:#000;background-repeat:no-repeat;
-filter:invert(1) hue-rotate(180deg);min-width:0}
-@media(prefers-color-scheme:dark){.tile{filter:none}}
-.well{background:var(--code);border-radius:12px;padding:10px}
+filter:invert(1) brightness(1.04) contrast(1.06);min-width:0}
+@media(prefers-color-scheme:dark){.tile{filter:brightness(.98) contrast(1.06)}}
 .slider{display:grid;gap:18px}
 .tiles{display:grid;grid-template-columns:repeat(10,1fr);gap:7px}
 .control{display:flex;align-items:center;gap:16px}
@@ -42,6 +41,7 @@ font-variant-numeric:tabular-nums}
 .strip{display:grid;gap:7px 0;align-items:center}
 .strip .tile{margin:0 3.5px}
 .strip span{color:var(--muted);font-size:14px;text-align:right;padding-right:14px}
+.strip.under span{text-align:center;padding:6px 0 0;font-variant-numeric:tabular-nums}
 .chart svg,.card>svg{display:block;width:100%;height:auto;overflow:visible}
 .chart{margin-top:14px}
 .rows{display:grid;grid-template-columns:auto 1fr;gap:10px 18px;align-items:center}
@@ -68,12 +68,17 @@ line-height:1.6;margin:0}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:5px 22px;margin:0;font-size:14.5px}
 dt{color:var(--muted)}dd{margin:0;overflow-wrap:anywhere}
 .two{display:grid;grid-template-columns:repeat(auto-fit,minmax(400px,1fr));gap:16px}
-.two .card{margin:0}
+.two .card{margin:0}.two h3{margin-bottom:12px}
+.aside{display:grid;grid-template-columns:minmax(0,1fr) minmax(0,1fr);gap:28px;align-items:center}
+.aside .card{margin:0}.aside .rows .tiles{grid-template-columns:repeat(6,1fr)}
+.files{margin:16px 0 0;font-size:13px;color:var(--muted)}
+.files code{display:inline-block;background:var(--code);border-radius:6px;padding:1px 7px;
+margin:3px 2px 0 0}
 a{color:var(--accent)}
 footer{color:var(--muted);font-size:13.5px;margin-top:48px}
 @media(max-width:640px){main{padding:32px 16px}.card{padding:16px}
 .tiles{grid-template-columns:repeat(5,1fr)}.rows .tiles{grid-template-columns:repeat(6,1fr)}
-.speed,.two{grid-template-columns:1fr}.strip span{font-size:11px;padding-right:6px}}
+.speed,.two,.aside{grid-template-columns:1fr}.strip span{font-size:11px;padding-right:6px}}
 """
 
 # One custom property moves all pictures: their sheet has a column for every strength.

@@ -67,9 +67,9 @@ def _load_kernels() -> Any:
 
 kernels: Any = _load_kernels()
 _library = torch.library.Library("fastlora", "DEF")
-_autocast_keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
-    torch._C.DispatchKey.AutocastCUDA
-)
+_autocast_keys = torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCPU
+) | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
 operators: dict[str, Operator] = {}
 
 
@@ -153,6 +153,16 @@ def define_op(
     )
 
     def fake_impl(*args: Any) -> Any:
+        # Torch comes here also for real tensors beside one on the meta device (offloaded weights),
+        # and what is returned would be uninitialised memory.
+        devices = {
+            t.device.type
+            for a in args
+            for t in (a if isinstance(a, list) else [a])
+            if isinstance(t, Tensor)
+        }
+        mixed = "meta" in devices and len(devices) > 1
+        expect(not mixed, name, "arguments", "one device", " and ".join(sorted(devices)))
         outputs = fake(*args)
         return None if mutated else outputs
 

@@ -17,14 +17,14 @@ def fold(
 ) -> None:
     """`W' = W + U diag(g) D` for every layer, with a rank, shape and dtype of its own.
 
-    A layer's weight and result share one dtype: float32, float16, bfloat16 or float64 (the CPU only);
-    `downs` and `ups` have it too, or float32; gates are float32 (float64 beside float64). The sum is
-    accumulated in float32 and rounded once. Components whose gate is 0 are left out: with all of them
-    off W' is W bit for bit, whatever U and D hold.
+    A layer's weight and result share one dtype: float32, float16, bfloat16 or float64 (the CPU
+    only); `downs` and `ups` have it too, or float32; gates are float32 (float64 beside float64).
+    The sum is accumulated in float32 and rounded once. Components whose gate is 0 are left out:
+    with all of them off W' is W bit for bit, whatever U and D hold.
 
-    `outs[i]` is `weights[i]` itself or memory of its own; convolutions pass `[out, in * kh * kw]` views.
-    Not differentiable: it runs as under `no_grad`, and the version counters of `outs` rise. Raises
-    ContractError (a ValueError) naming argument, expected, got.
+    `outs[i]` is `weights[i]` itself or memory of its own; convolutions pass `[out, in * kh * kw]`
+    views. Not differentiable: it runs as under `no_grad`, and the version counters of `outs` rise.
+    Raises ContractError (a ValueError) naming argument, expected, got.
     """
     with torch.no_grad():
         for weight, down, up, gate, out in zip(weights, downs, ups, gates, outs, strict=True):
@@ -79,7 +79,8 @@ def _explain(i: int, weight: Any, down: Any, up: Any, gate: Any, out: Any) -> No
     for name, value in named.items():
         expect_tensor(op, f"{name}[{i}]", value)
     expect(weight.dim() == 2, op, f"weights[{i}]", "[out, in]", weight)
-    expect(weight.dtype in FLOATS, op, f"weights[{i}]", "float32, float16, bfloat16, float64", weight)
+    floats = "float32, float16, bfloat16 or float64"
+    expect(weight.dtype in FLOATS, op, f"weights[{i}]", floats, weight)
     (rows, features), dtype, wide = weight.shape, weight.dtype, gate_dtype(weight.dtype)
     rank = up.shape[1] if up.dim() == 2 else -1
     one_row = "[rank]; a strength that differs per sample cannot be folded"

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fastlora.ops._define import FLOATS, define_op, expect, expect_tensor, gate_dtype, kernels
 
-# Up to this many multiplications our own loop beats the library calls (each about 2 µs); it goes through
-# W for every token, so that more than FEW of them come sooner to the end of it.
+# Up to this many multiplications our own loop beats the library calls (each about 2 µs); it goes
+# through W for every token, so that more than FEW of them come sooner to the end of it.
 TINY, FEW = 1 << 15, 32
 # Numbers of tokens for which our pass over x and y, which serves all dtypes alike, is faster than
 # torch's two products: those have a price per call, and instructions for bfloat16 on some CPUs.
@@ -199,7 +199,8 @@ def accumulate(y: Tensor, x: Tensor, down: Tensor | None, up: Tensor, gate: Tens
     else:
         rows = h.view(gate.shape[0], -1, gate.shape[1])
         h = torch.mul(rows, gate[:, None], out=None if down is None else rows).view(h.shape)
-    y.addmm_(h if h.dtype == dtype else h.to(dtype), (up if up.dtype == dtype else up.to(dtype)).t())
+    up = up if up.dtype == dtype else up.to(dtype)
+    y.addmm_(h if h.dtype == dtype else h.to(dtype), up.t())
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

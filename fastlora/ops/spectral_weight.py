@@ -7,8 +7,8 @@ from torch import Tensor
 
 from fastlora.ops._define import FLOATS, define_op, expect, expect_tensor, gate_dtype, kernels
 
-# Beyond so many multiplications torch's product is faster than our loop, which serves all dtypes
-# alike. For float16 it always wins: few CPUs can multiply halves.
+# Beyond so many multiplications torch's product takes over from our loop, which serves all dtypes
+# alike. float16 stays with the loop: few CPUs can multiply halves.
 LOOP = {torch.float32: 1 << 32, torch.float64: 1 << 32, torch.bfloat16: 1 << 24}
 # The same for the first CUDA kernel; a guess until it has been measured.
 LOOP_CUDA = 1 << 26
@@ -29,8 +29,8 @@ def spectral_weight(
     W keeps what the decomposition `U diag(s) Vᵀ` leaves of it. `u` and `vh` have the weight's dtype
     (float32, float16, bfloat16, float64) or float32; `s` and `shift` too; `strength` is float32
     (float64 beside float64). Singular values are not negative. Differentiable in weight, shift and
-    strength; the factors are constants. Raises ContractError (a ValueError) naming argument, expected,
-    got.
+    strength; the factors are constants. Raises ContractError (a ValueError) naming argument,
+    expected, got.
 
     SVDiff: Han et al. 2023, arXiv 2303.11305.
     """
@@ -74,7 +74,9 @@ def _plan(weight: Tensor, u: Tensor, s: Tensor, vh: Tensor, shift: Tensor, _: Te
         return _product if same and work > LOOP.get(dtype, work) else _loop
     if device == "cuda" and dtype == torch.float64:
         expect(False, "spectral_weight", "weight", "float32, float16 or bfloat16 on CUDA", weight)
-    return _loop if device == "cuda" and work <= LOOP_CUDA else _reference
+    if device == "cuda":
+        return _loop if work <= LOOP_CUDA or u.dtype != dtype or vh.dtype != dtype else _cublas
+    return _reference
 
 
 def _loop(weight: Tensor, u: Tensor, s: Tensor, vh: Tensor, shift: Tensor, a: Tensor) -> Tensor:
@@ -90,13 +92,20 @@ def _product(weight: Tensor, u: Tensor, s: Tensor, vh: Tensor, shift: Tensor, a:
     return torch.addmm(weight, scaled, vh)
 
 
+def _cublas(weight: Tensor, u: Tensor, s: Tensor, vh: Tensor, shift: Tensor, a: Tensor) -> Tensor:
+    """Without a look at the coefficients, which would wait for the GPU: at δ = 0 a -0 becomes 0."""
+    c = torch.maximum(a * shift, -s.to(a.dtype))
+    return torch.addmm(weight, (u * c).to(u.dtype), vh)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, *factors = inputs
     ctx.save_for_backward(*factors)
 
 
 def _backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
-    """`dδ_i = strength (u_iᵀ G v_i) [s_i + strength δ_i > 0]`, `dstrength = Σ δ_i (u_iᵀ G v_i) [...]`."""
+    """With `p_i = u_iᵀ G v_i` where `s_i + strength δ_i > 0`, else 0: `dδ = strength p`,
+    `dstrength = Σ δ_i p_i`."""
     u, s, vh, shift, strength = ctx.saved_tensors
     d_shift = d_strength = None
     if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:

@@ -100,7 +100,9 @@ def plain_low_rank(base: Any, slots: Sequence[tuple[Any, float]], x: Tensor) -> 
             if isinstance(base, nn.Embedding):
                 part = F.linear(F.embedding(x, down.t()) * strength, up)
             elif image:
-                part = F.conv2d(bare._conv_forward(x, down, None) * strength, up, groups=base.groups)
+                part = F.conv2d(
+                    bare._conv_forward(x, down, None) * strength, up, groups=base.groups
+                )
             else:
                 part = F.linear(F.linear(x, down) * strength, up)
             if slot.magnitude is not None:

@@ -296,7 +296,13 @@ def test_another_batch_size_is_an_error_in_every_layer(rows: int) -> None:
     for grad in (True, False):
         for name, layer in layers.items():
             x = torch.randn(rows, 8)
-            x = x.long().clamp(0, 7) if name == "embedding" else x if name == "linear" else x[..., None, None]
+            x = (
+                x.long().clamp(0, 7)
+                if name == "embedding"
+                else x
+                if name == "linear"
+                else x[..., None, None]
+            )
             message = f"expected .*(5|{rows}).*, got .*(5|{rows})"
             with torch.set_grad_enabled(grad), pytest.raises(fastlora.ContractError, match=message):
                 layer(x)
@@ -436,7 +442,9 @@ def test_ranks_and_alphas_of_single_modules() -> None:
     }
     exact = torch.func.functional_call(plain, weights, (x,))
     torch.testing.assert_close(model(x).double(), exact, rtol=1e-4, atol=1e-4)
-    with pytest.raises(fastlora.AdapterError, match=r"expected paths of adapted layers, got \['in'\]"):
+    with pytest.raises(
+        fastlora.AdapterError, match=r"expected paths of adapted layers, got \['in'\]"
+    ):
         fastlora.inject(model, fastlora.LoRA(ranks={"in": 3}), name="b")
 
 
@@ -479,7 +487,10 @@ def test_mixed_kinds_on_one_layer_against_the_dense_weight() -> None:
     randomise(base)
     x = torch.randn(7, 12, dtype=torch.float64)
     shifted = copy.deepcopy(plain)
-    for scales in ({"l": 0.5, "d": 0.25, "s": -1.0, "r": 2.0}, {"l": 0.5, "d": 0, "s": 1.0, "r": 0}):
+    for scales in (
+        {"l": 0.5, "d": 0.25, "s": -1.0, "r": 2.0},
+        {"l": 0.5, "d": 0, "s": 1.0, "r": 0},
+    ):
         fastlora.set_scale(base, scales)
         with torch.no_grad():
             shifted.weight.copy_(spectral_weight(plain, base.fastlora["s"].shift, scales["s"]))

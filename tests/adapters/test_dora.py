@@ -39,7 +39,10 @@ LAYERS: dict[str, tuple[Any, Any]] = {
         lambda d: nn.Conv2d(6, 8, (1, 3), bias=False, dtype=d),
         lambda d: torch.randn(6, 7, 8, dtype=d),
     ),
-    "embedding": (lambda d: nn.Embedding(13, 6, dtype=d), lambda d: torch.tensor([[1, 12], [0, 5]])),
+    "embedding": (
+        lambda d: nn.Embedding(13, 6, dtype=d),
+        lambda d: torch.tensor([[1, 12], [0, 5]]),
+    ),
 }
 layers = pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -218,4 +221,6 @@ def test_a_row_of_zeros_has_no_nan() -> None:
 
 def test_dora_on_an_embedding_with_max_norm_is_refused() -> None:
     with pytest.raises(fastlora.AdapterError, match="max_norm"):
-        fastlora.inject(nn.Embedding(4, 3, max_norm=1.0), fastlora.LoRA(rank=2, dora=True), where="")
+        fastlora.inject(
+            nn.Embedding(4, 3, max_norm=1.0), fastlora.LoRA(rank=2, dora=True), where=""
+        )

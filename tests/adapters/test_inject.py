@@ -36,7 +36,9 @@ class Block(nn.Module):
 
 def unet() -> nn.Module:
     torch.manual_seed(0)
-    parts = OrderedDict(attn1=Block(), attn10=Block(), mid=nn.Sequential(nn.Linear(8, 8), nn.SiLU()))
+    parts = OrderedDict(
+        attn1=Block(), attn10=Block(), mid=nn.Sequential(nn.Linear(8, 8), nn.SiLU())
+    )
     return nn.Sequential(parts).eval()
 
 
@@ -57,7 +59,17 @@ def unet() -> nn.Module:
         (r"attn1\.to_out.*", ["attn1.to_out.0"]),
         (r"mid.*", ["mid.0"]),
     ],
-    ids=["regex", "regex_whole", "suffix", "suffixes", "tuple", "set", "predicate", "dropout", "act"],
+    ids=[
+        "regex",
+        "regex_whole",
+        "suffix",
+        "suffixes",
+        "tuple",
+        "set",
+        "predicate",
+        "dropout",
+        "act",
+    ],
 )
 def test_where(where: Any, expected: list[str]) -> None:
     model = unet()
@@ -70,7 +82,9 @@ def test_where_none_is_every_layer_that_the_adapter_can_take() -> None:
     assert len(fastlora.inject(unet(), fastlora.Spectral()).modules) == 9  # and the norms
 
 
-@pytest.mark.parametrize("where", ["to_q", r"to_.", [], ["o_q"], ["attn1"], [r".*to_q"], lambda p, m: 0])
+@pytest.mark.parametrize(
+    "where", ["to_q", r"to_.", [], ["o_q"], ["attn1"], [r".*to_q"], lambda p, m: 0]
+)
 def test_a_where_that_matches_nothing_shows_what_there_is(where: Any) -> None:
     model = unet()
     before = snapshot(model)
@@ -101,7 +115,9 @@ def test_a_bad_where_is_refused(where: Any, message: str) -> None:
 
 def test_layers_of_no_supported_kind_are_named() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4))
-    with pytest.raises(fastlora.AdapterError, match=r"1 \(Conv1d\): .*not supported; 2 \(BatchNorm1d"):
+    with pytest.raises(
+        fastlora.AdapterError, match=r"1 \(Conv1d\): .*not supported; 2 \(BatchNorm1d"
+    ):
         fastlora.inject(model, fastlora.LoRA(rank=2), where=r"\d")
     assert fastlora.inject(model, fastlora.LoRA(rank=2)).modules == ("0",)
 
@@ -211,7 +227,9 @@ def test_the_output_projection_of_multihead_attention_is_refused() -> None:
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
-@pytest.mark.parametrize("spec", [fastlora.LoRA(rank=2), fastlora.Spectral()], ids=["lora", "spectral"])
+@pytest.mark.parametrize(
+    "spec", [fastlora.LoRA(rank=2), fastlora.Spectral()], ids=["lora", "spectral"]
+)
 def test_the_fused_path_of_transformer_layers_sees_adapters(activation: str, spec: Any) -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, activation=activation)
     model = nn.TransformerEncoder(layer, 3).eval()
@@ -223,7 +241,10 @@ def test_the_fused_path_of_transformer_layers_sees_adapters(activation: str, spe
     with torch.no_grad():
         plain = [model(x), model(x, src_key_padding_mask=padding)]
     before = snapshot(model)
-    for where in (["1.linear1"] if isinstance(spec, fastlora.LoRA) else ["1.norm1", "1.linear2"], None):
+    for where in (
+        ["1.linear1"] if isinstance(spec, fastlora.LoRA) else ["1.norm1", "1.linear2"],
+        None,
+    ):
         fastlora.inject(model, spec, where=where)
         randomise(model)
         results = []
@@ -335,7 +356,9 @@ def test_a_conv_subclass_is_refused() -> None:
     class Mine(nn.Conv2d):
         pass
 
-    with pytest.raises(fastlora.AdapterError, match=r"\(Mine\): this kind of layer is not supported"):
+    with pytest.raises(
+        fastlora.AdapterError, match=r"\(Mine\): this kind of layer is not supported"
+    ):
         fastlora.inject(nn.Sequential(Mine(2, 2, 1)), fastlora.LoRA(rank=2), where="0")
 
 

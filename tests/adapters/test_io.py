@@ -33,7 +33,9 @@ def base(dtype: torch.dtype = torch.float32, seed: int = 0) -> Net:
     return Net().to(dtype).eval()
 
 
-def adapted(spec: Any, base_dtype: torch.dtype = torch.float32, **kwargs: Any) -> tuple[Net, Tensor]:
+def adapted(
+    spec: Any, base_dtype: torch.dtype = torch.float32, **kwargs: Any
+) -> tuple[Net, Tensor]:
     model = base(base_dtype)
     fastlora.inject(model, spec, name="style", seed=0, **kwargs)
     randomise(model, size=0.5)
@@ -145,7 +147,9 @@ def test_strengths_and_other_adapters_are_not_in_the_file(tmp_path: Path) -> Non
     fastlora.fold(model)
     fastlora.save(model, tmp_path / "b", name="style")
     assert_same_file(tmp_path / "a", tmp_path / "b")
-    with pytest.raises(fastlora.AdapterError, match=r"expected one of \['other', 'style'\], got None"):
+    with pytest.raises(
+        fastlora.AdapterError, match=r"expected one of \['other', 'style'\], got None"
+    ):
         fastlora.save(model, tmp_path / "c")
     assert not (tmp_path / "c").exists()
 
@@ -230,7 +234,11 @@ def rename(old: str, new: str) -> Any:
 
 
 BAD: dict[str, tuple[Any, type[Exception], str]] = {
-    "missing": (drop("conv.up"), fastlora.FormatError, r"conv: up: expected \[8, 4, 1, 1\], got nothing"),
+    "missing": (
+        drop("conv.up"),
+        fastlora.FormatError,
+        r"conv: up: expected \[8, 4, 1, 1\], got nothing",
+    ),
     "missing_magnitude": (drop("inner.0.magnitude"), fastlora.FormatError, "inner.0: magnitude"),
     "module_missing": (
         lambda t, c, m: [t.pop(f"conv.{k}") for k in ("down", "up", "magnitude")],
@@ -246,7 +254,11 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     ),
     "transposed": (put("inner.2.down", torch.ones(10, 4)), fastlora.AdapterError, "inner.2: down"),
     "rank": (setting("inner.0", "rank", 5), fastlora.AdapterError, "inner.0: down: expected"),
-    "integers": (put("inner.2.up", torch.ones(6, 4, dtype=torch.int32)), fastlora.FormatError, "float"),
+    "integers": (
+        put("inner.2.up", torch.ones(6, 4, dtype=torch.int32)),
+        fastlora.FormatError,
+        "float",
+    ),
     "nan": (put("inner.2.up", torch.full((6, 4), torch.nan)), fastlora.FormatError, "NaN"),
     "unknown_setting": (setting("conv", "colour", 3), fastlora.FormatError, "conv.*colour"),
     "bad_alpha": (setting("conv", "alpha", "high"), fastlora.AdapterError, "alpha: expected"),
@@ -255,15 +267,25 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "bad_dropout": (setting("conv", "dropout", 2), fastlora.AdapterError, "dropout: expected"),
     "not_dora": (setting("conv", "dora", False), fastlora.FormatError, "magnitude: expected none"),
     "other_path": (rename("conv", "conw"), fastlora.AdapterError, "no module 'conw'"),
-    "other_layer": (rename("conv", "norm"), fastlora.AdapterError, "norm: a GroupNorm cannot take it"),
+    "other_layer": (
+        rename("conv", "norm"),
+        fastlora.AdapterError,
+        "norm: a GroupNorm cannot take it",
+    ),
     "an_activation": (rename("conv", "inner.1"), fastlora.AdapterError, "a SiLU cannot take it"),
     "a_container": (rename("conv", "inner"), fastlora.AdapterError, "a Sequential cannot take it"),
-    "version": (lambda t, c, m: m.update(version="9"), fastlora.FormatError, "version 1 .* got '9'"),
+    "version": (
+        lambda t, c, m: m.update(version="9"),
+        fastlora.FormatError,
+        "version 1 .* got '9'",
+    ),
     "foreign": (lambda t, c, m: m.update(format="pt"), fastlora.FormatError, "expected a fastlora"),
     "kind": (lambda t, c, m: c.update(kind="loha"), fastlora.FormatError, "cannot be read"),
     "groups": (
         lambda t, c, m: (
-            t.update({"grouped.down": torch.ones(3, 4, 3, 3), "grouped.up": torch.ones(8, 1, 1, 1)}),
+            t.update(
+                {"grouped.down": torch.ones(3, 4, 3, 3), "grouped.up": torch.ones(8, 1, 1, 1)}
+            ),
             c["modules"]["grouped"].update(rank=3),
         ),
         fastlora.AdapterError,
@@ -367,7 +389,9 @@ def test_one_name_of_two_kinds_has_no_file(tmp_path: Path) -> None:
     model = base()
     fastlora.inject(model.inner, fastlora.LoRA(rank=2), name="a")
     fastlora.inject(model.conv, fastlora.Spectral(), name="a")
-    with pytest.raises(fastlora.AdapterError, match="'a' is lora and spectral; a file has one kind"):
+    with pytest.raises(
+        fastlora.AdapterError, match="'a' is lora and spectral; a file has one kind"
+    ):
         fastlora.save(model, tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
 

@@ -108,11 +108,19 @@ def test_keyword_call_as_the_plain_layers_allow() -> None:
 @pytest.mark.parametrize("dtype", LOW, ids=lambda d: str(d)[6:])
 def test_parameters_of_16_bit_bases_are_float32_and_the_result_is_the_bases(dtype) -> None:
     layers = nn.ModuleList(
-        [nn.Linear(6, 4, dtype=dtype), nn.Conv2d(6, 4, 3, dtype=dtype), nn.Embedding(6, 4, dtype=dtype)]
+        [
+            nn.Linear(6, 4, dtype=dtype),
+            nn.Conv2d(6, 4, 3, dtype=dtype),
+            nn.Embedding(6, 4, dtype=dtype),
+        ]
     )
     fastlora.inject(layers, fastlora.LoRA(rank=2, dora=True))
     assert {p.dtype for p in fastlora.parameters(layers)} == {torch.float32}
-    inputs = [torch.randn(2, 6, dtype=dtype), torch.randn(2, 6, 5, 5, dtype=dtype), torch.tensor([3])]
+    inputs = [
+        torch.randn(2, 6, dtype=dtype),
+        torch.randn(2, 6, 5, 5, dtype=dtype),
+        torch.tensor([3]),
+    ]
     for layer, x in zip(layers, inputs, strict=True):
         y = layer(x)
         assert y.dtype == dtype

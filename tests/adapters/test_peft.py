@@ -46,7 +46,9 @@ def peft_twin(model: nn.Module, ours: nn.Module, configs: dict[str, dict[str, An
         kwargs = {"lora_dropout": 0.0, "target_modules": ["0"], **config}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-            model = peft.inject_adapter_in_model(peft.LoraConfig(**kwargs), model, adapter_name=name)
+            model = peft.inject_adapter_in_model(
+                peft.LoraConfig(**kwargs), model, adapter_name=name
+            )
     layer, own = model[0], ours[0].fastlora
     layer.set_adapter(list(configs))
     with torch.no_grad():

@@ -34,7 +34,10 @@ LAYERS: dict[str, tuple[Any, Any]] = {
         lambda d: nn.Conv2d(4, 8, 3, groups=2, stride=2, dtype=d),
         lambda d: torch.randn(4, 5, 6, dtype=d),
     ),
-    "embedding": (lambda d: nn.Embedding(13, 6, dtype=d), lambda d: torch.tensor([[1, 12], [0, 5]])),
+    "embedding": (
+        lambda d: nn.Embedding(13, 6, dtype=d),
+        lambda d: torch.tensor([[1, 12], [0, 5]]),
+    ),
     "layer_norm": (lambda d: nn.LayerNorm(6, dtype=d), lambda d: torch.randn(2, 3, 6, dtype=d)),
     "layer_norm_2d_no_bias": (
         lambda d: nn.LayerNorm((6,), bias=False, eps=1e-3, dtype=d),
@@ -108,7 +111,9 @@ def test_scalar_shifts_of_norms(kind: str) -> None:
 
 
 def test_norms_are_skipped_when_asked_whatever_where_says() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.LayerNorm(4, elementwise_affine=False))
+    model = nn.Sequential(
+        nn.Linear(4, 4), nn.LayerNorm(4), nn.LayerNorm(4, elementwise_affine=False)
+    )
     for where in (None, r"\d"):
         info = fastlora.inject(model, fastlora.Spectral(norms="skip"), where=where, name="s")
         assert info.modules == ("0",)
@@ -244,7 +249,13 @@ def test_a_strength_per_sample_is_refused_with_words() -> None:
 
 def test_parameter_count_is_the_sum_of_the_smaller_sides() -> None:
     model = nn.ModuleList(
-        [nn.Linear(14, 9), nn.Conv2d(4, 30, 3), nn.Conv2d(4, 40, 3), nn.Embedding(13, 6), nn.LayerNorm(8)]
+        [
+            nn.Linear(14, 9),
+            nn.Conv2d(4, 30, 3),
+            nn.Conv2d(4, 40, 3),
+            nn.Embedding(13, 6),
+            nn.LayerNorm(8),
+        ]
     )
     assert fastlora.inject(model, fastlora.Spectral()).parameters == 9 + 30 + 36 + 6 + 8
     assert len(fastlora.parameters(model)) == 5

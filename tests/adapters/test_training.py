@@ -286,7 +286,9 @@ def test_low_precision_gradients_follow_the_twofold_rule() -> None:
     results = []
     for dtype in (torch.float64, torch.bfloat16):
         leaves = [p.detach().to(dtype).requires_grad_() for p in (slot.down, slot.up)]
-        results.append(torch.autograd.grad((plain_forward(*leaves) * probe.to(dtype)).sum(), leaves))
+        results.append(
+            torch.autograd.grad((plain_forward(*leaves) * probe.to(dtype)).sum(), leaves)
+        )
     for a, exact, low in zip(got, *results, strict=True):
         assert a.dtype == torch.float32
         error = (a.double() - exact).abs().max()

@@ -33,7 +33,9 @@ def tensors() -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("name", ["a.safetensors", "with spaces & ünïcödé ☃.safetensors", "no_suffix"])
+@pytest.mark.parametrize(
+    "name", ["a.safetensors", "with spaces & ünïcödé ☃.safetensors", "no_suffix"]
+)
 @pytest.mark.parametrize("kind", [str, Path])
 def test_round_trip_is_bit_exact(tmp_path: Path, name: str, kind: Any) -> None:
     folder = tmp_path / "a folder für files"
@@ -63,7 +65,9 @@ def test_truncated_files(tmp_path: Path, length: int) -> None:
     data = (tmp_path / "whole").read_bytes()
     path = tmp_path / "cut.safetensors"
     path.write_bytes(data[:length])
-    with pytest.raises(FormatError, match="cut.safetensors: not a safetensors file, or a truncated"):
+    with pytest.raises(
+        FormatError, match="cut.safetensors: not a safetensors file, or a truncated"
+    ):
         files.read(path)
 
 
@@ -121,7 +125,9 @@ def test_a_header_whose_length_looks_like_a_pickle(tmp_path: Path, start: bytes)
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e5m2], ids=str
+    "dtype",
+    [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e5m2],
+    ids=str,
 )
 def test_values_that_are_not_finite(tmp_path: Path, value: float, dtype: torch.dtype) -> None:
     bad = torch.zeros(2, 3)

@@ -57,7 +57,10 @@ def broken(**changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         ({"config": {"kind": ["lora"], "modules": {"a.b": {}}}}, "configuration cannot be read"),
         ({"config": {"kind": "lora", "modules": ["a.b"]}}, "modules is not an object"),
         ({"config": {"kind": "lora", "modules": {}}}, "at least one module"),
-        ({"config": {"kind": "lora", "modules": {"a.b": 3}}}, "settings of a module are not an object"),
+        (
+            {"config": {"kind": "lora", "modules": {"a.b": 3}}},
+            "settings of a module are not an object",
+        ),
         ({"config": {**CONFIG, "kind": "spectral"}}, "unexpected key 'a.b.down'"),
         ({"config": {**CONFIG, "modules": {"a.b": {}}}}, "unexpected key 'down'"),
         (

@@ -6,119 +6,200 @@ import pytest
 import torch
 
 from fastlora import ops
-from tests.cases import DTYPES, assert_twofold, identify, randn, strided, wide, widened
+from tests.cases import DTYPES, FOLD_SHAPES, assert_twofold, fold_layer, identify, strided, widened
 
 op = ops.fold
-LAYERS = [(1, 1, 1), (5, 7, 2), (8, 16, 4), (33, 65, 3), (0, 4, 2), (4, 0, 2), (6, 9, 0), (130, 257, 16), (40, 48, 70)]
+LOW = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def arguments(dtype=torch.float32, layers=LAYERS, low_rank=None):
-    low_rank = low_rank or dtype
-    weights = [randn(o, i, dtype=dtype, seed=1) for o, i, _ in layers]
-    downs = [randn(r, i, dtype=low_rank, seed=2) for _, i, r in layers]
-    ups = [randn(o, r, dtype=low_rank, seed=3) for o, _, r in layers]
-    gates = [randn(r, dtype=wide(dtype), seed=4) for *_, r in layers]
-    return [weights, downs, ups, gates, [torch.full_like(w, torch.nan) for w in weights]]
+def lists(*layers):
+    """Arguments of the operator from layers of (weight, down, up, gate, out)."""
+    return [list(column) for column in zip(*layers, strict=True)]
 
 
-def by_hand(weights, downs, ups, gates, outs):
-    return [
-        w + torch.einsum("nr,r,rk->nk", u, g, d)
-        for w, d, u, g in zip(weights, downs, ups, gates, strict=True)
-    ]
+def by_hand(weight, down, up, gate, _=None):
+    """The formula by einsum in float64; components with gate 0 do not take part."""
+    on = gate != 0
+    factors = (up[:, on].double(), gate[on].double(), down[on].double())
+    return weight.double() + torch.einsum("or,r,ri->oi", *factors)
 
 
-def check(args, low_args=None):
-    exact = by_hand(*widened(args))
-    low_args = low_args or args
-    low = [torch.empty_like(o) for o in args[4]]
-    op.reference(*low_args[:4], low)
-    pristine = [w.clone() for w in args[0]]
-    op(*args)
-    for out, e, p, w, before in zip(args[4], exact, low, args[0], pristine, strict=True):
-        assert_twofold(out, e, p)
-        assert torch.equal(w, before)
+def check(*layers):
+    """Folds layers of mixed kinds in one call and holds each against float64."""
+    low = [torch.empty_like(layer[0]) for layer in layers]
+    op.reference(*lists(*[[*layer[:4], out] for layer, out in zip(layers, low, strict=True)]))
+    assert op(*lists(*layers)) is None
+    for layer, plain in zip(layers, low, strict=True):
+        assert_twofold(layer[4], by_hand(*layer[:4]), plain)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=identify)
-def test_a_model_of_odd_layers_against_float64(dtype):
-    check(arguments(dtype))
+@pytest.mark.parametrize("shape", FOLD_SHAPES, ids=identify)
+def test_against_float64(shape, dtype):
+    check(fold_layer(*shape, dtype=dtype))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=identify)
-def test_float32_adapters_on_a_low_precision_base(dtype):
-    check(arguments(dtype, low_rank=torch.float32))
+def test_layers_of_every_kind_in_one_call():
+    layers = [fold_layer(*shape, dtype=dtype) for shape in FOLD_SHAPES for dtype in DTYPES]
+    check(*layers, *[fold_layer(40, 24, 8) for _ in range(100)])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=identify)
-def test_strided_everything(dtype):
-    args = arguments(dtype, [(33, 65, 3), (8, 16, 4)])
-    check([[strided(t) for t in group] for group in args], args)
-    transposed = [[t.t().contiguous().t() if t.dim() == 2 else t for t in g] for g in args]
-    check(transposed, args)
-
-
-@pytest.mark.parametrize("dtype", DTYPES[1:3], ids=identify)
-def test_rounds_once(dtype):
-    """Equal to the float64 result rounded once, but for ties that float32 sums decide."""
-    args = arguments(dtype, [(64, 96, 8)])
-    op(*args)
-    once = by_hand(*widened(args))[0].to(dtype)
-    assert (args[4][0] == once).float().mean() > 0.99
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=identify)
-def test_gates_of_zero_give_the_weight_bit_for_bit(dtype):
-    args = arguments(dtype)
-    args[3] = [torch.zeros_like(g) for g in args[3]]
-    args[1] = [torch.full_like(d, torch.inf) for d in args[1]]  # off is off, whatever it holds
-    op(*args)
-    for w, out in zip(args[0], args[4], strict=True):
-        assert torch.equal(w, out)
-
-
-def test_in_place_when_the_result_is_the_weight():
-    args = arguments()
-    exact = by_hand(*widened(args))
-    args[4] = args[0]
-    op(*args)
-    for out, e in zip(args[4], exact, strict=True):
-        torch.testing.assert_close(out.double(), e, rtol=1e-5, atol=1e-5)
-
-
-def test_results_that_overlap_other_memory_are_refused():
-    args = arguments(layers=[(8, 16, 4), (8, 16, 4)])
-    args[4] = [args[4][0], args[4][0]]
-    with pytest.raises(ValueError, match="fold: outs"):
-        op(*args)
-
-
-def test_versions_rise_and_gradients_are_not_recorded():
-    args = arguments(layers=[(8, 16, 4)])
-    args[1][0].requires_grad_()
-    version = args[4][0]._version
-    op(*args)
-    assert args[4][0]._version > version
-    assert not args[4][0].requires_grad
-    torch.testing.assert_close(args[4][0].double(), by_hand(*widened(args))[0].detach(), rtol=1e-5, atol=1e-5)
-
-
-def test_nothing_to_fold():
+def test_no_layers():
     assert op([], [], [], [], []) is None
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=identify)
+def test_float32_adapter_on_a_low_precision_weight(dtype):
+    weight, down, up, gate, out = fold_layer(50, 70, 9, dtype, torch.float32)
+    op([weight], [down], [up], [gate], [out])
+    # the factors are not rounded, so W' is the exact sum rounded once
+    exact = by_hand(weight, down, up, gate)
+    ulp = torch.finfo(dtype).eps / 2
+    assert ((out.double() - exact).abs() <= ulp * exact.abs() * 1.01 + 1e-6).all()
+    check([weight, down, up.to(dtype), gate, out], [weight, down.to(dtype), up, gate, out.clone()])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=identify)
+def test_strides_of_every_argument(dtype):
+    weight, down, up, gate, out = fold_layer(50, 70, 9, dtype)
+    exact = by_hand(weight, down, up, gate)
+    plain = torch.empty_like(weight)
+    op.reference([weight], [down], [up], [gate], [plain])
+    turned = [t.t().contiguous().t() for t in (weight, down, up)]
+    spread = [strided(t) for t in (weight, down, up, gate, out)]
+    for arguments in (
+        [*turned, gate, out],
+        spread,
+        [weight, *spread[1:4], out],
+        [weight, down, up, gate, torch.empty(70, 50, dtype=dtype).t()],
+        [weight, down, up, gate, torch.empty(50, 99, dtype=dtype)[:, 3:73]],
+    ):
+        op(*lists(arguments))
+        assert_twofold(arguments[4], exact, plain)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=identify)
+@pytest.mark.parametrize("shape", [(8, 32, 16), (151, 129, 33)], ids=identify)
+def test_all_gates_zero_is_the_weight_bit_for_bit(shape, dtype):
+    weight, down, up, gate, out = fold_layer(*shape, dtype=dtype)
+    weight[0, 0] = -0.0
+    down[0, 0], up[0, 0] = float("nan"), float("inf")  # adapters that are off do no harm
+    op([weight], [down], [up], [torch.zeros_like(gate)], [out])
+    assert torch.equal(out, weight) and out[0, 0].signbit()
+    assert out.data_ptr() != weight.data_ptr()
+
+
+def test_a_component_that_is_off_is_left_out():
+    weight, down, up, gate, out = fold_layer(50, 70, 9)
+    expected = torch.empty_like(out)
+    keep = [0, 1, 2, 4, 5, 6, 7, 8]
+    op([weight], [down[keep]], [up[:, keep]], [gate[keep]], [expected])
+    gate[3], down[3] = 0, float("nan")
+    op([weight], [down], [up], [gate], [out])
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=identify)
+@pytest.mark.parametrize("shape", [(17, 33, 3), (151, 129, 33)], ids=identify)
+def test_in_place_equals_out_of_place(shape, dtype):
+    weight, down, up, gate, out = fold_layer(*shape, dtype=dtype)
+    pristine = weight.clone()
+    op([weight], [down], [up], [gate], [out])
+    assert torch.equal(weight, pristine)
+    op([weight], [down], [up], [gate], [weight])
+    assert torch.equal(weight, out)
+
+
+def check_slices(dtype, rows, columns):
+    """More than the caches hold is written past them; a slice is not, and has the same bits."""
+    weight, down, up, gate, out = fold_layer(rows, columns, 2, dtype)
+    op([weight], [down], [up], [gate], [out])
+    for i in range(0, rows, 480):
+        part = out[i : i + 480]
+        expected = torch.empty_like(part)
+        op([weight[i : i + 480]], [down], [up[i : i + 480]], [gate], [expected])
+        assert torch.equal(part, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=identify)
+@pytest.mark.parametrize("columns", [1600, 1601])  # rows that are aligned, and rows that are not
+def test_larger_than_the_caches(columns, dtype):
+    check_slices(dtype, (10 << 20) // (columns * dtype.itemsize), columns)
+
+
+def test_the_result_does_not_depend_on_the_threads():
+    layers = [fold_layer(300, 400, 16), fold_layer(151, 129, 33)]
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        outs = [torch.empty_like(layer[0]) for layer in layers]
+        op(*lists(*[[*layer[:4], out] for layer, out in zip(layers, outs, strict=True)]))
+        results.append(outs)
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("entry", ["eager", "overload"])
+def test_parameters_are_folded_without_a_graph(entry):
+    weight, down, up, gate, out = fold_layer(17, 33, 3)
+    for tensor in (weight, down, up, gate):
+        tensor.requires_grad_()
+    version = out._version
+    run = op if entry == "eager" else op.overload
+    run([weight], [down], [up], [gate], [out])
+    assert not out.requires_grad and out.grad_fn is None
+    assert out._version > version
+    expected = torch.empty_like(out)
+    op.reference([weight], [down], [up], [gate], [expected])
+    torch.testing.assert_close(out, expected)
+    parameter = torch.nn.Parameter(weight.detach().clone())
+    version = parameter._version
+    run([parameter], [down], [up], [gate], [parameter])
+    torch.testing.assert_close(parameter.detach(), expected)
+    assert parameter._version > version
+
+
+def test_backward_notices_that_a_result_was_overwritten():
+    weight, down, up, gate, _ = fold_layer(17, 33, 3)
+    out = torch.ones_like(weight, requires_grad=True).exp()  # its backward needs it
+    op([weight], [down], [up], [gate], [out.detach()])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
 def test_opcheck():
-    torch.library.opcheck(op.overload, tuple(arguments(layers=[(8, 16, 4), (5, 7, 2)])))
+    layers = [fold_layer(17, 33, 3), fold_layer(8, 32, 16, torch.bfloat16)]
+    torch.library.opcheck(op.overload, tuple(lists(*layers)))
+    for layer in layers:
+        layer[1].requires_grad_()
+        layer[2].requires_grad_()
+    torch.library.opcheck(op.overload, tuple(lists(*layers)))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inductor's own
+def test_compile_fullgraph():
+    layers = [fold_layer(17, 33, 3), fold_layer(8, 32, 16)]
+
+    def function(scale):
+        outs = [torch.zeros_like(layer[0]) for layer in layers]
+        op(*lists(*[[*layer[:4], out] for layer, out in zip(layers, outs, strict=True)]))
+        return [out * scale for out in outs]
+
+    compiled = torch.compile(function, fullgraph=True)(torch.tensor(2.0))
+    for layer, result in zip(layers, compiled, strict=True):
+        torch.testing.assert_close(result.double(), 2 * by_hand(*layer[:4]), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set(isa):
+    """In a process of its own: the choice is made once."""
     code = """
 from fastlora.ops._define import kernels
-from tests.cases import DTYPES
-from tests.ops.test_fold import arguments, check
+from tests.cases import DTYPES, FOLD_SHAPES, fold_layer
+from tests.ops.test_fold import check, check_slices
 for dtype in DTYPES:
-    check(arguments(dtype))
+    check(*[fold_layer(*shape, dtype=dtype) for shape in FOLD_SHAPES])
+    check_slices(dtype, 3300, 1600)
 print(kernels.build_info()["cpu_isa"])
 """
     environment = {**os.environ, "FASTLORA_CPU_ISA": isa, "PYTHONPATH": os.getcwd()}
@@ -131,21 +212,61 @@ print(kernels.build_info()["cpu_isa"])
 
 
 BROKEN = {
-    "count": (1, lambda g: g[:-1], "downs: expected a list of 2 tensors"),
-    "down shape": (1, lambda g: [g[0], g[1][:, :-1]], "downs[1]: expected float32 [2, 7]"),
-    "up dtype": (2, lambda g: [g[0].half(), g[1]], "ups[0]: expected float32 [8, 4], got float16"),
-    "gate rows": (3, lambda g: [g[0].expand(3, 4), g[1]], "gates[0]: expected [rank]; a strength"),
-    "out shape": (4, lambda g: [g[0], g[1][:-1]], "outs[1]: expected float32 [5, 7]"),
-    "weight dims": (0, lambda g: [g[0], g[1][0]], "weights[1]: expected [out, in]"),
+    "weight dims": (0, lambda a: a[0], "weights[1]: expected [out, in], got float32 [33]"),
+    "weight dtype": (0, lambda a: a.long(), "weights[1]: expected float32, float16"),
+    "weight shape": (0, lambda a: a[1:], "ups[1]: expected float32 [16, 3], got float32 [17, 3]"),
+    "down shape": (1, lambda a: a[:, 1:], "downs[1]: expected float32 [3, 33], got"),
+    "down dtype": (1, lambda a: a.half(), "downs[1]: expected float32 [3, 33], got"),
+    "up dtype": (2, lambda a: a.double(), "ups[1]: expected float32 [17, 3], got float64 [17, 3]"),
+    "gate rank": (3, lambda a: a[1:], "gates[1]: expected float32 [3], got float32 [2]"),
+    "gate dtype": (3, lambda a: a.half(), "gates[1]: expected float32 [3], got float16 [3]"),
+    "gate rows": (3, lambda a: a.expand(2, 3), "strength that differs per sample cannot be folded"),
+    "out shape": (4, lambda a: a.t(), "outs[1]: expected float32 [17, 33], got float32 [33, 17]"),
+    "out dtype": (4, lambda a: a.half(), "outs[1]: expected float32 [17, 33], got float16"),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN, ids=str)
-def test_broken_contract_changes_nothing(case):
-    args = arguments(layers=[(8, 16, 4), (5, 7, 2)])
+def test_broken_contract_is_an_error_that_names_it(case):
+    good, layer = fold_layer(4, 5, 2), fold_layer(17, 33, 3)
     index, change, message = BROKEN[case]
-    args[index] = change(args[index])
-    with pytest.raises(ops.ContractError) as caught:
-        op(*args)
-    assert str(caught.value).startswith("fold: ") and message in str(caught.value)
-    assert all(out.isnan().all() for out in args[4])
+    layer[index] = change(layer[index])
+    for run in (op, op.overload):
+        with pytest.raises(ops.ContractError) as caught:
+            run(*lists(good, layer))
+        assert str(caught.value).startswith("fold: ") and message in str(caught.value)
+    assert good[4].isnan().all()  # nothing was written
+
+
+def test_wrong_types_and_counts():
+    arguments = lists(fold_layer(4, 5, 2))
+    with pytest.raises(ops.ContractError, match="gates: expected a list of 1 tensors"):
+        op(*arguments[:3], [], arguments[4])
+    with pytest.raises(TypeError, match=r"downs\[0\]: expected a tensor, got NoneType"):
+        op(arguments[0], [None], *arguments[2:])
+
+
+def test_results_that_overlap_are_refused():
+    weight, down, up, gate, out = fold_layer(16, 8, 2)
+    memory = torch.zeros(17, 8)
+    with pytest.raises(ValueError, match=r"fold: outs\[0\]: expected .* does not overlap it"):
+        op([memory[:16]], [down], [up], [gate], [memory[1:]])
+    with pytest.raises(ValueError, match=r"fold: outs\[.\]: expected memory that no other layer"):
+        op([weight] * 2, [down] * 2, [up] * 2, [gate] * 2, [out] * 2)
+    assert out.isnan().all() and not memory.any()
+
+
+@pytest.mark.parametrize("dtype", LOW[1:], ids=identify)
+def test_rounds_once(dtype):
+    """Equal to the float64 result rounded once, but for ties that float32 sums decide."""
+    weight, down, up, gate, out = fold_layer(64, 96, 8, dtype)
+    op([weight], [down], [up], [gate], [out])
+    once = by_hand(weight, down, up, gate).to(dtype)
+    assert (out == once).float().mean() > 0.99
+
+
+def test_widened_arguments_are_the_oracle_of_the_reference():
+    layer = fold_layer(17, 33, 5)
+    exact = widened(layer)
+    op.reference(*lists(exact))
+    torch.testing.assert_close(exact[4], by_hand(*layer[:4]))

@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.autograd import gradcheck
@@ -45,6 +49,34 @@ def test_no_shift_is_the_weight_bit_for_bit(shape, dtype):
     assert torch.equal(op(*args), args[0])
 
 
+@pytest.fixture
+def by_products(monkeypatch):
+    """As if every size were large enough for torch's matrix product."""
+    module = sys.modules["fastlora.ops.spectral_weight"]
+    monkeypatch.setattr(module, "LOOP", dict.fromkeys(module.LOOP, -1))
+    op.clear()
+    yield
+    op.clear()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=identify)
+@pytest.mark.parametrize("shape", SHAPES, ids=identify)
+@pytest.mark.usefixtures("by_products")
+def test_by_products_against_float64(shape, dtype):
+    args = arguments(*shape, dtype)
+    assert_twofold(op(*args), by_hand(*widened(args)), op.reference(*args))
+    still = op(*args[:4], torch.zeros_like(args[4]), args[5])
+    assert torch.equal(still, args[0])
+    assert not still.numel() or still.data_ptr() != args[0].data_ptr()
+
+
+def test_no_shift_keeps_the_sign_of_zero():
+    args = arguments(33, 65)
+    args[0][0, 0] = -0.0
+    args[4] = torch.zeros_like(args[4])
+    assert op(*args)[0, 0].signbit()
+
+
 def test_a_large_negative_shift_kills_its_component():
     weight, u, s, vh, _, one = arguments(9, 6, torch.float64)
     shift = torch.zeros(6, dtype=torch.float64)
@@ -57,7 +89,8 @@ def test_a_large_negative_shift_kills_its_component():
 def test_signs_and_order_of_the_decomposition_do_not_matter():
     weight, u, s, vh, shift, strength = arguments(9, 6, torch.float64)
     order, sign = torch.randperm(6), torch.tensor([1.0, -1.0] * 3, dtype=torch.float64)
-    other = op(weight, (u * sign)[:, order], s[order], (vh * sign[:, None])[order], shift[order], strength)
+    u_other, vh_other = (u * sign)[:, order], (vh * sign[:, None])[order]
+    other = op(weight, u_other, s[order], vh_other, shift[order], strength)
     torch.testing.assert_close(other, op(weight, u, s, vh, shift, strength))
 
 
@@ -101,6 +134,52 @@ def test_gradient_of_the_shift_is_a_row_dot(shape, dtype):
 def test_opcheck():
     weight, u, s, vh, shift, strength = arguments(7, 5)
     torch.library.opcheck(op.overload, (weight, u, s, vh, shift.requires_grad_(), strength))
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    """In a process of its own: the choice is made once."""
+    code = """
+import torch
+from fastlora.ops._define import kernels
+from tests.cases import DTYPES
+from tests.ops.test_spectral_weight import *
+for dtype in DTYPES:
+    for shape in SHAPES:
+        test_against_float64(shape, dtype)
+        test_no_shift_is_the_weight_bit_for_bit(shape, dtype)
+test_gradient_of_the_shift_is_a_row_dot((33, 65), torch.float32)
+sys.modules["fastlora.ops.spectral_weight"].LOOP.update(dict.fromkeys(DTYPES, -1))
+op.clear()
+for dtype in DTYPES:
+    test_against_float64((33, 65), dtype)
+print(kernels.build_info()["cpu_isa"])
+"""
+    environment = {**os.environ, "FASTLORA_CPU_ISA": isa, "PYTHONPATH": os.getcwd()}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    if run.stdout.strip() != isa:
+        pytest.skip(f"this machine has no {isa}; {run.stdout.strip()} ran")
+
+
+def test_opcheck_of_the_gradient():
+    _, u, _, vh, _, _ = arguments(7, 5)
+    torch.library.opcheck(torch.ops.fastlora.spectral_dots.default, (randn(7, 5), u, vh))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inductor's own
+def test_compile_fullgraph_with_its_backward():
+    weight, u, s, vh, shift, strength = arguments(7, 5)
+    shift.requires_grad_()
+
+    def loss(shift):
+        return op(weight, u, s, vh, shift, strength).square().sum()
+
+    expected = torch.autograd.grad(loss(shift), shift)
+    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True)(shift), shift)
+    torch.testing.assert_close(compiled, expected)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inductor's own
