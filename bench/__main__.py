@@ -1,7 +1,7 @@
 """Runs the benchmarks and prints the comparison: `python -m bench [pytest arguments]`.
 
-Every group is one job by several contenders, timed in one run. What counts are the ratios: `fastlora`
-against each named peer, and against the floor where the group has one.
+Every group is one job by several contenders, timed in one run. What counts are the ratios:
+`fastlora` against each named peer, and against the floor where the group has one.
 """
 
 import json
@@ -41,7 +41,9 @@ def table(report: dict[str, Any]) -> str:
             stats = item["stats"]
             ratio = f"{ours['stats']['min'] / stats['min']:.2f}" if ours else ""
             times = f"{duration(stats['min']):>12}{duration(stats['median']):>12}"
-            lines.append(f"    {contender:<48}{times}   {ratio if item is not ours else ''}".rstrip())
+            lines.append(
+                f"    {contender:<48}{times}   {ratio if item is not ours else ''}".rstrip()
+            )
     lines += means(groups)
     return "\n".join(lines)
 

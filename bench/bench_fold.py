@@ -28,7 +28,9 @@ def model() -> list[Any]:
 
 @pytest.mark.parametrize("contender", ["floor", "fastlora", "addmm", "peft"])
 def test_fold(benchmark, model, contender):
-    benchmark.group = f"fold of {len(model[0])} layers, {sum(w.numel() for w in model[0]):,} weights"
+    benchmark.group = (
+        f"fold of {len(model[0])} layers, {sum(w.numel() for w in model[0]):,} weights"
+    )
     weights, downs, ups, gates, outs = model
 
     def copies() -> None:

@@ -23,7 +23,9 @@ def peft_layer(layer: torch.nn.Linear, rank: int) -> torch.nn.Module:
     return wrapped.eval()
 
 
-def function(layer: torch.nn.Linear, x: torch.Tensor, contender: str, rank: int) -> Callable[[], Any]:
+def function(
+    layer: torch.nn.Linear, x: torch.Tensor, contender: str, rank: int
+) -> Callable[[], Any]:
     weight, bias = layer.weight, layer.bias
     down = torch.randn(rank, layer.in_features, device=DEVICE)
     up = torch.randn(layer.out_features, rank, device=DEVICE)

@@ -107,7 +107,7 @@ def widened(args: list[Any]) -> list[Any]:
 
 def strided(t: Tensor) -> Tensor:
     """The same values, in memory that is neither contiguous nor aligned."""
-    wider = torch.zeros((*t.shape[:-1], 2 * t.shape[-1] + 1), dtype=t.dtype)
+    wider = t.new_zeros((*t.shape[:-1], 2 * t.shape[-1] + 1))
     view = wider[..., 1::2]
     view.copy_(t)
     return view

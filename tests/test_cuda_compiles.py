@@ -15,13 +15,9 @@ ARCHITECTURE = "sm_80"
 
 
 def find_nvcc() -> str | None:
-    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
-    candidates = [
-        os.environ.get("CUDACXX"),
-        "nvcc",
-        *(f"{home}/bin/nvcc" for home in homes if home),
-    ]
-    return next(filter(None, (shutil.which(c) for c in candidates if c)), None)
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    named = [os.environ.get("CUDACXX"), "nvcc", *(f"{home}/bin/nvcc" for home in homes if home)]
+    return next(filter(None, map(shutil.which, filter(None, named))), None)
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,13 @@ def text(
 
 
 def line(
-    x1: float, y1: float, x2: float, y2: float, stroke: str = "line", width: float = 1, dash: str = ""
+    x1: float,
+    y1: float,
+    x2: float,
+    y2: float,
+    stroke: str = "line",
+    width: float = 1,
+    dash: str = "",
 ) -> str:
     dashes = f' stroke-dasharray="{dash}"' if dash else ""
     return (
@@ -48,7 +54,9 @@ def line(
     )
 
 
-def path(points: Sequence[tuple[float, float]], stroke: str, width: float, opacity: float = 1) -> str:
+def path(
+    points: Sequence[tuple[float, float]], stroke: str, width: float, opacity: float = 1
+) -> str:
     d = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
     return (
         f'<path d="{d}" fill="none" stroke="var(--{stroke})" stroke-width="{width:g}"'
@@ -95,10 +103,14 @@ def curve(
     def y(value: float) -> float:
         return bottom - (bottom - top) * value / high
 
+    title = f"stroke width in pixels: every row, and the mean of all {len(rows)}"
     parts = []
-    for value in range(0, high + 1):
-        parts += [line(gutter, y(value), width, y(value)), text(gutter - 12, y(value) + 4, f"{value}", "end")]
-    parts.append(text(gutter, 22, f"stroke width in pixels: every row, and the mean of all {len(rows)}", "start", 14, "ink", 600))
+    for value in range(high + 1):
+        parts += [
+            line(gutter, y(value), width, y(value)),
+            text(gutter - 12, y(value) + 4, f"{value}", "end"),
+        ]
+    parts.append(text(gutter, 22, title, "start", 14, "ink", 600))
     for value, name in zip(pair, ("thin pictures of the pairs", "thick pictures"), strict=True):
         parts.append(line(gutter, y(value), width, y(value), "muted", 1.2, "2 5"))
         at = (width - 6, "end") if value == pair[0] else (gutter + 6, "start")
@@ -109,9 +121,23 @@ def curve(
     for i, (strength, value, share) in enumerate(zip(strengths, mean, accuracy, strict=True)):
         parts.append(f'<circle cx="{x(i):.1f}" cy="{y(value):.1f}" r="5" fill="var(--accent)"/>')
         up = i < len(strengths) / 2
-        parts.append(text(x(i), y(value) + (-13 if up else 24), f"{value:.2f}", size=14, fill="ink", weight=650, halo=True))
+        parts.append(
+            text(
+                x(i),
+                y(value) + (-13 if up else 24),
+                f"{value:.2f}",
+                size=14,
+                fill="ink",
+                weight=650,
+                halo=True,
+            )
+        )
         parts.append(text(x(i), bottom + 24, signed(strength), size=14, fill="ink", weight=600))
-        parts.append(text(x(i), bottom + 50, f"{share:.0%}", size=13, fill="good" if share > 0.9 else "accent"))
+        parts.append(
+            text(
+                x(i), bottom + 50, f"{share:.0%}", size=13, fill="good" if share > 0.9 else "accent"
+            )
+        )
     parts.append(text(gutter - 12, bottom + 24, "strength", "end", 13))
     parts.append(text(gutter - 12, bottom + 50, "digit kept", "end", 13))
     return svg(width, height, "Stroke thickness against the slider's strength", *parts)
@@ -138,37 +164,39 @@ def bars(rows: Sequence[tuple[str, float | None, str, bool]]) -> str:
             f'<rect x="{gutter:g}" y="{y + 5:g}" width="{length:.1f}" height="{step - 11:g}" rx="4"'
             f' fill="var(--{fill})"/>'
         )
-        parts.append(text(gutter + length + 9, y + 19, label, "start", 13, "ink", 650 if ours else 400))
+        parts.append(
+            text(gutter + length + 9, y + 19, label, "start", 13, "ink", 650 if ours else 400)
+        )
     return svg(width, step * len(rows), "Times, shorter is faster", *parts)
 
 
 # --- verification ---------------------------------------------------------------------------------
 
 
-def dots(shares: Sequence[float]) -> str:
-    """Error over allowed error, one dot for each layer, on a logarithmic axis; 1 is the limit."""
-    width, left, right, floor = 1000.0, 24.0, 976.0, 128.0
-    low = -4
+def histogram(shares: Sequence[float], bins: int = 50) -> str:
+    """How many comparisons used which share of the allowed error; 1 is the limit."""
+    width, left, right, top, floor = 1000.0, 12.0, 988.0, 26.0, 130.0
+    end = max(1.1, math.ceil(10 * min(max(shares), 3.0)) / 10 + 0.1)
+    counts = [0] * bins
+    for share in shares:
+        counts[min(bins - 1, int(bins * share / end))] += 1
+    step = (right - left) / bins
 
     def x(share: float) -> float:
-        at = math.log10(max(share, 10.0**low))
-        return left + (right - left) * (at - low) / (0.5 - low)
+        return left + (right - left) * share / end
 
     parts = []
-    names = {-4: "≤ 0.0001", -3: "0.001", -2: "0.01", -1: "0.1", 0: "1 = the limit"}
-    for tick, name in names.items():
-        limit = tick == 0
-        parts.append(line(x(10.0**tick), 8, x(10.0**tick), floor, "ink" if limit else "line", 1.5 if limit else 1))
-        parts.append(text(x(10.0**tick), floor + 20, name, fill="ink" if limit else "muted"))
-    pitch = 7.0
-    piles: dict[int, list[bool]] = {}
-    for share in sorted(shares):
-        piles.setdefault(round(x(share) / pitch), []).append(share <= 1)
-    rise = min(pitch, (floor - 12) / max(map(len, piles.values()), default=1))
-    for column, pile in piles.items():
-        for level, good in enumerate(pile):
+    for i, count in enumerate(counts):
+        if count:
+            height = max(2.0, (floor - top) * count / max(counts))
+            fill = "good" if (i + 0.5) * end / bins <= 1 else "accent"
             parts.append(
-                f'<circle cx="{column * pitch:g}" cy="{floor - 5 - rise * level:.1f}" r="3"'
-                f' fill="var(--{"good" if good else "accent"})"/>'
+                f'<rect x="{left + i * step + 1:.1f}" y="{floor - height:.1f}" rx="2"'
+                f' width="{step - 2:.1f}" height="{height:.1f}" fill="var(--{fill})"/>'
             )
-    return svg(width, floor + 34, "Error of each layer over what is allowed", *parts)
+    parts.append(line(left, floor, right, floor))
+    parts.append(line(x(1), top - 8, x(1), floor, "ink", 1.5, "3 3"))
+    parts.append(text(x(1), top - 13, "the limit", "middle", 13, "ink", 600))
+    for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
+        parts.append(text(x(tick), floor + 19, f"{tick:g}"))
+    return svg(width, floor + 26, "Shares of the allowed error that were used up", *parts)

@@ -21,7 +21,7 @@ class Together:
 
     images: torch.Tensor  # [R, S, 1, 32, 32]
     thickness: list[float]  # S, means
-    facing: float  # share of all that face the subject's way
+    shown: list[float]  # S, shares that show the subject
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,13 @@ def make_together(
     model = world.load_model()
     for path, name in zip(saved, (slider.NAME, subject.NAME), strict=True):
         fastlora.load(model, path, name=name)
-    strengths, rows = world.settings.strengths, 3
+    strengths, rows = world.settings.strengths, world.settings.together
     captions = [found.subject.caption] * rows
     images = slider.sample_strengths(world, model, captions, strengths, stream=4)
     flat = images.flatten(0, 1)
     thickness = world.score(flat)["thickness"].view(rows, -1).mean(0).tolist()
-    mirrored = subject.facing(flat, found.subject.held_out).float().mean().item()
-    return model, Together(images, thickness, mirrored)
+    shown = subject.shows(world, flat, found.subject).view(rows, -1).float().mean(0).tolist()
+    return model, Together(images, thickness, shown)
 
 
 def make_checks(world: World, model: DigitsModel) -> list[Check]:

@@ -10,7 +10,15 @@ import torch
 
 from fastlora.demo import charts, images
 from fastlora.demo.checks import Check
-from fastlora.demo.report import Findings, curve, duration, label, losses, rising, threads_of_processor
+from fastlora.demo.report import (
+    Findings,
+    curve,
+    duration,
+    label,
+    losses,
+    rising,
+    threads_of_processor,
+)
 from fastlora.demo.slider import Slider
 from fastlora.demo.style import CSS, SCRIPT
 from fastlora.demo.subject import Personalised, Scores, Trained
@@ -60,20 +68,22 @@ def cell(row: int, rows: int, column: int | None, columns: int, label: str) -> s
 
 def tiles(pictures: torch.Tensor, label: str) -> str:
     """A row of pictures [N, 1, H, W], each embedded."""
-    found = []
-    for picture in pictures:
-        uri = images.data_uri(images.enlarged(picture[None, None], 2))
-        style = f"background-image:url({uri});background-size:100% 100%"
-        found.append(f'<div class="tile" role="img" aria-label="{label}" style="{style}"></div>')
-    return f'<div class="tiles">{"".join(found)}</div>'
+    return f'<div class="tiles">{"".join(tile(picture, label) for picture in pictures)}</div>'
+
+
+def tile(picture: torch.Tensor, label: str) -> str:
+    """One picture [1, H, W], embedded."""
+    uri = images.data_uri(images.enlarged(picture[None, None], 2))
+    style = f"background-image:url({uri});background-size:100% 100%"
+    return f'<div class="tile" role="img" aria-label="{label}" style="{style}"></div>'
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], ours: Sequence[int] = ()) -> str:
     """Cells are HTML."""
-    body = "".join(
-        f"<tr{' class=ours' if i in ours else ''}>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>"
-        for i, row in enumerate(rows)
-    )
+    body = ""
+    for i, row in enumerate(rows):
+        cells = "".join(f"<td>{c}</td>" for c in row)
+        body += f"<tr{' class=ours' if i in ours else ''}>{cells}</tr>"
     top = "".join(f"<th>{h}</th>" for h in head)
     return f'<div class="scroll"><table><tr>{top}</tr>{body}</table></div>'
 
@@ -98,8 +108,9 @@ def header(found: Findings, numbers: dict[str, Any]) -> str:
         ),
         figure(f"{s.train_seconds:.1f} s", f"to train the slider’s {s.parameters:,} numbers"),
         figure(
-            f"{p.before.facing:.0%} → {p.spectral.scores.facing:.0%}",
-            f"of samples show the mirrored subject after SVDiff’s {p.spectral.parameters:,} numbers",
+            f"{p.before.shown:.0%} → {p.spectral.scores.shown:.0%}",
+            "of samples show the mirrored subject after SVDiff’s"
+            f" {p.spectral.parameters:,} numbers",
         ),
         figure(f"{passed} of {total}", "comparisons of fused with reference are within the rule"),
     ]
@@ -191,7 +202,7 @@ def personal(p: Personalised) -> str:
     def row(words: str, of: Scores, method: Trained | None = None) -> list[str]:
         size = "" if method is None else f"{method.parameters:,}"
         took = "" if method is None else f"{method.seconds:.1f} s"
-        shares = [f"{x:.0%}" for x in (of.facing, of.leaked, of.classes)]
+        shares = [f"{x:.0%}" for x in (of.shown, of.leaked, of.classes)]
         return [words, size, took, shares[0], f"{of.distance:.2f}", *shares[1:]]
 
     head = (
@@ -199,7 +210,7 @@ def personal(p: Personalised) -> str:
         "numbers trained",
         "training",
         f"“{name}” mirrored",
-        "distance to it",
+        "distance to the subject",
         f"“{plain}” mirrored",
         "digits right",
     )
@@ -231,7 +242,7 @@ def personal(p: Personalised) -> str:
         " made before hold on to the classes (prior preservation).</p>"
         f'<div class="card">{pictures}</div>'
         f'<div class="card">{table(head, rows, ours=[1])}</div>'
-        f"<p>Both sides: the subject is there in {spectral.facing:.0%} of its samples, and"
+        f"<p>Both sides: the subject is there in {spectral.shown:.0%} of its samples, and"
         f" {left} of the distance that it began with is left (the five pictures themselves lie"
         f" {p.floor:.2f} from the {len(p.subject.held_out)} held-out ones). The plain word stayed"
         f" itself in {1 - spectral.leaked:.0%}, and the judge reads {spectral.classes:.0%} of the"
@@ -256,20 +267,17 @@ def together(found: Findings) -> str:
     columns = t.images.shape[1]
     style = f"grid-template-columns:repeat({columns},1fr)"
     cells = []
-    for row in t.images:
+    for row in t.images[:3]:
         for picture in row:
-            uri = images.data_uri(images.enlarged(picture[None, None], 2))
-            cells.append(
-                '<div class="tile" role="img" aria-label="a mirrored digit" style="background-image:'
-                f'url({uri});background-size:100% 100%"></div>'
-            )
+            cells.append(tile(picture, "a mirrored digit"))
     marks = "".join(f"<span>{images.signed(x)}</span>" for x in s.strengths)
     return (
         "<h2>Both at once</h2>"
         "<p>Both adapters loaded from their files into a fresh model: the slider with a strength"
-        f" for every picture, the subject at 1. {t.facing:.0%} of the pictures are mirrored, and"
-        f" the stroke goes from {t.thickness[0]:.2f} to {t.thickness[-1]:.2f} pixels, though the"
-        " two were never trained together.</p>"
+        f" for every picture, the subject at 1. From {len(t.images)} noises the stroke goes from"
+        f" {t.thickness[0]:.2f} to {t.thickness[-1]:.2f} pixels, and the subject is there in"
+        f" {min(t.shown):.0%} of the pictures at the worst strength, in {max(t.shown):.0%} at the"
+        " best, though the two were never trained together.</p>"
         f'<div class="card"><div class="strip under" style="{style}">{"".join(cells)}{marks}'
         "</div></div>"
     )
@@ -280,7 +288,7 @@ def verification(checks: list[Check]) -> str:
     rows = []
     for check in checks:
         good = sum(r.passed for r in check.report.rows)
-        verdict = '<span class="ok">passed</span>' if check.report.passed else '<span class="bad">FAILED</span>'
+        kind, word = ("ok", "passed") if check.report.passed else ("bad", "FAILED")
         output = check.report.rows[-1]
         rows.append(
             [
@@ -288,7 +296,7 @@ def verification(checks: list[Check]) -> str:
                 f"{good} of {len(check.report.rows)}",
                 f"{max(check.shares):.2f}",
                 f"{output.relative:.1e}",
-                verdict,
+                f'<span class="{kind}">{word}</span>',
             ]
         )
     every = "".join(
@@ -302,8 +310,9 @@ def verification(checks: list[Check]) -> str:
         "<h2>Fused against reference</h2>"
         "<p>Every adapted layer gets its own input again and is compared with the formula in"
         " float64; so is the whole model. The rule has no tolerance to choose: an error may be at"
-        " most twice that of the same formula in plain PyTorch. Each dot is a layer.</p>"
-        f'<div class="card">{charts.dots(shares)}{table(head, rows)}'
+        " most twice that of the same formula in plain PyTorch. The chart counts the comparisons by"
+        " the share of the allowed error that was used up.</p>"
+        f'<div class="card"><div class="used">{charts.histogram(shares)}</div>{table(head, rows)}'
         f"<details><summary>All {len(shares)} comparisons</summary>"
         '<div class="long"><table><tr><th>layer</th><th>adapter</th><th>max error</th>'
         f"<th>allowed</th><th></th></tr>{every}</table></div></details></div>"
@@ -315,7 +324,8 @@ def speed(found: Findings) -> str:
     for c in found.comparisons:
         bars = charts.bars([(r.name, r.ratio, label(r), r.ours) for r in c.rows])
         cards.append(
-            f'<div class="card"><h3>{escape(c.title)}</h3><p class="note">{escape(c.what)}</p>{bars}</div>'
+            f'<div class="card"><h3>{escape(c.title)}</h3>'
+            f'<p class="note">{escape(c.what)}</p>{bars}</div>'
         )
     lost = losses(found.comparisons)
     honest = (
@@ -341,7 +351,8 @@ def use(numbers: dict[str, Any]) -> str:
 
 def facts(numbers: dict[str, Any]) -> str:
     def definitions(rows: dict[str, str]) -> str:
-        return "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in rows.items()) + "</dl>"
+        found = (f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in rows.items())
+        return f"<dl>{''.join(found)}</dl>"
 
     times = {name: duration(s) for name, s in numbers["seconds"].items() if name != "total"}
     times["all of it"] = duration(numbers["seconds"]["total"])

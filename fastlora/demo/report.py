@@ -59,7 +59,7 @@ def pictures(found: Findings) -> list[str]:
         "slider.png": images.sheet(s.images[:10], WORDS, strengths),
         "pairs.png": images.sheet(torch.stack([s.pairs.low, s.pairs.high]), ["thin", "thick"]),
         "subject.png": images.sheet(examples, ["the five pictures", "before", "after"]),
-        "together.png": images.sheet(found.together.images, (), strengths),
+        "together.png": images.sheet(found.together.images[:3], (), strengths),
     }
     for name, picture in sheets.items():
         replace(found.out / name, images.png(picture))
@@ -116,11 +116,15 @@ def numbers(found: Findings, seconds: float) -> dict[str, Any]:
             "svdiff": trained(p.spectral),
             "lora": trained(p.lora),
         },
-        "together": {"thickness_mean": found.together.thickness, "facing": found.together.facing},
+        "together": {"thickness_mean": found.together.thickness, "shown": found.together.shown},
         "verify": {
             "passed": all(c.report.passed for c in found.checks),
             "models": [
-                {"title": c.title, "passed": c.report.passed, "rows": [asdict(r) for r in c.report.rows]}
+                {
+                    "title": c.title,
+                    "passed": c.report.passed,
+                    "rows": list(map(asdict, c.report.rows)),
+                }
                 for c in found.checks
             ],
         },
@@ -226,9 +230,10 @@ def banner(world: World, out: Path) -> str:
 
 
 def say_slider(s: Slider) -> str:
+    rows, columns = s.thickness.shape
     return (
         f"  trained in {s.train_seconds:.1f} s: {s.parameters:,} numbers in {s.modules} layers\n"
-        f"  {s.images.shape[0] * s.images.shape[1]} pictures in one batch in {s.sample_seconds:.1f} s\n"
+        f"  {rows * columns} pictures in one batch in {s.sample_seconds:.1f} s\n"
         f"  stroke {s.mean[0]:.2f} to {s.mean[-1]:.2f} pixels over strength {s.strengths[0]:g} to"
         f" {s.strengths[-1]:g}; {rising(s)}\n"
         f"  the judge reads the digit asked for in {s.kept.float().mean().item():.1%}"
@@ -246,15 +251,14 @@ def rising(s: Slider) -> str:
 def say_subject(p: Personalised) -> str:
     def one(name: str, of: Scores) -> str:
         return (
-            f"  {name:<7} mirrored {of.facing:>4.0%}   distance {of.distance:5.2f}"
+            f"  {name:<7} mirrored {of.shown:>4.0%}   distance {of.distance:5.2f}"
             f"   plain three mirrored {of.leaked:>4.0%}   digits right {of.classes:>4.0%}"
         )
 
     rows = [one("before", p.before)]
     for found in (p.spectral, p.lora):
-        rows.append(
-            f"{one(found.method, found.scores)}   {found.parameters:>7,} numbers, {found.seconds:.1f} s"
-        )
+        cost = f"{found.parameters:>7,} numbers, {found.seconds:.1f} s"
+        rows.append(f"{one(found.method, found.scores)}   {cost}")
     rows.append(f"  (distance of the five pictures themselves: {p.floor:.2f})")
     return "\n".join(rows)
 
@@ -262,7 +266,7 @@ def say_subject(p: Personalised) -> str:
 def say_checks(together: Together, checks: list[Check]) -> str:
     lines = [
         f"  mirrored three, {together.thickness[0]:.2f} to {together.thickness[-1]:.2f} pixels,"
-        f" mirrored in {together.facing:.0%}"
+        f" mirrored in {min(together.shown):.0%} to {max(together.shown):.0%}"
     ]
     for check in checks:
         good = sum(row.passed for row in check.report.rows)
@@ -285,16 +289,18 @@ def say_comparisons(comparisons: list[Comparison]) -> str:
     for c in comparisons:
         lines.append(f"  {c.title}: {c.what}")
         lines += [f"    {row.name:<22} {label(row)}" for row in c.rows]
-    return "\n".join([*lines, *(f"  {line}" for line in losses(comparisons))])
+    return "\n".join([*lines, *(f"  slower than another: {line}" for line in losses(comparisons))])
 
 
 def losses(comparisons: list[Comparison]) -> list[str]:
-    """Where another way of doing the same was faster, in words."""
+    """Where another way of doing the same was faster: the task, who, and by how much."""
     found = []
     for c in comparisons:
         ours = next(r.ratio for r in c.rows if r.ours)  # the unmerged one, where there are two
         for row in c.rows:
-            aside = row.ours or row.ratio is None or row.name in ("no adapter", "copying the weights")
-            if not aside and ours is not None and row.ratio is not None and row.ratio < ours:
-                found.append(f"{row.name} was faster at {c.title.lower()}, {c.what}")
+            if row.ours or row.name in ("no adapter", "copying the weights"):
+                continue
+            if ours is not None and row.ratio is not None and row.ratio < ours:
+                words = f"{row.name}, {row.ratio:.2f}× against {ours:.2f}×"
+                found.append(f"{c.title.lower()}, {c.what} ({words})")
     return found

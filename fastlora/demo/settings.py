@@ -32,6 +32,7 @@ class Settings:
     prior: tuple[int, int] = (16, 2)  # pictures of the subject's class; of each other digit
     judged: int = 24  # samples of the subject, and of its class
     judged_classes: int = 6  # samples of each of the ten digits
+    together: int = 6  # noises for both adapters at once
 
     # sampling
     steps: int = 16
@@ -51,6 +52,7 @@ class Settings:
             prior=(2, 1),
             judged=4,
             judged_classes=1,
+            together=1,
             steps=3,
             seconds=0.02,
         )

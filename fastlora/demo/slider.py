@@ -1,4 +1,4 @@
-"""The thickness slider: trained from pairs of pictures, sampled at many strengths at once, judged."""
+"""The thickness slider: trained from pairs of pictures, sampled at many strengths, judged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Timings against plain PyTorch, PEFT and diffusers: interleaved, medians, ratios within the run."""
+"""Timings beside plain PyTorch, PEFT and diffusers: in turns, medians, ratios within the run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ class Comparison:
     rows: list[Row]
 
 
-def compare(title: str, what: str, calls: Calls, seconds: float, device: torch.device) -> Comparison:
+def compare(
+    title: str, what: str, calls: Calls, seconds: float, device: torch.device
+) -> Comparison:
     """Times the calls in turns, so that whatever else the machine does hits all of them alike.
 
     A sample is as many calls as take about 2 ms together. A ratio is the median of the ratios to
@@ -57,13 +59,13 @@ def compare(title: str, what: str, calls: Calls, seconds: float, device: torch.d
             name = names[(turn + i) % len(names)]  # nobody is always after the same one
             samples[name].append(timed(present[name], many[name], device))
         turn += 1
-    base = samples[names[0]]
-    rows = [
-        Row(name, median(samples[name]), median(a / b for a, b in zip(samples[name], base, strict=True)))
-        if name in samples
-        else Row(name, None, None)
-        for name in calls
-    ]
+    rows = []
+    for name in calls:
+        if name in present:
+            ratios = (a / b for a, b in zip(samples[name], samples[names[0]], strict=True))
+            rows.append(Row(name, median(samples[name]), median(ratios)))
+        else:
+            rows.append(Row(name, None, None))
     return Comparison(title, what, rows)
 
 
@@ -120,8 +122,9 @@ def linear(world: World, tokens: int, inside: int, outside: int) -> Comparison:
     adapted = nn.Sequential(nn.Linear(inside, outside, device=world.device))
     fastlora.inject(adapted, fastlora.LoRA(rank=rank), name="a", seed=0)
     fill(fastlora.parameters(adapted, "a"))
-    ours, slot = adapted[0], adapted[0].fastlora["a"]
-    down, up, gate = slot.down, slot.up, torch.ones(rank, device=world.device)
+    ours = adapted[0]
+    down, up = fastlora.parameters(adapted, "a")
+    gate = torch.ones(rank, device=world.device)
 
     def plain() -> Tensor:
         return F.linear(x, layer.weight, layer.bias) + F.linear(F.linear(x, down) * gate, up)
@@ -224,14 +227,15 @@ def folding(world: World) -> Comparison:
     other = with_peft(nn.Sequential(*map(layer_copy, layers)), [str(i) for i in range(24)], RANK)
     fastlora.inject(model, fastlora.LoRA(rank=RANK), name="a", seed=0)
     fill(fastlora.parameters(model, "a"))
-    factors = [(layer.fastlora["a"].up, layer.fastlora["a"].down) for layer in layers]
+    factors = fastlora.parameters(model, "a")
+    downs, ups = factors[::2], factors[1::2]
 
     def copy() -> None:
         for weight, out in zip(weights, copies, strict=True):
             out.copy_(weight)
 
     def plain() -> None:
-        for weight, out, (up, down) in zip(weights, copies, factors, strict=True):
+        for weight, out, down, up in zip(weights, copies, downs, ups, strict=True):
             torch.addmm(weight, up, down, out=out)
 
     def merge() -> None:  # PEFT adds to the weight itself; how often does not change the time
@@ -290,7 +294,9 @@ def with_peft(model: nn.Module, modules: list[str], rank: int) -> Any:
         import peft
     except ImportError:
         return None
-    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=modules, init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=rank, target_modules=modules, init_lora_weights=False
+    )
     return peft.inject_adapter_in_model(config, model)
 
 

@@ -24,14 +24,15 @@ p{margin:0 0 14px;max-width:68ch}
 b,strong{font-weight:650}
 .card{background:var(--card);border:1px solid var(--line);border-radius:16px;padding:22px 24px;
 margin:18px 0}
-.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(190px,1fr));gap:14px;margin:28px 0 0}
+.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(190px,1fr));gap:14px;
+margin:28px 0 0}
 .figure{background:var(--card);border:1px solid var(--line);border-radius:14px;padding:16px 18px}
 .figure b{display:block;font-size:27px;letter-spacing:-.02em;font-variant-numeric:tabular-nums;
 line-height:1.25}
 .figure span{color:var(--muted);font-size:14px}
 .tile{aspect-ratio:1;border-radius:9px;background-color:#000;background-repeat:no-repeat;
-filter:invert(1) brightness(1.04) contrast(1.06);min-width:0}
-@media(prefers-color-scheme:dark){.tile{filter:brightness(.98) contrast(1.06)}}
+filter:invert(1);min-width:0}
+@media(prefers-color-scheme:dark){.tile{filter:none}}
 .slider{display:grid;gap:18px}
 .tiles{display:grid;grid-template-columns:repeat(10,1fr);gap:7px}
 .control{display:flex;align-items:center;gap:16px}
@@ -44,6 +45,7 @@ font-variant-numeric:tabular-nums}
 .strip.under span{text-align:center;padding:6px 0 0;font-variant-numeric:tabular-nums}
 .chart svg,.card>svg{display:block;width:100%;height:auto;overflow:visible}
 .chart{margin-top:14px}
+.used{margin-bottom:18px}.used svg{display:block;width:100%;height:auto}
 .rows{display:grid;grid-template-columns:auto 1fr;gap:10px 18px;align-items:center}
 .rows .tiles{grid-template-columns:repeat(12,1fr)}
 .rows .name{font-size:14px;color:var(--muted);text-align:right;max-width:9.5em}

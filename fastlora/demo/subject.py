@@ -27,8 +27,8 @@ class Scores:
     """One model, judged. Shares are of samples; distances are per `distances`."""
 
     distance: float  # of samples of the subject to its held-out pictures
-    facing: float  # share of samples of the subject that face its way
-    leaked: float  # share of samples of the plain class that do
+    shown: float  # share of samples of the subject that show it, as `shows` says
+    leaked: float  # share of samples of the plain class that show it
     classes: float  # share of samples of the ten digits that the judge reads as asked for
     subject_images: torch.Tensor  # [N, 1, 32, 32]
     class_images: torch.Tensor  # [N, 1, 32, 32]
@@ -127,8 +127,8 @@ def judged(world: World, model: DigitsModel, subject: digits_data.Subject) -> Sc
     read = world.score(digits)["digit"] == torch.arange(10).repeat(each)
     return Scores(
         distance=distances(ours, subject.held_out).mean().item(),
-        facing=facing(ours, subject.held_out).float().mean().item(),
-        leaked=facing(plain, subject.held_out).float().mean().item(),
+        shown=shows(world, ours, subject).float().mean().item(),
+        leaked=shows(world, plain, subject).float().mean().item(),
         classes=read.float().mean().item(),
         subject_images=ours,
         class_images=plain,
@@ -140,13 +140,17 @@ def distances(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
     """Distance [N] of each picture to the nearest reference, both blurred over 3x3 pixels: a stroke
     that is a pixel off is near.
     """
-    blurred = (F.avg_pool2d(x.float(), 3, 1, 1).flatten(1) for x in (images, references))
-    return torch.cdist(*blurred).amin(1)
+    ours, theirs = (F.avg_pool2d(x.float(), 3, 1, 1).flatten(1) for x in (images, references))
+    return torch.cdist(ours, theirs).amin(1)
 
 
-def facing(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
-    """bool [N]: nearer to the references than to their mirror images."""
-    return distances(images, references) < distances(images, references.flip(3))
+def shows(world: World, images: torch.Tensor, subject: digits_data.Subject) -> torch.Tensor:
+    """bool [N]: nearer to the subject's held-out pictures than to their mirror images, and in a
+    mirror the judge reads the digit.
+    """
+    kept = subject.held_out
+    faces = distances(images, kept) < distances(images, kept.flip(3))
+    return faces & (world.score(images.flip(3))["digit"] == subject.digit)
 
 
 def save_subject(found: Personalised, out: Path) -> Path:

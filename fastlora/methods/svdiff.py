@@ -13,8 +13,8 @@ from fastlora.samplers.schedule import Schedule
 from fastlora.training import TrainResult, prior_preservation, train
 from fastlora.training.losses import Batch
 
-# [1, ...] for all pictures, [N, ...] one for each, or a function of the drawn indices int64 [batch]:
-# that is how a text encoder inside the model is trained along.
+# [1, ...] for all pictures, [N, ...] one for each, or a function of the drawn indices int64
+# [batch], which is how a text encoder inside the model is trained along.
 Cond = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
 
 

@@ -1,7 +1,8 @@
 """Turns one operator's Python file into an operator. The only file that touches the extension `_C`.
 
-An operator is declared by a reference in plain PyTorch, a `fake` function that checks the contract of
-shapes and dtypes and returns empty outputs, and a `plan` function that picks the route of a call.
+An operator is declared by a reference in plain PyTorch, a `fake` function that checks the contract
+of shapes and dtypes and returns empty outputs, and a `plan` function that picks the route of a
+call.
 `define_op` registers them with `torch.library` (so that autograd, `torch.compile`, autocast and
 `opcheck` see one operator) and returns a function that, in eager mode without gradients, skips the
 dispatcher: it costs more than a small kernel.
@@ -50,12 +51,13 @@ def _load_kernels() -> Any:
             f"fastlora needs torch >= 2.10 (DLPack's C exchange API), got torch {torch.__version__}"
         )
     kernels.set_exchange_api(capsule, Tensor, torch.nn.Parameter)
+    functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009 (not in its type stub)
     # Each of these, when not idle, means that somebody has to see the operator itself. The idle
     # values are singletons and compared by identity.
     guards = [
         (torch._C._len_torch_dispatch_stack, 0),
         (torch._C._is_torch_function_mode_enabled, False),
-        (torch._C._functorch.maybe_current_level, None),
+        (functorch.maybe_current_level, None),
         (torch._C._is_any_autocast_enabled, False),
         (torch._C._get_tracing_state, None),
     ]
@@ -115,10 +117,12 @@ def define_op(
 ) -> Operator:
     """Registers `reference` as operator `fastlora::<its name>` and returns its eager entry.
 
-    - `fake(*args)` raises on a broken contract and returns empty outputs; it serves fake tensors and
+    - `fake(*args)` raises on a broken contract and returns empty outputs; it serves fake tensors
+    and
       real ones.
     - `plan(*args)` returns the callable that computes the outputs for arguments of this signature
-      (shapes, strides, dtypes, devices, alignment, ints; not the values of floats). It is remembered.
+      (shapes, strides, dtypes, devices, alignment, ints; not the values of floats). It is
+      remembered.
     - `setup_context`, `backward`: as in `torch.library.register_autograd`. An operator that mutates
       differentiates through its reference instead.
     - `autocast`: the arguments that autocast casts to its dtype.
@@ -227,7 +231,8 @@ def _plain(value: Any) -> Any:
         return [_plain(v) for v in value]
     if not isinstance(value, Tensor) or type(value) in (Tensor, torch.nn.Parameter):
         return value
-    if type(value).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
+    dispatch = getattr(type(value), "__torch_dispatch__", None)
+    if dispatch is not torch._C._disabled_torch_dispatch_impl:
         return value
     with torch._C.DisableTorchFunctionSubclass():
         return value.as_subclass(Tensor)

@@ -33,12 +33,13 @@ def lora_linear(
     gate: Tensor,  # [rank] or [batch, rank], batch = x.shape[0]
     row_scale: Tensor | None = None,  # [out]
 ) -> Tensor:  # [..., out]
-    """`y = m ∘ (x Wᵀ + ((x Dᵀ) ∘ g) Uᵀ) + b` with `D = down`, `U = up`, `g = gate`, `m = row_scale`.
+    """`y = m ∘ (x Wᵀ + ((x Dᵀ) ∘ g) Uᵀ) + b`: D is `down`, U `up`, g `gate`, m `row_scale`.
 
-    x, weight, bias and the result share one dtype: float32, float16, bfloat16 or float64. `down`, `up`
-    and `row_scale` have it too, or float32 (trainable adapters on a low-precision base); the gate is
-    float32 (float64 beside float64). A gate of `[batch, rank]` holds one row for each leading index
-    of x. Accumulation in float32. Raises ContractError (a ValueError) naming argument, expected, got.
+    x, weight, bias and the result share one dtype: float32, float16, bfloat16 or float64. `down`,
+    `up` and `row_scale` have it too, or float32 (trainable adapters on a low-precision base); the
+    gate is float32 (float64 beside float64). A gate of `[batch, rank]` holds one row for each
+    leading index of x. Accumulation in float32. Raises ContractError (a ValueError) naming
+    argument, expected, got.
 
     LoRA: Hu et al. 2021, arXiv 2106.09685; the row scale is DoRA's, arXiv 2402.09353.
     """
@@ -81,9 +82,7 @@ def check_low_rank(
     expect(gate.dtype == wide, op, "gate", str(wide), gate)
     if gate.dim() == 2:
         expect(x.dim() >= 2, op, "gate", f"[{rank}] for an x without a batch dimension", gate)
-        expect(
-            tuple(gate.shape) == (x.shape[0], rank), op, "gate", f"[{x.shape[0]}, {rank}]", gate
-        )
+        expect(tuple(gate.shape) == (x.shape[0], rank), op, "gate", f"[{x.shape[0]}, {rank}]", gate)
     else:
         expect(tuple(gate.shape) == (rank,), op, "gate", f"[{rank}] or [batch, {rank}]", gate)
 

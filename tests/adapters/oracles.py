@@ -1,5 +1,5 @@
-"""What adapted layers have to compute, from dense float64 weights; nothing here calls the code under
-test beyond reading the parameters of its slots."""
+"""What adapted layers have to compute, from dense float64 weights. Nothing here calls the code
+under test; it reads the parameters of its slots."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def adapted_weight(base: nn.Module, slots: Sequence[tuple[Any, float]]) -> Tenso
 
 
 def spectral_weight(base: nn.Module, shift: Tensor, strength: float) -> Tensor:
-    """`U diag(relu(σ + strength δ)) Vᵀ` of the base's own weight in float64; norms: `w + strength δ`.
+    """`U diag(relu(σ + strength δ)) Vᵀ` of the base's weight in float64; norms: `w + strength δ`.
 
     The shifts are in the order of falling singular values, which must be distinct."""
     weight = base.weight.detach().double()
@@ -86,7 +86,7 @@ def with_weight(base: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
 
 
 def plain_low_rank(base: Any, slots: Sequence[tuple[Any, float]], x: Tensor) -> Tensor:
-    """Base plus LoRA and DoRA branches in plain PyTorch in the base's own dtype, as PEFT has them."""
+    """Base plus LoRA and DoRA branches in plain PyTorch in the base's dtype, as PEFT has them."""
     dtype = base.weight.dtype
     image = isinstance(base, nn.Conv2d)
     bias = getattr(base, "bias", None)

@@ -375,6 +375,8 @@ def test_the_meta_device_lazy_layers_and_empty_ones() -> None:
         fastlora.inject(lazy, fastlora.LoRA(rank=2), where="0")
     lazy(torch.randn(2, 3))
     fastlora.inject(lazy, fastlora.LoRA(rank=2), where="0")
+    with pytest.raises(fastlora.AdapterError, match="its weight is complex"):
+        fastlora.inject(nn.Linear(4, 4, dtype=torch.complex64), fastlora.LoRA(rank=2), where="")
     empty = nn.Sequential(nn.Embedding(0, 4))
     with pytest.raises(fastlora.AdapterError, match="its weight is empty"):
         fastlora.inject(empty, fastlora.LoRA(rank=2), where="0")

@@ -352,6 +352,50 @@ def test_data_parallel_is_refused_in_words() -> None:
         model.conv._replicate_for_data_parallel()  # what torch.nn.DataParallel calls
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_offloading_works_with_preloading_and_is_refused_without() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    cpu = torch.device("cpu")
+    for warm in (True, False):
+        model, x = mixed()
+        with torch.no_grad():
+            y = copy.deepcopy(model)(x)
+            if warm:
+                model(x)
+            offloaded = accelerate.cpu_offload(copy.deepcopy(model), cpu)
+            with pytest.raises(ValueError, match="meta"):
+                offloaded(x)
+            names = sorted({type(m).__name__ for m in adapted_layers(model).values()})
+            whole = accelerate.cpu_offload(model, cpu, preload_module_classes=names)
+            torch.testing.assert_close(whole(x), y)
+            fastlora.set_scale(model, {"a": 0.125})
+            assert not torch.allclose(whole(x), y)
+            fastlora.set_scale(model, {"a": 0.5})
+            torch.testing.assert_close(whole(x), y)
+
+
+def test_parameters_on_the_meta_device_beside_real_ones_are_never_computed_with() -> None:
+    layer = nn.Linear(4, 4)
+    fastlora.inject(layer, fastlora.LoRA(rank=2))
+    x = torch.randn(2, 4)
+    with torch.no_grad():
+        layer(x)
+        layer.fastlora["default"].to("meta")
+        with pytest.raises(fastlora.ContractError, match="expected one device, got cpu and meta"):
+            layer(x)
+
+
+def test_wrapped_models_are_adapted_inside() -> None:
+    model = Net()
+    before = snapshot(model)
+    compiled = torch.compile(model, backend="eager")
+    assert fastlora.inject(compiled, fastlora.LoRA(rank=4)).modules[:2] == ("embedding", "conv")
+    fastlora.set_scale(compiled, 0.5)
+    assert fastlora.adapters(compiled) == fastlora.adapters(model)
+    fastlora.remove(compiled, "default")
+    assert_unchanged(model, before)
+
+
 # --- modes ------------------------------------------------------------------------------------
 
 

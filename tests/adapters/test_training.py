@@ -51,7 +51,7 @@ def test_gradients_of_the_dense_weight(layer: Any, adapters: int) -> None:
     for name in names:
         fastlora.inject(base, fastlora.LoRA(rank=4, alpha=2), name=name)
     randomise(base)
-    fastlora.set_scale(base, {n: s for n, s in zip(names, (0.5, -2.0, 0.25), strict=False)})
+    fastlora.set_scale(base, dict(zip(names, (0.5, -2.0, 0.25), strict=False)))
     slots = {n: (base.fastlora[n], s / 2) for n, s in zip(names, (0.5, -2.0, 0.25), strict=False)}
     x = x.requires_grad_() if x.is_floating_point() else x
     probe = torch.randn_like(base(x))

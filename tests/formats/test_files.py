@@ -110,7 +110,7 @@ def test_pickles_are_refused_unread(tmp_path: Path, how: str, monkeypatch) -> No
 
 @pytest.mark.parametrize("start", [b"\x80", b"PK"], ids=["0x80", "PK"])
 def test_a_header_whose_length_looks_like_a_pickle(tmp_path: Path, start: bytes) -> None:
-    """A file begins with its header's length: one in 32 of them begins with the byte of a pickle."""
+    """A file begins with its header's length, and one in 32 begins with the byte of a pickle."""
     target = int.from_bytes(start.ljust(8, b"\x00"), "little")
     target = target if len(start) == 2 else target + 256
     path, value = tmp_path / "a.safetensors", torch.randn(3)

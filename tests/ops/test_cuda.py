@@ -37,7 +37,7 @@ def test_lora_linear(shape, dtype, rows, layout):
     args = linear_arguments(*shape, dtype=dtype, rows=rows, scale=True)
     gpu = on_gpu(args)
     if layout == "strided":
-        gpu = [strided(a).cuda() if a is args[5] else strided(a.cuda()) for a in args]
+        gpu = [strided(a) for a in gpu]
     exact = ops.lora_linear.reference(*widened(args))
     assert_twofold(ops.lora_linear(*gpu).cpu(), exact, ops.lora_linear.reference(*args))
 
@@ -75,7 +75,7 @@ def test_fold(dtype, factors):
         if i % 4 == 2:
             layer[:3] = [t.t().contiguous().t() for t in layer[:3]]
         if i % 4 == 3:
-            layer[4] = strided(layer[4].cpu()).cuda()
+            layer[4] = strided(layer[4])
     ops.fold(*([layer[i] for layer in gpu] for i in range(5)))
     for layer, result in zip(layers, gpu, strict=True):
         exact, low = widened(layer), [*layer[:4], layer[4].clone()]

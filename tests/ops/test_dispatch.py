@@ -131,7 +131,9 @@ def test_kernels_refuse_a_foreign_device_or_dtype(args):
 
     y = torch.empty(2, 3, 8)
     with pytest.raises(ValueError, match="lora_linear: .* expected float32, got float64"):
-        kernels.lora_linear(y, *[a if a is None or i == 5 else a.double() for i, a in enumerate(args)], None)
+        kernels.lora_linear(
+            y, *[a if a is None or i == 5 else a.double() for i, a in enumerate(args)], None
+        )
     with pytest.raises(ValueError, match="lora_linear: x: expected a contiguous tensor"):
         kernels.lora_linear(y, args[0].mT.contiguous().mT, *args[1:], None)
     with pytest.raises(TypeError, match="expected a plain torch.Tensor"):

@@ -3,8 +3,16 @@ import torch
 from torch.autograd import gradcheck
 
 from fastlora import ops
-from tests.cases import DTYPES, LINEAR_SHAPES, assert_twofold, identify, linear_arguments, randn
-from tests.cases import strided, widened
+from tests.cases import (
+    DTYPES,
+    LINEAR_SHAPES,
+    assert_twofold,
+    identify,
+    linear_arguments,
+    randn,
+    strided,
+    widened,
+)
 
 op = ops.lora_add_
 
@@ -13,7 +21,11 @@ def arguments(shape, dtype=torch.float32, rows=False, down=True):
     x, _, _, d, up, gate, _ = linear_arguments(*shape, dtype=dtype, rows=rows)
     lead, _, out, rank = shape
     y = randn(*lead, out, dtype=dtype, seed=8)
-    return [y, x, d, up, gate] if down else [y, randn(*lead, rank, dtype=dtype, seed=9), None, up, gate]
+    return (
+        [y, x, d, up, gate]
+        if down
+        else [y, randn(*lead, rank, dtype=dtype, seed=9), None, up, gate]
+    )
 
 
 def by_hand(y, x, down, up, gate):
