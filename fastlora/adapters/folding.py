@@ -13,7 +13,6 @@ from fastlora.adapters.adapted import (
     adapted_class,
     adapted_layers,
     base_class,
-    full_precision,
     unwrapped,
 )
 from fastlora.adapters.arena import Scale
@@ -149,8 +148,7 @@ def fold_layers(layers: Iterable[Adapted]) -> None:
         layer._state.merged, layer._state.stale = True, False
         layer._state.forget()
     if terms:
-        with full_precision(terms[0][0].device):
-            ops.fold(*([t[i] for t in terms] for i in range(5)))
+        ops.fold(*([t[i] for t in terms] for i in range(5)))
 
 
 def buffer(layer: Adapted) -> Tensor:

@@ -53,8 +53,8 @@ def pictures(found: Findings) -> list[str]:
     """Writes them; their names."""
     s, p = found.slider, found.subject
     strengths = [images.signed(x) for x in s.strengths]
-    examples = torch.stack([p.subject.images[:5], p.before.subject_images[:5]])
-    examples = torch.cat([examples, p.spectral.scores.subject_images[None, :5]])
+    rows = (p.subject.images, p.before.subject_images, p.spectral.scores.subject_images)
+    examples = torch.stack([row[: min(map(len, rows))] for row in rows])
     sheets = {
         "slider.png": images.sheet(s.images[:10], WORDS, strengths),
         "pairs.png": images.sheet(torch.stack([s.pairs.low, s.pairs.high]), ["thin", "thick"]),

@@ -115,7 +115,8 @@ def train(
                 if due or state.step % _READ_EVERY == 0:
                     read = state.read(window)
                     bar.update(len(window))
-                    bar.set_postfix({k: f"{v:.4g}" for k, v in read.items()}, refresh=False)
+                    # All of them would leave no room for the bar itself.
+                    bar.set_postfix(loss=f"{read.get('loss', math.nan):.4g}", refresh=False)
                     window.clear()
                 if path is not None and due:
                     save_checkpoint(path, {"signature": signature, **state.dump()})

@@ -83,7 +83,7 @@ def test_where_none_is_every_layer_that_the_adapter_can_take() -> None:
 
 
 @pytest.mark.parametrize(
-    "where", ["to_q", r"to_.", [], ["o_q"], ["attn1"], [r".*to_q"], lambda p, m: 0]
+    "where", ["to_q", r"attn1\.to", [], ["o_q"], ["attn1"], [r".*to_q"], lambda p, m: 0]
 )
 def test_a_where_that_matches_nothing_shows_what_there_is(where: Any) -> None:
     model = unet()

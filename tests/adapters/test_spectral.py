@@ -229,6 +229,19 @@ def test_singular_values_stay_float32_beside_16_bit_weights() -> None:
     layer(torch.randn(2, 6))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_autocast_does_not_reach_into_the_weight(dtype: torch.dtype) -> None:
+    base = nn.Linear(40, 30, dtype=dtype)
+    fastlora.inject(base, fastlora.Spectral(), name="s")
+    shift_of(base)
+    fastlora.fold(base)
+    folded = base.fastlora.folded_weight.clone()
+    base.fastlora.folded_weight.zero_()
+    with torch.autocast("cpu", torch.bfloat16):
+        fastlora.fold(base)
+    assert same_bits(base.fastlora.folded_weight, folded)
+
+
 def test_a_weight_without_a_decomposition_leaves_the_model_unchanged() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     with torch.no_grad():
