@@ -116,10 +116,11 @@ def roundings(layer: Adapted, dtype: torch.dtype) -> float:
 
     16-bit results are rounded once. Sums of n products in another order differ by about sqrt(n)
     roundings of a term; the factor was measured for n from 8 to 2048. In float64 the reference
-    itself rounds as much.
+    itself rounds as much. The terms of a folded layer have one rounding more, that of the weight.
     """
     n = layer.weight[0].numel() if layer.weight.dim() > 1 else 1
-    return {torch.float32: 2 + n**0.5 / 4, torch.float64: 2 + n**0.5}.get(dtype, 1.0)
+    sums = {torch.float32: 2 + n**0.5 / 4, torch.float64: 2 + n**0.5}.get(dtype, 1.0)
+    return sums * (2 if layer._state.merged else 1)
 
 
 def row(

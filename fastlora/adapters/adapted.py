@@ -337,6 +337,23 @@ def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
     return {p: m for p, m in unwrapped(model).named_modules() if isinstance(m, Adapted)}
 
 
+def layers_of(model: nn.Module) -> list[Adapted]:
+    """The same layers without their paths, which cost more than all else in changing a strength."""
+    found: list[Adapted] = []
+    seen: set[int] = set()
+    stack: list[nn.Module | None] = [model]
+    while stack:
+        module = stack.pop()
+        if module is None or id(module) in seen:
+            continue
+        seen.add(id(module))
+        if isinstance(module, Adapted):
+            found.append(module)
+        else:
+            stack.extend(module._modules.values())
+    return found
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside of torch.compile's and DistributedDataParallel's modules: paths are its."""
     while True:

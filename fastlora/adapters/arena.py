@@ -31,8 +31,8 @@ class Arena:
         self.per_sample: tuple[str, ...] = ()  # adapters whose scale is a tensor
         self.learned = False  # some scale requires a gradient
         self._layers: dict[int, weakref.ref[Any]] = {}
-        self._ratios: list[float] = []  # α/r per entry
-        self._owners: list[str] = []  # adapter name per entry
+        self._ratios = torch.empty(0)  # α/r per entry
+        self._owners = torch.empty(0, dtype=torch.long)  # per entry, which of `scales` is its
         self._values: dict[torch.device, Tensor] = {}
 
     # --- layout ---------------------------------------------------------------------------------
@@ -51,20 +51,24 @@ class Arena:
 
     def layout(self) -> None:
         """Gives every layer its entries. Adapters without a layer are forgotten."""
-        self._ratios, self._owners = [], []
+        ratios: list[float] = []
+        owners: list[str] = []
         layers = self.layers()
         self._layers = {id(layer): weakref.ref(layer) for layer in layers}
         for layer in layers:
-            layer._state.offset = len(self._owners)
+            layer._state.offset = len(owners)
             layer._state.forget()
             for name, slot in layer.fastlora.items():
-                self._owners += [name] * slot.width
-                self._ratios += [slot.ratio] * slot.width
-        for name in dict.fromkeys(self._owners):
+                owners += [name] * slot.width
+                ratios += [slot.ratio] * slot.width
+        for name in dict.fromkeys(owners):
             self.scales.setdefault(name, 1.0)
             self.enabled.setdefault(name, True)
-        for name in set(self.scales) - set(self._owners):
+        for name in set(self.scales) - set(owners):
             del self.scales[name], self.enabled[name]
+        order = {name: i for i, name in enumerate(self.scales)}
+        self._owners = torch.tensor([order[name] for name in owners], dtype=torch.long)
+        self._ratios = torch.tensor(ratios, dtype=torch.float32)
         self._note()
         self._values.clear()
         self.epoch += 1
@@ -136,7 +140,7 @@ class Arena:
 
     def prepare(self, device: torch.device) -> None:
         """Makes the gates exist on a device."""
-        if device not in self._values and self._owners:
+        if device not in self._values and len(self._owners):
             values = self._compute(device, 0, len(self._owners)).detach()
             self._values.setdefault(device, values)  # of two threads the first
 
@@ -144,18 +148,16 @@ class Arena:
     @torch.inference_mode(False)
     def _compute(self, device: torch.device, offset: int, width: int) -> Tensor:
         owners = self._owners[offset : offset + width]
-        names = list(dict.fromkeys(owners))
         columns: list[Tensor] = []
-        for name in names:
-            scale = self.scales[name] if self.enabled[name] else 0.0
+        for name, scale in self.scales.items():
+            scale = scale if self.enabled[name] else 0.0
             if isinstance(scale, Tensor):
                 columns.append(scale.to(device, torch.float32))
             else:
                 column = torch.tensor(scale, dtype=torch.float32, device=device)
                 columns.append(column if self.batch is None else column.expand(self.batch))
-        owner = torch.tensor([names.index(o) for o in owners], dtype=torch.long)
-        ratio = torch.tensor(self._ratios[offset : offset + width], dtype=torch.float32)
-        values = torch.stack(columns, -1)[..., owner.to(device)] * ratio.to(device)
+        ratios = self._ratios[offset : offset + width].to(device)
+        values = torch.stack(columns, -1)[..., owners.to(device)] * ratios
         return values if self.batch is None else values.repeat(self.copies, 1)
 
     # --- copies ---------------------------------------------------------------------------------

@@ -6,25 +6,23 @@ from typing import Any
 
 from torch import nn
 
-from fastlora.adapters.adapted import adapted_layers
+from fastlora.adapters.adapted import adapted_layers, layers_of
 from fastlora.adapters.arena import Arena, Scale, checked
-from fastlora.adapters.folding import check_strengths, folded_with, refolding, unfold
+from fastlora.adapters.folding import check_strengths, fold_layers, folded_by, unfold
 from fastlora.adapters.slots import LoRASlot
 from fastlora.adapters.specs import AdapterError, AdapterInfo
 
 Scales = Mapping[str, Scale] | Scale
+Changes = list[tuple[Arena, dict[str, Any], dict[str, bool]]]
 
 
 def arenas(model: nn.Module) -> list[Arena]:
     """The arenas of a model's adapted layers: one, unless its parts were adapted separately."""
-    found: dict[int, Arena] = {}
-    for layer in adapted_layers(model).values():
-        found.setdefault(id(layer._state.arena), layer._state.arena)
-    return list(found.values())
+    return list({id(m._state.arena): m._state.arena for m in layers_of(model)}.values())
 
 
 def known_names(model: nn.Module) -> list[str]:
-    return sorted({name for layer in adapted_layers(model).values() for name in layer.fastlora})
+    return sorted({name for layer in layers_of(model) for name in layer.fastlora})
 
 
 def require_known(model: nn.Module, *names: str) -> None:
@@ -122,30 +120,31 @@ def some_names(model: nn.Module, what: str) -> list[str]:
     return names
 
 
-Strengths = list[tuple[Arena, dict[str, Any], dict[str, bool]]]
-
-
-def strengths(model: nn.Module) -> Strengths:
+def strengths(model: nn.Module) -> Changes:
     return [(a, dict(a.scales), dict(a.enabled)) for a in arenas(model)]
 
 
 @contextmanager
-def restoring(model: nn.Module, before: Strengths) -> Iterator[nn.Module]:
+def restoring(model: nn.Module, before: Changes) -> Iterator[nn.Module]:
     """Puts scales and switches back at the end of a block."""
     try:
         yield model
     finally:
+        changes = []
+        for arena in arenas(model):
+            # Its own strengths, or of arenas that have become part of it. An adapter that has been
+            # removed meanwhile stays so.
+            scales, enabled = {}, {}
+            for old, *values in sorted(before, key=lambda b: b[0] is arena):
+                if old is arena or not any(old is a for a in arenas(model)):
+                    scales |= {n: s for n, s in values[0].items() if n in arena.scales}
+                    enabled |= {n: e for n, e in values[1].items() if n in arena.scales}
+            changes.append((arena, scales, enabled))
         try:
-            for _, scales, enabled in before:
-                check_strengths(folded_with(model), scales, enabled)
+            write(changes)
         except AdapterError:  # folded within the block, and strengths per sample come back
             unfold(model)
-        with refolding(model):
-            for arena, scales, enabled in before:  # an adapter may have been removed meanwhile
-                arena.set(
-                    {n: s for n, s in scales.items() if n in arena.scales},
-                    {n: e for n, e in enabled.items() if n in arena.scales},
-                )
+            write(changes)
 
 
 @contextmanager
@@ -167,12 +166,25 @@ def apply(model: nn.Module, scales: Mapping[str, Any], enabled: Mapping[str, boo
     """Sets scales and switches in all arenas of a model, or raises and changes nothing."""
     require_known(model, *scales, *enabled)
     scales = {name: checked(name, scale) for name, scale in scales.items()}
-    changes = []
-    for arena in arenas(model):
-        own = {n: s for n, s in scales.items() if n in arena.scales}
-        arena.check(own)
-        changes.append((arena, own, {n: e for n, e in enabled.items() if n in arena.scales}))
-    check_strengths(folded_with(model), scales, enabled)
-    with refolding(model):
-        for change in changes:
-            Arena.set(*change)
+    write(
+        [
+            (
+                arena,
+                {n: s for n, s in scales.items() if n in arena.scales},
+                {n: e for n, e in enabled.items() if n in arena.scales},
+            )
+            for arena in arenas(model)
+        ]
+    )
+
+
+def write(changes: Changes) -> None:
+    """Writes checked strengths into arenas and folds again what is folded there."""
+    folded = []
+    for arena, scales, enabled in changes:
+        arena.check(scales)
+        folded += folded_by([arena])
+        check_strengths(folded_by([arena]), scales, enabled)
+    for arena, scales, enabled in changes:
+        arena.set(scales, enabled)
+    fold_layers(folded)

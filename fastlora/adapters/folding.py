@@ -13,9 +13,10 @@ from fastlora.adapters.adapted import (
     adapted_class,
     adapted_layers,
     base_class,
+    layers_of,
     unwrapped,
 )
-from fastlora.adapters.arena import Scale
+from fastlora.adapters.arena import Arena, Scale
 from fastlora.adapters.dora import row_scale
 from fastlora.adapters.layers import AdaptedConv2d, AdaptedEmbedding, AdaptedLinearLike
 from fastlora.adapters.slots import LoRASlot
@@ -57,31 +58,29 @@ def fold(model: nn.Module, permanent: bool = False) -> None:
 
 def unfold(model: nn.Module) -> None:
     """Back to pristine weights plus adapters. The buffers stay for the next fold."""
-    for layer in adapted_layers(model).values():
+    for layer in layers_of(model):
         layer._state.merged = layer._state.stale = False
         layer._state.forget()
 
 
 def is_folded(model: nn.Module) -> bool:
-    return any(layer._state.merged for layer in adapted_layers(model).values())
+    return any(layer._state.merged for layer in layers_of(model))
 
 
-def folded_with(model: nn.Module) -> list[Adapted]:
-    """The folded layers that see a change of this model's scales: its own, and others of which it
-    is a part."""
-    arenas = {id(a): a for a in (m._state.arena for m in adapted_layers(model).values())}
-    return [m for arena in arenas.values() for m in arena.layers() if m._state.merged]
+def folded_by(arenas: Iterable[Arena]) -> list[Adapted]:
+    """The folded layers that take their gates from these arenas."""
+    return [layer for arena in arenas for layer in arena.layers() if layer._state.merged]
 
 
 @contextmanager
 def refolding(model: nn.Module) -> Iterator[None]:
-    """Changes inside show up in folded weights: they are folded again at the end."""
+    """Adapters that come or go inside show up in folded weights: they are folded again at the end."""
     folded = is_folded(model)
     yield
-    layers = {id(m): m for m in folded_with(model)}
-    if folded:  # also what has just come in
-        layers |= {id(m): m for m in adapted_layers(model).values()}
-    fold_layers(layers.values())
+    layers = layers_of(model)
+    arenas = {id(m._state.arena): m._state.arena for m in layers}
+    again = {id(m): m for m in (*folded_by(arenas.values()), *(layers if folded else ()))}
+    fold_layers(again.values())
 
 
 def check_plain(path: str, layer: nn.Module) -> None:

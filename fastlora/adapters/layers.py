@@ -14,7 +14,7 @@ from fastlora.ops import ContractError, lora_add_, lora_linear
 
 # Bound once: the shortest way through an adapted Linear looks up as little as it can.
 _lora_linear = lora_linear.eager  # type: ignore[attr-defined]
-_is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+_is_compiling = torch.compiler.is_compiling
 
 Gated = list[tuple[LoRASlot, Tensor]]  # slots with their gates
 
@@ -28,8 +28,6 @@ class AdaptedLinear(Adapted, nn.Linear):
         if state.epoch != state.arena.epoch or (fast := state.fast) is None:
             return super().forward(input)
         slot, gate, own = fast
-        if _is_grad_enabled():
-            gate = gate.clone()  # see `gates`
         return _lora_linear(input, own["weight"], own["bias"], slot["down"], slot["up"], gate, None)
 
     def shortcut(self) -> Any:

@@ -205,7 +205,9 @@ def accumulate(y: Tensor, x: Tensor, down: Tensor | None, up: Tensor, gate: Tens
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *operands, gate, row_scale = inputs
     # A strength may be changed in place between forward and backward: keep the one that was used.
-    ctx.save_for_backward(*operands, gate.detach().clone(), row_scale)
+    # (Not a learned one: whoever differentiates twice needs its graph.)
+    gate = gate if gate.requires_grad else gate.clone()
+    ctx.save_for_backward(*operands, gate, row_scale)
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -387,8 +387,8 @@ def test_parameters_on_the_meta_device_beside_real_ones_are_never_computed_with(
 
 def test_wrapped_models_are_adapted_inside() -> None:
     model = Net()
-    before = snapshot(model)
     compiled = torch.compile(model, backend="eager")
+    before = snapshot(model)
     assert fastlora.inject(compiled, fastlora.LoRA(rank=4)).modules[:2] == ("embedding", "conv")
     fastlora.set_scale(compiled, 0.5)
     assert fastlora.adapters(compiled) == fastlora.adapters(model)

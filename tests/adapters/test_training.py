@@ -138,6 +138,22 @@ def test_twice_differentiable() -> None:
     torch.testing.assert_close(got, torch.autograd.grad(dx.square().sum(), up)[0])
 
 
+def test_twice_differentiable_in_a_learned_strength() -> None:
+    base = nn.Linear(5, 4, dtype=torch.float64)
+    fastlora.inject(base, fastlora.LoRA(rank=2), name="a")
+    randomise(base)
+    slot, x = base.fastlora["a"], torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    results = []
+    for own in (True, False):
+        scale = torch.tensor([0.5, -1.0, 2.0], requires_grad=True)
+        fastlora.set_scale(base, {"a": scale})
+        h = x @ slot.down.t() * scale[:, None]
+        y = base(x) if own else x @ base.weight.t() + h @ slot.up.t() + base.bias
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(dx.square().sum(), scale)[0])
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora", "spectral", "dropout", "all"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_training_lowers_the_loss_and_leaves_the_base(kind: str, dtype: torch.dtype) -> None:
