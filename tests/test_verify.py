@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import fastlora
 from fastlora.adapters import adapted_layers, layers
 from fastlora.adapters.adapted import Adapted
+from tests.adapters.nets import Net
 from tests.adapters.oracles import assert_unchanged, randomise, same_bits, snapshot
-from tests.adapters.test_control import Net
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

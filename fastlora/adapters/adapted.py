@@ -322,6 +322,12 @@ def adapted_class(base: type[nn.Module]) -> type[Adapted] | None:
 
 
 def base_class(adapted: type[nn.Module]) -> type[nn.Module]:
+    """The class that a layer had. Raises AdapterError where somebody has changed it since."""
+    if adapted not in _BASE:
+        raise AdapterError(
+            f"{adapted.__name__}: the layer's class was changed after it was adapted (by a "
+            "parametrisation, by fully_shard); undo that first"
+        )
     return _BASE[adapted]
 
 
@@ -350,7 +356,7 @@ def layers_of(model: nn.Module) -> list[Adapted]:
         if isinstance(module, Adapted):
             found.append(module)
         else:
-            stack.extend(module._modules.values())
+            stack.extend(reversed(module._modules.values()))
     return found
 
 

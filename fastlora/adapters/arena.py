@@ -28,7 +28,7 @@ class Arena:
         self.enabled: dict[str, bool] = {}
         self.epoch = 0
         self.copies = 1  # how often the batch is repeated (classifier-free guidance)
-        self.per_sample: tuple[str, ...] = ()  # adapters whose scale is a tensor
+        self.per_sample: tuple[str, ...] = ()  # adapters that are on and whose scale is a tensor
         self.learned = False  # some scale requires a gradient
         self._layers: dict[int, weakref.ref[Any]] = {}
         self._ratios = torch.empty(0)  # α/r per entry
@@ -49,6 +49,7 @@ class Arena:
         """Takes in a layer; `layout` gives it its entries."""
         self._layers[id(layer)] = weakref.ref(layer)
 
+    @torch.inference_mode(False)
     def layout(self) -> None:
         """Gives every layer its entries. Adapters without a layer are forgotten."""
         ratios: list[float] = []
@@ -80,7 +81,8 @@ class Arena:
     @property
     def batch(self) -> int | None:
         """Samples that have a strength of their own, or None."""
-        return next((len(s) for s in self.scales.values() if isinstance(s, Tensor)), None)
+        scale = self.scales[self.per_sample[0]] if self.per_sample else None
+        return len(scale) if isinstance(scale, Tensor) else None
 
     def check(self, scales: Mapping[str, Scale]) -> None:
         """Raises AdapterError unless these scales fit the ones that stay."""
@@ -112,7 +114,8 @@ class Arena:
         return not self.enabled[name] or (not isinstance(scale, Tensor) and scale == 0.0)
 
     def _note(self) -> None:
-        tensors = {n: s for n, s in self.scales.items() if isinstance(s, Tensor)}
+        enabled = {n: s for n, s in self.scales.items() if self.enabled[n]}
+        tensors = {n: s for n, s in enabled.items() if isinstance(s, Tensor)}
         self.per_sample = tuple(tensors)
         self.learned = any(s.requires_grad for s in tensors.values())
 

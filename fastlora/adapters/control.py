@@ -130,15 +130,17 @@ def restoring(model: nn.Module, before: Changes) -> Iterator[nn.Module]:
     try:
         yield model
     finally:
+        now = arenas(model)
         changes = []
-        for arena in arenas(model):
-            # Its own strengths, or of arenas that have become part of it. An adapter that has been
-            # removed meanwhile stays so.
-            scales, enabled = {}, {}
-            for old, *values in sorted(before, key=lambda b: b[0] is arena):
-                if old is arena or not any(old is a for a in arenas(model)):
-                    scales |= {n: s for n, s in values[0].items() if n in arena.scales}
-                    enabled |= {n: e for n, e in values[1].items() if n in arena.scales}
+        for arena in now:
+            scales: dict[str, Any] = {}
+            enabled: dict[str, bool] = {}
+            for old, old_scales, old_enabled in before:
+                # Its own strengths, and those of an arena that has become part of it; an adapter
+                # that has been removed meanwhile stays so.
+                if old is arena or old not in now:
+                    scales |= {n: s for n, s in old_scales.items() if n in arena.scales}
+                    enabled |= {n: e for n, e in old_enabled.items() if n in arena.scales}
             changes.append((arena, scales, enabled))
         try:
             write(changes)

@@ -74,7 +74,7 @@ def folded_by(arenas: Iterable[Arena]) -> list[Adapted]:
 
 @contextmanager
 def refolding(model: nn.Module) -> Iterator[None]:
-    """Adapters that come or go inside show up in folded weights: they are folded again at the end."""
+    """Adapters that come or go inside show up in folded weights, which are folded again after."""
     folded = is_folded(model)
     yield
     layers = layers_of(model)

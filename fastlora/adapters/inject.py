@@ -17,6 +17,7 @@ from fastlora.adapters.adapted import (
     adapted_layers,
     base_class,
     full_precision,
+    layers_of,
     unwrapped,
 )
 from fastlora.adapters.arena import Arena
@@ -133,6 +134,8 @@ def remove(model: nn.Module, name: str) -> None:
     the same keys and the same bits. Raises AdapterError for an unknown name."""
     model = unwrapped(model)
     require_known(model, name)
+    for layer in layers_of(model):
+        base_class(type(layer))  # there is one to go back to
     with refolding(model):
         found = arenas(model)
         for layer in adapted_layers(model).values():

@@ -28,7 +28,12 @@ class AdaptedLinear(Adapted, nn.Linear):
         if state.epoch != state.arena.epoch or (fast := state.fast) is None:
             return super().forward(input)
         slot, gate, own = fast
-        return _lora_linear(input, own["weight"], own["bias"], slot["down"], slot["up"], gate, None)
+        try:
+            weight, bias, down, up = own["weight"], own["bias"], slot["down"], slot["up"]
+        except KeyError:  # a parametrisation has taken one away since
+            state.forget()
+            return super().forward(input)
+        return _lora_linear(input, weight, bias, down, up, gate, None)
 
     def shortcut(self) -> Any:
         state = self._state

@@ -176,7 +176,8 @@ def bars(rows: Sequence[tuple[str, float | None, str, bool]]) -> str:
 def histogram(shares: Sequence[float], bins: int = 50) -> str:
     """How many comparisons used which share of the allowed error; 1 is the limit."""
     width, left, right, top, floor = 1000.0, 12.0, 988.0, 26.0, 130.0
-    end = max(1.1, math.ceil(10 * min(max(shares), 3.0)) / 10 + 0.1)
+    shares = [min(share, 3.0) for share in shares]  # how far beyond is in the table
+    end = max(1.1, math.ceil(10 * max(shares)) / 10 + 0.1)
     counts = [0] * bins
     for share in shares:
         counts[min(bins - 1, int(bins * share / end))] += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,8 +38,11 @@ class Check:
 
     @property
     def shares(self) -> list[float]:
-        """Error over allowed error of every row."""
-        return [r.error / r.allowed if r.allowed else r.error for r in self.report.rows]
+        """Error over allowed error of every row; infinite where nothing can be compared."""
+        return [
+            r.error / r.allowed if r.allowed else 0.0 if r.passed else math.inf
+            for r in self.report.rows
+        ]
 
 
 class FromCaptions(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
@@ -290,10 +291,12 @@ def layer_copy(layer: nn.Linear) -> nn.Linear:
 
 def with_peft(model: nn.Module, modules: list[str], rank: int) -> Any:
     """The model with PEFT's LoRA on these modules; None where PEFT is not installed."""
-    try:
-        import peft
-    except ImportError:
-        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the imports of others warn about
+        try:
+            import peft
+        except ImportError:
+            return None
     config = peft.LoraConfig(
         r=rank, lora_alpha=rank, target_modules=modules, init_lora_weights=False
     )
@@ -302,10 +305,12 @@ def with_peft(model: nn.Module, modules: list[str], rank: int) -> Any:
 
 def diffusers_ddim() -> Any:
     """diffusers' DDIM at SD 1.5's settings; None where diffusers is not installed."""
-    try:
-        from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-    except ImportError:
-        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+        except ImportError:
+            return None
     scheduler = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
     )

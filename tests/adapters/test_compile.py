@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastlora
+from tests.adapters.nets import Net
 from tests.adapters.oracles import randomise
-from tests.adapters.test_control import Net
 
 
 def mixed() -> tuple[Net, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlora
-from fastlora.adapters import adapted_layers, tiled
+from tests.adapters.nets import net
 from tests.adapters.oracles import (
     adapted_weight,
     assert_unchanged,
@@ -20,33 +20,6 @@ from tests.adapters.oracles import (
     spectral_weight,
     with_weight,
 )
-
-
-class Net(nn.Module):
-    """Every kind of layer on one path: tokens -> embedding -> image -> convolutions -> linear."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(12, 16)
-        self.conv = nn.Conv2d(4, 8, 3, padding=1)
-        self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=2, padding_mode="reflect")
-        self.norm = nn.GroupNorm(2, 8)
-        self.inner = nn.Sequential(nn.Linear(8, 10), nn.SiLU(), nn.Linear(10, 6))
-
-    def forward(self, tokens: Tensor) -> Tensor:  # [batch, 4] -> [batch, 16, 6]
-        x = self.embedding(tokens).view(len(tokens), 4, 4, 4)
-        x = self.norm(self.grouped(self.conv(x)))
-        return self.inner(x.flatten(2).mT)
-
-
-def net(*names: str) -> tuple[Net, Tensor]:
-    torch.manual_seed(0)
-    model = Net()
-    for name in names:
-        fastlora.inject(model, fastlora.LoRA(rank=4), name=name, seed=0)
-    randomise(model, size=0.5)
-    return model, torch.randint(0, 12, (5, 4))
-
 
 # --- numbers ----------------------------------------------------------------------------------
 
@@ -188,6 +161,20 @@ def test_a_scale_survives_being_switched_off_and_on() -> None:
     assert torch.equal(model(x), y)
 
 
+def test_parts_that_become_one_within_a_block_keep_what_they_had() -> None:
+    model, x = net()
+    fastlora.inject(model.inner, fastlora.LoRA(rank=2), name="a")
+    fastlora.inject(model.conv, fastlora.LoRA(rank=2), name="b")
+    fastlora.set_scale(model, {"a": 0.5, "b": -0.5})
+    with fastlora.scaled(model, 2.0), fastlora.disable(model, "b"):
+        fastlora.inject(model, fastlora.LoRA(rank=2), name="c")
+    assert {n: (i.scale, i.enabled) for n, i in fastlora.adapters(model).items()} == {
+        "a": (0.5, True),
+        "b": (-0.5, True),
+        "c": (1.0, True),
+    }
+
+
 def test_an_adapter_removed_within_a_block_stays_removed() -> None:
     model, x = net("a", "b")
     with fastlora.scaled(model, {"a": 0.5, "b": 0.5}):
@@ -230,181 +217,6 @@ def test_strengths_may_change_between_forward_and_backward(inner: str) -> None:
 
     for a, b in zip(gradients(True), gradients(False), strict=True):
         assert torch.equal(a, b)
-
-
-# --- per sample -------------------------------------------------------------------------------
-
-
-def test_each_row_of_a_batch_equals_its_single_run() -> None:
-    model, x = net("a", "b")
-    rows = {"a": torch.tensor([0.0, 1.0, -2.0, 0.5, 3.0]), "b": torch.tensor([1.0, 0, 0.3, -1, 2])}
-    for grad in (True, False):
-        with torch.set_grad_enabled(grad):
-            fastlora.set_scale(model, rows)
-            batch = model(x)
-            for i in range(5):
-                fastlora.set_scale(model, {n: float(r[i]) for n, r in rows.items()})
-                torch.testing.assert_close(batch[i : i + 1], model(x[i : i + 1]))
-
-
-def test_a_number_beside_strengths_per_sample() -> None:
-    """Only layers with the per-sample adapter bind the batch, and shifts and DoRA may be there."""
-    model, x = net()
-    plain = copy.deepcopy(model)
-    fastlora.inject(model, fastlora.LoRA(rank=2), where=r"inner\..", name="rows")
-    fastlora.inject(model, fastlora.LoRA(rank=4, dora=True), where=["conv", "inner.0"], name="dora")
-    fastlora.inject(model, fastlora.Spectral(), where=["inner.0", "norm"], name="shift")
-    fastlora.inject(model, fastlora.LoRA(rank=2), where=["embedding", "inner.0"], name="lora")
-    randomise(model, size=0.5)
-    numbers = {"dora": 0.7, "shift": -0.5, "lora": 0.3}
-    rows = torch.tensor([0.0, 1.0, -2.0, 0.5, 3.0])
-    fastlora.set_scale(model, {**numbers, "rows": rows})
-    batch = model(x)
-    with torch.no_grad():
-        torch.testing.assert_close(model(x), batch)
-    for i in range(5):
-        single = copy.deepcopy(plain).double()
-        weights: dict[str, Tensor] = {}
-        for path, layer in adapted_layers(model).items():
-            base = copy.deepcopy(plain.get_submodule(path)).double()
-            slots = layer.fastlora
-            if "shift" in slots:
-                with torch.no_grad():
-                    base.weight.copy_(spectral_weight(base, slots["shift"].shift, -0.5))
-            scales = {"dora": 0.7, "lora": 0.3, "rows": rows[i].item()}
-            active = [(slots[n], scales[n]) for n in slots if n in scales]
-            weights[f"{path}.weight"] = adapted_weight(base, active)
-        exact = torch.func.functional_call(single, weights, (x[i : i + 1],))
-        torch.testing.assert_close(batch[i : i + 1].double(), exact, rtol=1e-4, atol=1e-4)
-    # the embedding and the convolution do not have the adapter with five strengths
-    assert model.embedding(x[:2]).shape == (2, 4, 16)
-    assert model.conv(torch.randn(3, 4, 4, 4)).shape == (3, 8, 4, 4)
-
-
-@pytest.mark.parametrize("rows", [1, 4, 6, 10])
-def test_another_batch_size_is_an_error_in_every_layer(rows: int) -> None:
-    layers = nn.ModuleDict(
-        {
-            "linear": nn.Linear(8, 8),
-            "conv": nn.Conv2d(8, 8, 1),
-            "grouped": nn.Conv2d(8, 8, 1, groups=2),
-            "depthwise": nn.Conv2d(8, 8, 1, groups=8),
-            "embedding": nn.Embedding(8, 8),
-        }
-    )
-    fastlora.inject(layers, fastlora.LoRA(rank=8), name="a")
-    fastlora.set_scale(layers, {"a": torch.ones(5)})
-    for grad in (True, False):
-        for name, layer in layers.items():
-            x = torch.randn(rows, 8)
-            x = (
-                x.long().clamp(0, 7)
-                if name == "embedding"
-                else x
-                if name == "linear"
-                else x[..., None, None]
-            )
-            message = f"expected .*(5|{rows}).*, got .*(5|{rows})"
-            with torch.set_grad_enabled(grad), pytest.raises(fastlora.ContractError, match=message):
-                layer(x)
-    fastlora.set_scale(layers, {"a": torch.ones(1)})  # one strength does not spread over a batch
-    for layer in (layers["conv"], layers["grouped"]):
-        for grad in (True, False):
-            with torch.set_grad_enabled(grad), pytest.raises(fastlora.ContractError):
-                layer(torch.randn(3, 8, 1, 1))
-
-
-def test_two_batch_sizes_are_refused_and_change_nothing() -> None:
-    model, _ = net("a", "b")
-    fastlora.set_scale(model, {"a": torch.ones(5)})
-    with pytest.raises(fastlora.AdapterError, match=r"one batch size, got \[4, 5\]"):
-        fastlora.set_scale(model, {"b": torch.ones(4)})
-    assert fastlora.adapters(model)["b"].scale == 1.0
-    fastlora.set_scale(model, {"a": torch.ones(4), "b": torch.ones(4)})  # both at once
-
-
-def test_rows_are_copied_from_the_callers_tensor() -> None:
-    model, x = net("a", "b")
-    rows = torch.tensor([0.5, 1.0, 2.0, 0.0, -1.0])
-    fastlora.set_scale(model, {"a": rows})
-    y = model(x)
-    rows.fill_(100.0)
-    fastlora.set_scale(model, {"b": 1.0})  # writes all gates again
-    assert torch.equal(model(x), y)
-
-
-def test_tiled_rows_repeat_as_guidance_concatenates() -> None:
-    model, x = net("a")
-    rows = torch.tensor([0.5, 1.0, 2.0, 0.0, -1.0])
-    fastlora.set_scale(model, {"a": rows})
-    single = model(x)
-    with tiled(model, 2):
-        twice = model(torch.cat([x, x]))
-        with pytest.raises(ValueError, match="10"):
-            model(x)
-        with pytest.raises(KeyError), tiled(model, 3):
-            assert model(x.repeat(6, 1)).shape[0] == 30
-            raise KeyError
-        model(torch.cat([x, x]))
-    torch.testing.assert_close(twice, torch.cat([single, single]))
-    torch.testing.assert_close(model(x), single)
-
-
-def test_back_to_a_number_frees_the_batch() -> None:
-    model, x = net("a")
-    y = model(x[:2])
-    with fastlora.scaled(model, torch.ones(5)):
-        torch.testing.assert_close(model(x)[:2], y)
-    assert torch.equal(model(x[:2]), y)
-
-
-# --- learned strengths ------------------------------------------------------------------------
-
-
-def test_a_tensor_that_requires_a_gradient_gets_it_again_and_again() -> None:
-    model, x = net("a")
-    model.double()
-    scale = torch.tensor([0.3, 1.0, -0.5, 0.0, 2.0], requires_grad=True)
-    fastlora.set_scale(model, {"a": scale})
-
-    def loss(s: Tensor) -> Tensor:
-        fastlora.set_scale(model, {"a": s})
-        with torch.no_grad():
-            return model(x).square().sum()
-
-    optimiser = torch.optim.SGD([scale], lr=1e-4)
-    for _ in range(3):  # a graph of its own for every forward pass
-        fastlora.set_scale(model, {"a": scale})
-        value = model(x).square().sum()
-        optimiser.zero_grad()
-        value.backward()
-        for i in range(5):
-            step = torch.zeros(5)
-            step[i] = 2**-9
-            difference = (loss(scale.detach() + step) - loss(scale.detach() - step)) / 2**-8
-            assert scale.grad[i].item() == pytest.approx(difference.item(), rel=2e-2, abs=1e-2)
-        fastlora.set_scale(model, {"a": scale})
-        optimiser.step()
-        with torch.no_grad():  # what the step wrote is seen without setting it again
-            torch.testing.assert_close(model(x).square().sum(), loss(scale.detach()))
-
-
-def test_a_learned_strength_needs_no_second_set_scale() -> None:
-    model, x = net("a")
-    scale = nn.Parameter(torch.full((5,), 0.5))
-    fastlora.set_scale(model, {"a": scale})
-    for _ in range(2):
-        model(x).square().sum().backward()
-        with torch.no_grad():
-            scale.sub_(0.001 * scale.grad)
-    y = model(x).detach()
-    fastlora.set_scale(model, {"a": scale.detach()})
-    torch.testing.assert_close(model(x).detach(), y)
-    model, x = net("a")
-    router = nn.Linear(3, 1)
-    fastlora.set_scale(model, {"a": router(torch.randn(5, 3))[:, 0]})  # not a leaf
-    model(x).sum().backward()
-    assert router.weight.grad.abs().sum() > 0
 
 
 # --- what is reported -------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import fastlora
 from fastlora.adapters import adapted_layers
 from fastlora.adapters.folding import is_folded
+from tests.adapters.nets import Net
 from tests.adapters.oracles import (
     adapted_weight,
     assert_twofold,
@@ -24,7 +25,6 @@ from tests.adapters.oracles import (
     snapshot,
     with_weight,
 )
-from tests.adapters.test_control import Net
 
 
 def mixed(dtype: torch.dtype = torch.float32) -> tuple[Net, Net, Tensor]:

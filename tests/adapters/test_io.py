@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora.formats import files
+from tests.adapters.nets import Net
 from tests.adapters.oracles import assert_unchanged, randomise, same_bits, snapshot
-from tests.adapters.test_control import Net
 
 SPECS: dict[str, Any] = {
     "lora": fastlora.LoRA(rank=4, alpha=3.7, ranks={"inner.0": 2}, alphas={"conv": 1 / 3}),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
+from tests.adapters.nets import Net
 from tests.adapters.oracles import (
     adapted_weight,
     assert_twofold,
@@ -19,7 +20,6 @@ from tests.adapters.oracles import (
     randomise,
     with_weight,
 )
-from tests.adapters.test_control import Net
 
 LAYERS: dict[str, tuple[Any, Any]] = {
     "linear": (lambda d: nn.Linear(14, 9, dtype=d), lambda d: torch.randn(3, 5, 14, dtype=d)),
