@@ -1,3 +1,4 @@
+# ruff: noqa: E402 (what is missing has to be seen before the imports)
 """The demo from end to end in a few steps: its files, its page, its program, its refusals."""
 
 from __future__ import annotations
