@@ -124,11 +124,13 @@ class Signature {
   void read_flags(PyObject* object, bool check_grad) {
     // The exchange API drops the negative bit: the data would be read with the wrong sign.
     PyObject* args[1] = {object};
-    py::object neg = py::reinterpret_steal<py::object>(PyObject_Vectorcall(g_is_neg, args, 1, nullptr));
+    py::object neg =
+        py::reinterpret_steal<py::object>(PyObject_Vectorcall(g_is_neg, args, 1, nullptr));
     if (!neg) throw py::error_already_set();
     if (neg.ptr() == Py_True)
-      throw py::value_error("fastlora: a tensor with the negative bit set is not supported; "
-                            "call .resolve_neg() on it first");
+      throw py::value_error(
+          "fastlora: a tensor with the negative bit set is not supported; "
+          "call .resolve_neg() on it first");
     if (check_grad && !requires_grad_) {
       py::object flag =
           py::reinterpret_steal<py::object>(PyObject_GetAttr(object, g_requires_grad));
@@ -147,8 +149,8 @@ class Signature {
     }
     if (argument_ != nullptr) *argument_ = t;
     const bool real = t.data != nullptr || t.numel() == 0;
-    push(Kind::kTensor, (int64_t(t.dtype) << 32) | (int64_t(t.ndim) << 8) |
-                            (real ? 4 : 0) | (t.aligned(16) ? 2 : 0) | (t.aligned(64) ? 1 : 0));
+    push(Kind::kTensor, (int64_t(t.dtype) << 32) | (int64_t(t.ndim) << 8) | (real ? 4 : 0) |
+                            (t.aligned(16) ? 2 : 0) | (t.aligned(64) ? 1 : 0));
     word((int64_t(t.device.device_type) << 32) | uint32_t(t.device.device_id));
     for (int32_t i = 0; i < t.ndim; ++i) word(t.shape[i]);
     for (int32_t i = 0; i < t.ndim; ++i) word(t.strides[i]);
@@ -266,13 +268,13 @@ PyMethodDef g_kernel{"kernel", as_method(&enter<&Dispatcher::kernel>), METH_FAST
 // Returns (eager, kernel, clear, size). A Dispatcher lives as long as the process, as operators do.
 py::tuple make_dispatcher(py::object miss, py::object dispatch, py::object reference,
                           bool differentiable) {
-  auto* d = new Dispatcher(std::move(miss), std::move(dispatch), std::move(reference),
-                           differentiable);
+  auto* d =
+      new Dispatcher(std::move(miss), std::move(dispatch), std::move(reference), differentiable);
   const py::capsule self(d, "fastlora.Dispatcher");
-  return py::make_tuple(
-      py::reinterpret_steal<py::object>(PyCFunction_New(&g_eager, self.ptr())),
-      py::reinterpret_steal<py::object>(PyCFunction_New(&g_kernel, self.ptr())),
-      py::cpp_function([d] { d->clear(); }), py::cpp_function([d] { return d->size(); }));
+  return py::make_tuple(py::reinterpret_steal<py::object>(PyCFunction_New(&g_eager, self.ptr())),
+                        py::reinterpret_steal<py::object>(PyCFunction_New(&g_kernel, self.ptr())),
+                        py::cpp_function([d] { d->clear(); }),
+                        py::cpp_function([d] { return d->size(); }));
 }
 
 }  // namespace
@@ -281,8 +283,7 @@ void set_guards(py::list guards, py::dict forward_ad, py::object grad_enabled, p
   g_guards.clear();
   for (py::handle item : guards) {
     auto pair = py::reinterpret_borrow<py::tuple>(item);
-    g_guards.push_back(
-        {py::object(pair[0]).release().ptr(), py::object(pair[1]).release().ptr()});
+    g_guards.push_back({py::object(pair[0]).release().ptr(), py::object(pair[1]).release().ptr()});
   }
   g_forward_ad = forward_ad.release().ptr();
   g_grad_enabled = grad_enabled.release().ptr();

@@ -8,7 +8,8 @@
 namespace fastlora {
 
 // A plan in C++: a capsule of this name around a function that takes the views of the operator's
-// arguments (undefined for None) and returns a new reference. Otherwise a plan is a Python callable.
+// arguments (undefined for None) and returns a new reference. Otherwise a plan is a Python
+// callable.
 constexpr const char* kNativePlan = "fastlora.plan";
 constexpr size_t kMaxNativeArguments = 8;
 using NativePlan = PyObject* (*)(const TensorView* arguments);

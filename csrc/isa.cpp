@@ -17,7 +17,8 @@ Isa best() {
   return Isa::kBaseline;
 }
 
-// FASTLORA_CPU_ISA=baseline|avx2|avx512 lowers the choice (for tests and comparisons), never raises it.
+// FASTLORA_CPU_ISA=baseline|avx2|avx512 lowers the choice (for tests and comparisons), never raises
+// it.
 Isa choose() {
   const Isa limit = best();
   const char* name = std::getenv("FASTLORA_CPU_ISA");

@@ -12,8 +12,7 @@ namespace fastlora {
 
 inline void check_cuda(cudaError_t status, const char* what) {
   if (status != cudaSuccess)
-    throw std::runtime_error(std::string("fastlora: ") + what + ": " +
-                             cudaGetErrorString(status));
+    throw std::runtime_error(std::string("fastlora: ") + what + ": " + cudaGetErrorString(status));
 }
 
 // Kernels run on the device of their tensors, which need not be the current one.
@@ -36,8 +35,8 @@ class DeviceGuard {
 };
 
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-            void* stream, Arguments&&... arguments) {
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
+            Arguments&&... arguments) {
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;

@@ -19,8 +19,7 @@ PyTypeObject* g_parameter = nullptr;
 
 }  // namespace
 
-void set_exchange_api(pybind11::capsule capsule, pybind11::type tensor,
-                      pybind11::type parameter) {
+void set_exchange_api(pybind11::capsule capsule, pybind11::type tensor, pybind11::type parameter) {
   const auto* api = static_cast<const DLPackExchangeAPI*>(
       PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   if (api == nullptr) throw pybind11::error_already_set();
@@ -43,8 +42,7 @@ TensorView view_of(PyObject* object) {
     throw pybind11::type_error(std::string("fastlora: expected a plain torch.Tensor, got ") +
                                Py_TYPE(object)->tp_name);
   DLTensor t;
-  if (g_api->dltensor_from_py_object_no_sync(object, &t) != 0)
-    throw pybind11::error_already_set();
+  if (g_api->dltensor_from_py_object_no_sync(object, &t) != 0) throw pybind11::error_already_set();
   TensorView view;
   view.data = static_cast<char*>(t.data) + t.byte_offset;
   view.shape = t.shape;

@@ -73,21 +73,21 @@ inline std::string describe(const TensorView& t) {
   for (int32_t i = 0; i < t.ndim; ++i) s << (i ? ", " : "") << t.shape[i];
   s << "] strides [";
   for (int32_t i = 0; i < t.ndim; ++i) s << (i ? ", " : "") << t.strides[i];
-  s << "] on " << (t.cpu() ? "cpu" : "device ") ;
+  s << "] on " << (t.cpu() ? "cpu" : "device ");
   if (!t.cpu()) s << t.device.device_type << ":" << t.device.device_id;
   return s.str();
 }
 
 // Checks that print themselves: operator, argument, expected, got. ValueError in Python.
-#define FASTLORA_CHECK(condition, op, argument, expected, view)                              \
-  do {                                                                                       \
-    if (!(condition))                                                                        \
-      throw std::invalid_argument(std::string(op) + ": " + (argument) + ": expected " +      \
-                                  (expected) + ", got " + ::fastlora::describe(view));       \
+#define FASTLORA_CHECK(condition, op, argument, expected, view)                         \
+  do {                                                                                  \
+    if (!(condition))                                                                   \
+      throw std::invalid_argument(std::string(op) + ": " + (argument) + ": expected " + \
+                                  (expected) + ", got " + ::fastlora::describe(view));  \
   } while (0)
 
-// What only C++ can see of an argument: real memory (fake and functional tensors arrive as null) and
-// the device of the others.
+// What only C++ can see of an argument: real memory (fake and functional tensors arrive as null)
+// and the device of the others.
 inline void check_memory(const char* op, const char* argument, const TensorView& t,
                          const TensorView& like) {
   if (!t.defined) return;

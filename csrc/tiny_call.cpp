@@ -25,8 +25,7 @@ PyObject* lora_linear_tiny(const TensorView* arguments) {
 }  // namespace
 
 void bind_tiny_calls(py::module_& m) {
-  m.attr("lora_linear_tiny") =
-      py::capsule(reinterpret_cast<void*>(&lora_linear_tiny), kNativePlan);
+  m.attr("lora_linear_tiny") = py::capsule(reinterpret_cast<void*>(&lora_linear_tiny), kNativePlan);
 }
 
 }  // namespace fastlora

@@ -1,6 +1,6 @@
-// The CPU loops (csrc/cpu/*.cpp) are compiled once per instruction set into namespaces of their own,
-// and the best one that this machine has is picked at run time, so one wheel runs on any x86-64; on
-// other architectures (Arm: NEON is part of the baseline) only `baseline` exists.
+// The CPU loops (csrc/cpu/*.cpp) are compiled once per instruction set into namespaces of their
+// own, and the best one that this machine has is picked at run time, so one wheel runs on any
+// x86-64; on other architectures (Arm: NEON is part of the baseline) only `baseline` exists.
 //
 // Files in csrc/cpu must not instantiate templates or inline functions of the standard library: the
 // linker would keep one copy for all, perhaps the AVX-512 one.
@@ -38,9 +38,9 @@ const char* isa_name();
   namespace fastlora::avx512 {          \
   void name(__VA_ARGS__);               \
   }
-#define FASTLORA_CPU_CALL(name, ...)                                               \
-  (::fastlora::isa() == ::fastlora::Isa::kAvx512 ? ::fastlora::avx512::name(__VA_ARGS__)   \
-   : ::fastlora::isa() == ::fastlora::Isa::kAvx2 ? ::fastlora::avx2::name(__VA_ARGS__)     \
+#define FASTLORA_CPU_CALL(name, ...)                                                     \
+  (::fastlora::isa() == ::fastlora::Isa::kAvx512 ? ::fastlora::avx512::name(__VA_ARGS__) \
+   : ::fastlora::isa() == ::fastlora::Isa::kAvx2 ? ::fastlora::avx2::name(__VA_ARGS__)   \
                                                  : ::fastlora::baseline::name(__VA_ARGS__))
 #else
 #define FASTLORA_DECLARE_CPU(name, ...) \

@@ -52,9 +52,7 @@ void run(const LoraLinear& p) {
 
 }  // namespace
 
-void lora_linear_loop(const LoraLinear& p) {
-  FASTLORA_FLOAT_TYPES(p.y.dtype, T, run<T>(p));
-}
+void lora_linear_loop(const LoraLinear& p) { FASTLORA_FLOAT_TYPES(p.y.dtype, T, run<T>(p)); }
 
 }  // namespace FASTLORA_ISA
 }  // namespace fastlora

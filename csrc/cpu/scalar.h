@@ -78,23 +78,23 @@ static inline void store(Half* p, float v) {
 }  // namespace fastlora
 
 // Calls `f(T{})` with the C++ type of a floating dtype; the dtype was checked by the operator.
-#define FASTLORA_FLOAT_TYPES(dtype, T, ...)          \
-  switch (dtype) {                                   \
-    case ::fastlora::DType::kFloat32: {              \
-      using T = float;                               \
-      __VA_ARGS__;                                   \
-    } break;                                         \
-    case ::fastlora::DType::kFloat64: {              \
-      using T = double;                              \
-      __VA_ARGS__;                                   \
-    } break;                                         \
-    case ::fastlora::DType::kFloat16: {              \
-      using T = Half;                                \
-      __VA_ARGS__;                                   \
-    } break;                                         \
-    case ::fastlora::DType::kBFloat16: {             \
-      using T = BFloat16;                            \
-      __VA_ARGS__;                                   \
-    } break;                                         \
-    default: break;                                  \
+#define FASTLORA_FLOAT_TYPES(dtype, T, ...) \
+  switch (dtype) {                          \
+    case ::fastlora::DType::kFloat32: {     \
+      using T = float;                      \
+      __VA_ARGS__;                          \
+    } break;                                \
+    case ::fastlora::DType::kFloat64: {     \
+      using T = double;                     \
+      __VA_ARGS__;                          \
+    } break;                                \
+    case ::fastlora::DType::kFloat16: {     \
+      using T = Half;                       \
+      __VA_ARGS__;                          \
+    } break;                                \
+    case ::fastlora::DType::kBFloat16: {    \
+      using T = BFloat16;                   \
+      __VA_ARGS__;                          \
+    } break;                                \
+    default: break;                         \
   }
