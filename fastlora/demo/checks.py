@@ -74,7 +74,7 @@ def make_together(
 
 def make_checks(world: World, model: DigitsModel) -> list[Check]:
     """`model` with both adapters: together with a strength for every sample, each alone, folded."""
-    strengths = torch.tensor(world.settings.strengths, device=world.device)
+    strengths = torch.tensor(world.settings.strengths, dtype=torch.float32).to(world.device)
     count = len(strengths)
     generator = torch.Generator().manual_seed(world.seed)
     x = torch.randn(count, *model.shape, generator=generator).to(world.device)

@@ -135,7 +135,7 @@ def sample_strengths(
     rows, count = len(captions), len(strengths)
     seeds = [seed for seed in world.seeds(stream, rows) for _ in strengths]
     repeated = [caption for caption in captions for _ in strengths]
-    gates = torch.tensor(strengths, device=world.device).repeat(rows)
+    gates = torch.tensor(strengths, dtype=torch.float32, device=world.device).repeat(rows)
     with fastlora.scaled(model, {NAME: gates}):
         return world.sample(model, repeated, seeds).unflatten(0, (rows, count))
 

@@ -46,6 +46,15 @@ class Trained:
 
 
 @dataclass(frozen=True)
+class Task:
+    """What is to be learnt, and what to hold on to."""
+
+    subject: digits_data.Subject
+    prior: torch.Tensor  # [P, 1, 32, 32] class pictures, sampled once from the plain model
+    captions: list[str]  # P
+
+
+@dataclass(frozen=True)
 class Personalised:
     model: DigitsModel  # with the spectral adapter `mirrored`
     subject: digits_data.Subject
@@ -57,8 +66,19 @@ class Personalised:
 
 
 def make_subject(world: World) -> Personalised:
+    """Personalises one model by SVDiff, which is kept, and one by LoRA."""
+    model, other = world.load_model(), world.load_model()
+    task = prepare(world, model)
+    before = judged(world, model, task.subject)
+    spectral = train(world, model, task, fastlora.Spectral())
+    lora = train(world, other, task, fastlora.LoRA(rank=world.settings.lora_rank))
+    floor = distances(task.subject.images, task.subject.held_out).mean().item()
+    return Personalised(model, task.subject, task.prior, floor, before, spectral, lora)
+
+
+def prepare(world: World, model: DigitsModel) -> Task:
+    """The subject, and pictures of its class and of all others from the plain model."""
     settings = world.settings
-    model = world.load_model()
     subject = digits_data.subject(
         "mirrored", settings.subject_digit, count=settings.subject_images, seed=world.seed
     )
@@ -66,24 +86,14 @@ def make_subject(world: World) -> Personalised:
     captions = [subject.class_caption] * of_class
     captions += [f"a {w}" for d, w in enumerate(WORDS) if d != subject.digit] * of_others
     prior = world.sample(model, captions, world.seeds(2, len(captions)), "class pictures")
-    before = judged(world, model, subject)
-    spectral = train(world, model, subject, prior, captions, fastlora.Spectral())
-    other = world.load_model()
-    lora = train(world, other, subject, prior, captions, fastlora.LoRA(rank=settings.lora_rank))
-    floor = distances(subject.images, subject.held_out).mean().item()
-    return Personalised(model, subject, prior, floor, before, spectral, lora)
+    return Task(subject, prior, captions)
 
 
 def train(
-    world: World,
-    model: DigitsModel,
-    subject: digits_data.Subject,
-    prior: torch.Tensor,
-    captions: list[str],  # of the prior's pictures
-    adapter: fastlora.Spectral | fastlora.LoRA,
+    world: World, model: DigitsModel, task: Task, adapter: fastlora.Spectral | fastlora.LoRA
 ) -> Trained:
     """Adds `mirrored` to the UNet and the text encoder and trains it."""
-    settings = world.settings
+    settings, subject = world.settings, task.subject
     method = "LoRA" if isinstance(adapter, fastlora.LoRA) else "SVDiff"
 
     def takes(path: str, module: nn.Module) -> bool:
@@ -97,8 +107,8 @@ def train(
         subject.images.to(world.device),
         lambda drawn: model.encode([subject.caption] * len(drawn)),
         world.schedule,
-        prior_images=prior.to(world.device),
-        prior_cond=lambda drawn: model.encode([captions[i] for i in drawn.tolist()]),
+        prior_images=task.prior.to(world.device),
+        prior_cond=lambda drawn: model.encode([task.captions[i] for i in drawn.tolist()]),
         name=NAME,
         adapter=adapter,
         where=takes,
