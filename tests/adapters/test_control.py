@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlora
+from fastlora.adapters import adapted_layers
 from tests.adapters.nets import net
 from tests.adapters.oracles import (
     adapted_weight,
@@ -50,6 +52,23 @@ def test_a_small_scale_is_linear_to_first_order() -> None:
         changes.append(model(x) - y0)
     ratio = changes[0].norm() / changes[1].norm()
     assert ratio.item() == pytest.approx(2, abs=5e-3)
+
+
+def test_gates_are_written_in_place() -> None:
+    """What a captured graph has recorded stays true: one buffer for all layers, at one address."""
+    model, x = net("a", "b")
+    fastlora.set_scale(model, {"a": 0.5})
+    model(x)
+    with torch.no_grad():
+        gates = [m.gate(n) for m in adapted_layers(model).values() for n in ("a", "b")]
+        addresses = [g.data_ptr() for g in gates]
+        assert [b - a for a, b in itertools.pairwise(addresses)] == [4 * 4] * 9
+        assert all(g.dtype == torch.float32 for g in gates)
+        for scales in ({"a": 2.0}, {"a": 0.0, "b": -1.0}):
+            fastlora.set_scale(model, scales)
+            now = [m.gate(n) for m in adapted_layers(model).values() for n in ("a", "b")]
+            assert [g.data_ptr() for g in now] == addresses
+        assert all((g == 0).all() for g in gates[::2]) and all((g == -1).all() for g in gates[1::2])
 
 
 def test_set_scale_takes_names_or_all() -> None:

@@ -202,6 +202,12 @@ def test_training_works_after_inference(first: str, inject_inside: bool) -> None
         fastlora.set_scale(model, {"a": 2.0})
         fastlora.enable(model)
         model(x)
+        fastlora.set_scale(model, {"a": torch.ones(5)})
+        fastlora.disable(model, "b", "s")
+        model(x)
+    fastlora.set_scale(model, {"a": torch.full((5,), 0.5)})  # writes what was made inside
+    fastlora.set_scale(model, {"a": 2.0})
+    fastlora.enable(model)
     randomise(model, size=0.3)
     optimiser = torch.optim.Adam(fastlora.parameters(model), lr=1e-2)
     losses = []
