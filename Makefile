@@ -34,7 +34,7 @@ lint:  ## ruff, clang-format, pyright
 	@status=0; \
 	$(python) -m ruff check . || status=1; \
 	$(python) -m ruff format --check . || status=1; \
-	$(cpp) | xargs $(python) -m clang_format --dry-run --Werror || status=1; \
+	$(cpp) | xargs .venv/bin/clang-format --dry-run --Werror || status=1; \
 	$(python) -m pyright || status=1; \
 	exit $$status
 
@@ -42,7 +42,7 @@ format:  ## rewrite the sources in the style that `make lint` checks
 	@"$(PYTHON)" tools/environment.py .venv lint
 	@$(python) -m ruff check --fix .
 	@$(python) -m ruff format .
-	@$(cpp) | xargs $(python) -m clang_format -i
+	@$(cpp) | xargs .venv/bin/clang-format -i
 
 lock: environment  ## pin what requirements/*.in name (needs uv on the PATH)
 	@cd requirements && for name in main lint; do \

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlora.adapters.adapted import Adapted, adapted_layers
+from fastlora.adapters.adapted import Adapted
 from fastlora.adapters.layers import AdaptedConv2d, AdaptedEmbedding, AdaptedLinearLike
+from fastlora.adapters.lookup import adapted_layers
 from fastlora.adapters.slots import LoRASlot, SpectralSlot
 from fastlora.adapters.specs import AdapterError
 

@@ -1,6 +1,5 @@
 """Adapters on existing layers: inject, scale, fold, save, load, remove."""
 
-from fastlora.adapters.adapted import adapted_layers
 from fastlora.adapters.control import (
     adapters,
     disable,
@@ -13,6 +12,7 @@ from fastlora.adapters.control import (
 from fastlora.adapters.folding import fold, unfold
 from fastlora.adapters.inject import inject, remove
 from fastlora.adapters.io import load, save
+from fastlora.adapters.lookup import adapted_layers
 from fastlora.adapters.specs import AdapterError, AdapterInfo, LoRA, Spectral
 
 __all__ = [

@@ -8,15 +8,16 @@ it and taking the class back restores it. The adapters' parameters live in the c
 import copy
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastlora.adapters.arena import Arena
+from fastlora.adapters.folded_weight import fold_layers
 from fastlora.adapters.slots import LoRASlot, SpectralSlot
 from fastlora.adapters.specs import AdapterError
+from fastlora.adapters.tensors import full_precision, memory
 from fastlora.ops import spectral_weight
 
 
@@ -51,6 +52,7 @@ class Adapted(nn.Module):
 
     fastlora: Any  # Slots; torch declares what is in one as plain modules
     weight: Tensor
+    transposed = False  # low-rank parts add to Wᵀ
     _state: LayerState
 
     # --- what a base class provides ---------------------------------------------------------------
@@ -72,6 +74,10 @@ class Adapted(nn.Module):
     def matrix(self) -> Tensor:
         """The weight as `[out, everything else]`, a view."""
         return self.weight.reshape(self.weight.shape[0], -1)
+
+    def limited(self, weight: Tensor) -> Tensor:
+        """`weight` as the base's forward would change it before use."""
+        return weight
 
     def is_norm(self) -> bool:
         return False
@@ -121,8 +127,6 @@ class Adapted(nn.Module):
 
     def folded(self) -> Tensor:
         if self._state.stale:
-            from fastlora.adapters.folding import fold_layers
-
             fold_layers([self])
         folded = self.fastlora.folded_weight
         assert folded is not None
@@ -279,25 +283,11 @@ class Adapted(nn.Module):
         return blank, (base_class(type(self)),), *state
 
 
-def memory(t: Tensor) -> tuple[int, int] | None:
-    """Address and version of a tensor; None where there are none (inference mode, functorch)."""
-    try:
-        return t.data_ptr(), t._version
-    except RuntimeError:
-        return None
-
-
-def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Without autocast: what is computed about weights is not for one forward pass alone."""
-    if torch._C._is_any_autocast_enabled():
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
-
-
 # --- which class adapts which ---------------------------------------------------------------------
 
 _ADAPTED: dict[type[nn.Module], type[Adapted]] = {}
 _BASE: dict[type[nn.Module], type[nn.Module]] = {}
+_LIKE: dict[type[nn.Module], type[Adapted]] = {}
 Class = TypeVar("Class", bound=type[Adapted])
 
 
@@ -311,13 +301,23 @@ def adapts(base: type[nn.Module]) -> Callable[[Class], Class]:
     return register
 
 
+def adapts_subclasses(base: type[nn.Module]) -> Callable[[Class], Class]:
+    """Registers the decorated class for modules of subclasses of `base` without one of their own,
+    which may compute in any way: it is put before theirs and leaves their forward in charge."""
+
+    def register(adapted: Class) -> Class:
+        _LIKE[base] = adapted
+        return adapted
+
+    return register
+
+
 def adapted_class(base: type[nn.Module]) -> type[Adapted] | None:
     """The class that adapts modules of exactly type `base`; None if there is none."""
-    if base not in _ADAPTED and issubclass(base, nn.Linear):
-        # A subclass may compute in any way, so its own forward stays in charge.
-        from fastlora.adapters.layers import AdaptedLinearLike
-
-        adapts(base)(type(f"Adapted{base.__name__}", (AdaptedLinearLike, base), {}))
+    if base not in _ADAPTED:
+        for ancestor, like in _LIKE.items():
+            if issubclass(base, ancestor):
+                adapts(base)(type(f"Adapted{base.__name__}", (like, base), {}))
     return _ADAPTED.get(base)
 
 
@@ -336,36 +336,3 @@ def blank(base: type[nn.Module]) -> Adapted:
     adapted = adapted_class(base)
     assert adapted is not None
     return adapted.__new__(adapted)
-
-
-def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
-    """The adapted layers of a model by path."""
-    return {p: m for p, m in unwrapped(model).named_modules() if isinstance(m, Adapted)}
-
-
-def layers_of(model: nn.Module) -> list[Adapted]:
-    """The same layers without their paths, which cost more than all else in changing a strength."""
-    found: list[Adapted] = []
-    seen: set[int] = set()
-    stack: list[nn.Module | None] = [model]
-    while stack:
-        module = stack.pop()
-        if module is None or id(module) in seen:
-            continue
-        seen.add(id(module))
-        if isinstance(module, Adapted):
-            found.append(module)
-        else:
-            stack.extend(reversed(module._modules.values()))
-    return found
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of torch.compile's and DistributedDataParallel's modules: paths are its."""
-    while True:
-        if type(model).__name__ == "OptimizedModule" and "_orig_mod" in model._modules:
-            model = model._modules["_orig_mod"]  # type: ignore[assignment]
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        else:
-            return model

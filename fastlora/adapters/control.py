@@ -6,30 +6,15 @@ from typing import Any
 
 from torch import nn
 
-from fastlora.adapters.adapted import adapted_layers, layers_of
 from fastlora.adapters.arena import Arena, Scale, checked
-from fastlora.adapters.folding import check_strengths, fold_layers, folded_by, unfold
+from fastlora.adapters.folded_weight import fold_layers
+from fastlora.adapters.folding import check_strengths, folded_by, unfold
+from fastlora.adapters.lookup import adapted_layers, arenas, known_names, require_known
 from fastlora.adapters.slots import LoRASlot
 from fastlora.adapters.specs import AdapterError, AdapterInfo
 
 Scales = Mapping[str, Scale] | Scale
 Changes = list[tuple[Arena, dict[str, Any], dict[str, bool]]]
-
-
-def arenas(model: nn.Module) -> list[Arena]:
-    """The arenas of a model's adapted layers: one, unless its parts were adapted separately."""
-    return list({id(m._state.arena): m._state.arena for m in layers_of(model)}.values())
-
-
-def known_names(model: nn.Module) -> list[str]:
-    return sorted({name for layer in layers_of(model) for name in layer.fastlora})
-
-
-def require_known(model: nn.Module, *names: str) -> None:
-    known = known_names(model)
-    for name in names:
-        if name not in known:
-            raise AdapterError(f"no adapter named {name!r}; this model has {known or 'none'}")
 
 
 def adapters(model: nn.Module) -> dict[str, AdapterInfo]:

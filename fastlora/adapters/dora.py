@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from fastlora.adapters.adapted import full_precision, memory
 from fastlora.adapters.slots import LoRASlot
 from fastlora.adapters.specs import AdapterError
+from fastlora.adapters.tensors import full_precision, memory
 
 
 def row_scale(layer: Any, weight: Tensor, slot: LoRASlot, gate: Tensor) -> Tensor:

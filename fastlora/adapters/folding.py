@@ -1,26 +1,18 @@
 """`fold` writes the adapters into weights of their own; the pristine ones stay where they are."""
 
-import functools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from fastlora import ops
-from fastlora.adapters.adapted import (
-    Adapted,
-    adapted_class,
-    adapted_layers,
-    base_class,
-    layers_of,
-    unwrapped,
-)
+from fastlora.adapters.adapted import Adapted, adapted_class, base_class
 from fastlora.adapters.arena import Arena, Scale
-from fastlora.adapters.dora import row_scale
-from fastlora.adapters.layers import AdaptedConv2d, AdaptedEmbedding, AdaptedLinearLike
-from fastlora.adapters.slots import LoRASlot
+from fastlora.adapters.folded_weight import fold_layers
+from fastlora.adapters.layers import AdaptedLinearLike
+from fastlora.adapters.lookup import adapted_layers, layers_of, unwrapped
 from fastlora.adapters.specs import AdapterError
+from fastlora.adapters.surgery import remove_all
 
 
 def fold(model: nn.Module, permanent: bool = False) -> None:
@@ -45,15 +37,11 @@ def fold(model: nn.Module, permanent: bool = False) -> None:
         check_unshared(model, layers)
     fold_layers(layers.values())
     if permanent:
-        from fastlora.adapters.control import known_names
-        from fastlora.adapters.inject import remove
-
         with torch.no_grad():
             for layer in layers.values():
                 layer.weight.copy_(layer.folded())
         unfold(model)
-        for name in known_names(model):
-            remove(model, name)
+        remove_all(unwrapped(model))
 
 
 def unfold(model: nn.Module) -> None:
@@ -123,89 +111,3 @@ def check_unshared(model: nn.Module, layers: Mapping[str, Adapted]) -> None:
                 f"fold: {path}: {' and '.join(same)} are one parameter; folding for good would "
                 "change both. Give the layer a weight of its own first"
             )
-
-
-# What is made here under inference mode has to serve training later.
-@torch.inference_mode(False)
-@torch.no_grad()
-def fold_layers(layers: Iterable[Adapted]) -> None:
-    """Writes the folded weights. Low-rank parts of all layers go through one call of `ops.fold`."""
-    terms: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
-    for layer in layers:
-        layer.refresh()
-        out = buffer(layer)
-        active = layer._state.active
-        weight = layer.spectral(active)
-        weight = limited(layer, layer.weight.detach() if weight is None else weight)
-        slots = layer.low_rank_slots(active)
-        if any(s.spec.dora for s, _ in slots):
-            out.copy_(dora_weight(layer, weight, slots))
-        elif not slots:
-            out.copy_(weight)
-        else:
-            terms += parts(layer, weight, slots, out)
-        layer._state.merged, layer._state.stale = True, False
-        layer._state.forget()
-    if terms:
-        ops.fold(*([t[i] for t in terms] for i in range(5)))
-
-
-def buffer(layer: Adapted) -> Tensor:
-    """The layer's folded weight, at the same address as long as it fits."""
-    weight, old = layer.weight, layer.fastlora.folded_weight
-    fits = old is not None and old.is_contiguous() and old.shape == weight.shape
-    if old is None or not fits or old.dtype != weight.dtype or old.device != weight.device:
-        old = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        layer.fastlora.folded_weight = old
-    return old
-
-
-def limited(layer: Adapted, weight: Tensor) -> Tensor:
-    """An embedding's weight with the rows that a look-up would shorten to max_norm."""
-    if not isinstance(layer, AdaptedEmbedding) or layer.max_norm is None:
-        return weight
-    rows = torch.arange(len(weight), device=weight.device)
-    return torch.embedding_renorm_(weight.clone(), rows, layer.max_norm, layer.norm_type)
-
-
-def parts(
-    layer: Adapted, weight: Tensor, slots: list[tuple[LoRASlot, Tensor]], out: Tensor
-) -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-    """(W, D, U, g, W') as matrices, one for each group of a convolution."""
-    downs, ups = [s.down.detach() for s, _ in slots], [s.up.detach() for s, _ in slots]
-    if isinstance(layer, AdaptedEmbedding):  # rows are the vocabulary: Wᵀ is what adapts
-        downs, ups = [u.t() for u in ups], [d.t() for d in downs]
-    groups = layer.groups if isinstance(layer, AdaptedConv2d) else 1
-    matrices = (weight.flatten(1), out.view(out.shape[0], -1))
-    split = [[t.flatten(1).chunk(groups) for t in factors] for factors in (downs, ups)]
-    gates = [g.chunk(groups) for _, g in slots]
-    terms = []
-    for i, (w, o) in enumerate(zip(*(m.chunk(groups) for m in matrices), strict=True)):
-        down, up = ([t[i] for t in factors] for factors in split)
-        gate = [g[i] for g in gates]
-        terms.append((w, joined(down, 0), joined(up, 1), joined(gate, 0), o))
-    return terms
-
-
-def joined(tensors: list[Tensor], dim: int) -> Tensor:
-    if len(tensors) == 1:
-        return tensors[0]
-    dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
-    return torch.cat([t.to(dtype) for t in tensors], dim)
-
-
-def dora_weight(layer: Adapted, weight: Tensor, slots: list[tuple[LoRASlot, Tensor]]) -> Tensor:
-    """`W' = W + Σ (ρ (W + U g D) - W)` with DoRA's row scales ρ (1 for LoRA), rounded once."""
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    transposed = isinstance(layer, AdaptedEmbedding)
-    base = weight.to(wide)
-    result = base.clone()
-    for slot, gate in slots:
-        adapted = torch.empty_like(base)
-        terms = parts(layer, base, [(slot, gate)], adapted)
-        ops.fold(*([t[i] if i in (0, 3, 4) else t[i].to(wide) for t in terms] for i in range(5)))
-        if slot.spec.dora:
-            rho = row_scale(layer, weight.t() if transposed else weight, slot, gate)
-            adapted *= rho if transposed else rho.view(-1, *[1] * (weight.dim() - 1))
-        result += adapted - base
-    return result.to(weight.dtype)

@@ -1,7 +1,5 @@
 """`inject` and `remove`: adapters go in and out of a model whose layers stay the same objects."""
 
-import itertools
-import logging
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,20 +8,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fastlora.adapters.adapted import (
-    Adapted,
-    LayerState,
-    adapted_class,
-    adapted_layers,
-    base_class,
-    full_precision,
-    layers_of,
-    unwrapped,
-)
+from fastlora.adapters.adapted import Adapted, adapted_class, base_class
 from fastlora.adapters.arena import Arena
-from fastlora.adapters.control import adapters, arenas, known_names, require_known
+from fastlora.adapters.control import adapters
 from fastlora.adapters.dora import magnitude
 from fastlora.adapters.folding import check_plain, is_folded, refolding
+from fastlora.adapters.lookup import (
+    adapted_layers,
+    arenas,
+    known_names,
+    layers_of,
+    require_known,
+    unwrapped,
+)
 from fastlora.adapters.slots import (
     LoRASlot,
     Slot,
@@ -33,12 +30,18 @@ from fastlora.adapters.slots import (
     kaiming_uniform,
 )
 from fastlora.adapters.specs import AdapterError, AdapterInfo, LoRA, Spectral
-
-log = logging.getLogger("fastlora")
+from fastlora.adapters.surgery import (
+    adapt,
+    check_mergeable,
+    freeze_base,
+    merge,
+    restore,
+    set_fused_encoders,
+    unfreeze_base,
+)
+from fastlora.adapters.tensors import full_precision
 
 Where = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
-FROZEN = "_fastlora_frozen"  # on a module: names of its parameters that injecting froze
-FUSED = "_fastlora_fused"  # on a TransformerEncoder(Layer): what the attribute in charge was
 PLAIN = (nn.Linear, nn.Conv2d, nn.Embedding)
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -298,95 +301,3 @@ def decomposition(path: str, module: Any) -> tuple[Tensor, Tensor, Tensor] | Non
             return factors(weight.reshape(weight.shape[0], -1))
     except RuntimeError as error:
         raise AdapterError(f"inject: {path}: its weight has no decomposition: {error}") from None
-
-
-# --- changing the model ---------------------------------------------------------------------------
-
-
-def adapt(module: nn.Module, path: str, arena: Arena) -> Adapted:
-    if not isinstance(module, Adapted):
-        adapted = adapted_class(type(module))
-        assert adapted is not None
-        module.__class__ = adapted
-        module.__dict__["_state"] = LayerState(arena, path)
-        module.add_module("fastlora", Slots())
-        arena.join(module)
-    assert isinstance(module, Adapted)
-    return module
-
-
-def restore(layer: Adapted) -> None:
-    """The plain layer again."""
-    del layer._modules["fastlora"]
-    del layer.__dict__["_state"]
-    layer.__class__ = base_class(type(layer))  # type: ignore[reportAttributeAccessIssue]
-
-
-def freeze_base(model: nn.Module) -> None:
-    """Stops gradients of all that is not an adapter's; each module remembers which it had."""
-    slots = {id(s) for m in adapted_layers(model).values() for s in m.fastlora.modules()}
-    count = 0
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.requires_grad and id(module) not in slots:
-                parameter.requires_grad_(False)
-                module.__dict__[FROZEN] = (*vars(module).get(FROZEN, ()), name)
-                count += 1
-    if count:
-        log.info("inject froze %d base parameters; remove gives them back", count)
-
-
-def unfreeze_base(model: nn.Module) -> None:
-    for module in model.modules():
-        for name in vars(module).pop(FROZEN, ()):
-            parameter = module._parameters.get(name)
-            if parameter is not None:
-                parameter.requires_grad_(True)
-
-
-def check_mergeable(found: list[Arena]) -> None:
-    """Raises AdapterError where parts of a model disagree about an adapter that they share."""
-    for arena, other in itertools.combinations(found, 2):
-        for name in set(arena.scales) & set(other.scales):
-            a, b = arena.scales[name], other.scales[name]
-            if arena.enabled[name] != other.enabled[name] or not torch.equal(
-                *map(torch.as_tensor, (a, b))
-            ):
-                raise AdapterError(
-                    f"parts of the model have different strengths of {name!r}: {a} and {b}; "
-                    "set_scale and enable make them equal"
-                )
-    merged: dict[str, Any] = {}
-    for arena in found:
-        merged |= arena.scales
-    Arena().check(merged)
-
-
-def merge(found: list[Arena]) -> Arena:
-    """One arena for a model whose parts were adapted separately before."""
-    first = found[0]
-    for other in found[1:]:
-        first.scales |= other.scales
-        first.enabled |= other.enabled
-        for layer in other.layers():
-            layer._state.arena = first
-            first.join(layer)
-    return first
-
-
-def set_fused_encoders(model: nn.Module) -> None:
-    """The inference path of nn.TransformerEncoderLayer reads the weights of its layers and never
-    calls them. Where layers are adapted it is switched off, and on again where none is left."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            switch = "activation_relu_or_gelu"
-        elif isinstance(module, nn.TransformerEncoder):
-            switch = "use_nested_tensor"
-        else:
-            continue
-        own = vars(module)
-        if adapted_layers(module):
-            own.setdefault(FUSED, own[switch])
-            own[switch] = 0
-        elif FUSED in own:
-            own[switch] = own.pop(FUSED)

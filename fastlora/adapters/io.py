@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora.adapters.adapted import adapted_layers, unwrapped
 from fastlora.adapters.arena import checked
-from fastlora.adapters.control import adapters, known_names, require_known, set_scale
+from fastlora.adapters.control import adapters, set_scale
 from fastlora.adapters.inject import (
     NORMS,
     attach,
@@ -18,6 +17,7 @@ from fastlora.adapters.inject import (
     remove,
     unsuitable,
 )
+from fastlora.adapters.lookup import adapted_layers, known_names, require_known, unwrapped
 from fastlora.adapters.slots import LoRASlot, Slot, SpectralSlot
 from fastlora.adapters.specs import AdapterError, AdapterInfo, LoRA, Spectral, is_number
 from fastlora.formats import files, native

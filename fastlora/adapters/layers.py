@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlora.adapters.adapted import Adapted, adapts
+from fastlora.adapters.adapted import Adapted, adapts, adapts_subclasses
 from fastlora.adapters.dora import row_scale
 from fastlora.adapters.slots import LoRASlot
 from fastlora.ops import ContractError, lora_add_, lora_linear
@@ -85,6 +85,7 @@ class AdaptedLinear(Adapted, nn.Linear):
         return torch.cat(downs), torch.cat(ups, 1), gate
 
 
+@adapts_subclasses(nn.Linear)
 class AdaptedLinearLike(Adapted):
     """A subclass of nn.Linear that computes in a way of its own (quantised, parametrised): its own
     forward, then the low-rank part added in place."""
@@ -137,6 +138,15 @@ class AdaptedConv2d(Adapted, nn.Conv2d):
 class AdaptedEmbedding(Adapted, nn.Embedding):
     """`max_norm` limits the rows of the base, as it does without adapters; what the adapters add
     comes after."""
+
+    transposed = True  # rows are the vocabulary
+
+    def limited(self, weight: Tensor) -> Tensor:
+        """The weight with the rows that a look-up would shorten to max_norm."""
+        if self.max_norm is None:
+            return weight
+        rows = torch.arange(len(weight), device=weight.device)
+        return torch.embedding_renorm_(weight.clone(), rows, self.max_norm, self.norm_type)
 
     def with_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         max_norm = None if weight is self.fastlora.folded_weight else self.max_norm

@@ -32,29 +32,30 @@ def run(
     out = ensure_writable(out)
     for needed in ("PIL", "safetensors", "sklearn", "tqdm", "transformers"):
         __import__(needed)
-    from fastlora.demo import checks, report, slider, speed, subject
+    from fastlora.demo import checks, report, slider, speed, subject, words
+    from fastlora.demo.findings import Findings
     from fastlora.demo.world import World, fastest_threads
 
     start = time.perf_counter()
     world = World.make(settings or Settings(), seed, progress)
     with fastest_threads(world):
-        world.say(report.banner(world, out))
+        world.say(words.banner(world, out))
         with world.part("a thickness slider from pairs of pictures"):
             thickness = slider.make_slider(world)
             first = slider.save_slider(thickness, out)
-            world.say(report.say_slider(thickness))
+            world.say(words.say_slider(thickness))
         with world.part("a subject from five pictures"):
             mirrored = subject.make_subject(world)
             second = subject.save_subject(mirrored, out)
-            world.say(report.say_subject(mirrored))
+            world.say(words.say_subject(mirrored))
         with world.part("both at once, fused against reference"):
             model, together = checks.make_together(world, (first, second), mirrored)
             verified = checks.make_checks(world, model)
-            world.say(report.say_checks(together, verified))
+            world.say(words.say_checks(together, verified))
         with world.part("against plain PyTorch, PEFT and diffusers"):
             comparisons = speed.make_comparisons(world)
-            world.say(report.say_comparisons(comparisons))
-        found = report.Findings(world, out, thickness, mirrored, together, verified, comparisons)
+            world.say(words.say_comparisons(comparisons))
+        found = Findings(world, out, thickness, mirrored, together, verified, comparisons)
         numbers = report.write(found, time.perf_counter() - start)
     world.say(f"\n{out / 'report.html'}, {time.perf_counter() - start:.0f} s in all")
     return numbers

@@ -10,18 +10,11 @@ import torch
 
 from fastlora.demo import charts, images
 from fastlora.demo.checks import Check
-from fastlora.demo.report import (
-    Findings,
-    curve,
-    duration,
-    label,
-    losses,
-    rising,
-    threads_of_processor,
-)
-from fastlora.demo.slider import Slider
+from fastlora.demo.findings import Findings, threads_of_processor
+from fastlora.demo.slider import THICK, THIN, Slider
 from fastlora.demo.style import CSS, SCRIPT
 from fastlora.demo.subject import Personalised, Scores, Trained
+from fastlora.demo.words import duration, label, losses, rising
 from fastlora.demo.world import WORDS
 
 
@@ -150,6 +143,10 @@ def json_list(names: Sequence[str]) -> str:
     import json
 
     return escape(json.dumps(list(names), ensure_ascii=False), True)
+
+
+def curve(s: Slider) -> str:
+    return charts.curve(s.strengths, s.thickness.tolist(), s.mean, s.accuracy, (THIN, THICK))
 
 
 def strip(s: Slider) -> str:

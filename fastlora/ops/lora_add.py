@@ -48,7 +48,7 @@ def _plan(y: Tensor, x: Tensor, down: Tensor | None, up: Tensor, gate: Tensor) -
     )
     if plain and work <= TINY and rank <= 1024 and features <= 4096 and x.device.type == "cpu":
         return lambda *operands: kernels.lora_add_(*operands, None)
-    if work <= TINY_CUDA and x.is_cuda and y.is_contiguous():
+    if work <= TINY_CUDA and x.is_cuda and x.dtype != torch.float64 and y.is_contiguous():
         return _kernel
     if y.dim() >= 3 and not y.is_contiguous() and y.movedim(-1, 1).is_contiguous():
         return _channels_first

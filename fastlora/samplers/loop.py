@@ -53,13 +53,15 @@ def sample(
     torch's generator. A sample does not depend on the rest of its batch. Raises ValueError for what
     does not fit together.
     """
-    steps: Any = sample_steps(model, table, x, cond, uncond, guidance_scale, seeds)
+    copies, arguments = _checked(model, table, x, cond, uncond, guidance_scale, seeds)
+    steps: Any = _steps(model, table, *arguments, around=nullcontext)
     if progress:
         from tqdm import tqdm
 
         steps = tqdm(steps, total=len(table), desc="sampling", unit="step")
-    for step in steps:
-        x = step.x
+    with _tiled(model, copies):  # once: nobody looks at the model between steps
+        for step in steps:
+            x = step.x
     return x
 
 
@@ -73,6 +75,23 @@ def sample_steps(
     seeds: Sequence[int] | Tensor | None = None,
 ) -> Iterator[Step]:
     """`sample` as an iterator: the model runs only as far as one looks."""
+    copies, arguments = _checked(model, table, x, cond, uncond, guidance_scale, seeds)
+    return _steps(model, table, *arguments, around=lambda: _tiled(model, copies))
+
+
+sample.steps = sample_steps  # type: ignore[attr-defined]
+
+
+def _checked(
+    model: Model,
+    table: Table,
+    x: Tensor,
+    cond: Any,
+    uncond: Any,
+    guidance_scale: float | Tensor,
+    seeds: Sequence[int] | Tensor | None,
+) -> tuple[int, tuple[Any, ...]]:
+    """Copies of the batch that a model call sees, and what `_steps` takes from x on."""
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 1:
         raise ValueError(
             f"sample: x: expected a floating-point tensor [B, ...], got {_describe(x)}"
@@ -88,10 +107,7 @@ def sample_steps(
         cond = _concatenated(cond, uncond, batch, "")
     if seeds is not None or table.stochastic:
         seeds = as_seeds(seeds, batch, x.device, "sample")
-    return _steps(model, table, x, cond, weights, seeds, input_dtype)
-
-
-sample.steps = sample_steps  # type: ignore[attr-defined]
+    return weights.shape[1], (x, cond, weights, seeds, input_dtype)
 
 
 @torch.no_grad()
@@ -103,6 +119,8 @@ def _steps(
     weights: Tensor,  # [1, copies, B or 1]
     seeds: Tensor | None,  # [B]
     input_dtype: torch.dtype,
+    *,
+    around: Callable[[], AbstractContextManager[Any]],  # each call of the model
 ) -> Iterator[Step]:
     copies, steps = weights.shape[1], len(table)
     coefficients = table.coefficients.to(x.device, x.dtype)
@@ -111,7 +129,7 @@ def _steps(
     history = torch.zeros_like(x) if table.remembers else None
     model_input = x.to(input_dtype).repeat(copies, *[1] * (x.dim() - 1))
     for index, timestep in enumerate(table.timesteps.tolist()):
-        with _tiled(model, copies):
+        with around():
             prediction = model(model_input, times[index], cond)
         if not isinstance(prediction, Tensor) or prediction.shape != model_input.shape:
             raise ValueError(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora.adapters import adapted_layers
-from fastlora.adapters.control import arenas
+from fastlora.adapters.lookup import arenas
 from tests.adapters.nets import Net, mixed
 from tests.adapters.oracles import randomise, same_bits, snapshot
 

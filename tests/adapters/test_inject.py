@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora.adapters import adapted_layers
-from fastlora.adapters.control import arenas
+from fastlora.adapters.lookup import arenas
 from tests.adapters.oracles import assert_unchanged, randomise, snapshot
 
 

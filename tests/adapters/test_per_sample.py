@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora.adapters import adapted_layers, tiled
-from fastlora.adapters.control import arenas
+from fastlora.adapters.lookup import arenas
 from tests.adapters.nets import net
 from tests.adapters.oracles import adapted_weight, randomise, spectral_weight
 

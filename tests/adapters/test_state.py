@@ -11,7 +11,7 @@ from torch import nn
 
 import fastlora
 from fastlora.adapters import adapted_layers
-from fastlora.adapters.control import arenas
+from fastlora.adapters.lookup import arenas
 from tests.adapters.nets import Net, mixed, values
 from tests.adapters.oracles import assert_unchanged, randomise, same_bits, snapshot
 

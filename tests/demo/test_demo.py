@@ -20,7 +20,7 @@ pytest.importorskip("transformers", reason="the demo needs fastlora[demo]")
 
 import fastlora
 from fastlora import cli, demo
-from fastlora.demo import Settings, images, page, report, slider
+from fastlora.demo import Settings, images, page, slider, words
 from fastlora.demo.world import World, fastest_threads
 
 PICTURES = {"slider.png", "pairs.png", "subject.png", "together.png"}
@@ -254,10 +254,10 @@ def test_enlarged_tiles_do_not_bleed():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"), [(2.5e-6, "2.5 µs"), (0.0123, "12.3 ms"), (3.21, "3.2 s")], ids=str
+    ("seconds", "said"), [(2.5e-6, "2.5 µs"), (0.0123, "12.3 ms"), (3.21, "3.2 s")], ids=str
 )
-def test_durations(seconds, words):
-    assert report.duration(seconds) == words
+def test_durations(seconds, said):
+    assert words.duration(seconds) == said
 
 
 def test_strengths_have_real_signs():

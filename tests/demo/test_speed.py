@@ -9,7 +9,7 @@ import xml.etree.ElementTree as ET
 import pytest
 import torch
 
-from fastlora.demo import charts, report, speed
+from fastlora.demo import charts, speed, words
 from fastlora.demo.speed import Comparison, Row
 
 CPU = torch.device("cpu")
@@ -47,10 +47,10 @@ def test_peers_that_are_not_installed(monkeypatch, module):
 
 def test_absent_peers_are_shown_as_such():
     row = Row("PEFT", None, None)
-    assert report.label(row) == "not installed"
-    chart = charts.bars([("PEFT", None, report.label(row), False)])
+    assert words.label(row) == "not installed"
+    chart = charts.bars([("PEFT", None, words.label(row), False)])
     assert "not installed" in chart
-    assert report.losses([Comparison("t", "w", [Row("fastlora", 1e-3, 1.0), row])]) == []
+    assert words.losses([Comparison("t", "w", [Row("fastlora", 1e-3, 1.0), row])]) == []
 
 
 def test_where_a_peer_is_faster_it_is_said():
@@ -61,7 +61,7 @@ def test_where_a_peer_is_faster_it_is_said():
         Row("PEFT, unmerged", 1.5e-3, 1.5),
         Row("plain PyTorch", 3e-3, 3.0),
     ]
-    (said,) = report.losses([Comparison("Model", "batch 8", rows)])
+    (said,) = words.losses([Comparison("Model", "batch 8", rows)])
     assert said == "model, batch 8 (PEFT, unmerged, 1.50× against 2.00×)"
 
 

@@ -1,0 +1,22 @@
+"""Two questions about tensors that caches and weight arithmetic ask."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def memory(t: Tensor) -> tuple[int, int] | None:
+    """Address and version of a tensor; None where there are none (inference mode, functorch)."""
+    try:
+        return t.data_ptr(), t._version
+    except RuntimeError:
+        return None
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Without autocast: what is computed about weights is not for one forward pass alone."""
+    if torch._C._is_any_autocast_enabled():
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
