@@ -7,7 +7,7 @@
 PYTHON ?= python3
 ARGS ?=
 python := .venv/bin/python
-cpp := find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
+cpp := find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 
 .PHONY: help environment demo test bench lint format doctor lock clean
 

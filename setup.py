@@ -1,4 +1,4 @@
-"""Drives CMakeLists.txt, the one build definition of the extension `fastlora._C`."""
+"""Drives CMakeLists.txt, the one build definition of `fastlora._C` and `fastlora._emulator`."""
 
 import json
 import os
@@ -20,7 +20,7 @@ built_for = ""  # "cpu" or "cu130", known after the build
 
 
 class CMakeBuild(build_ext):
-    """Configures and builds the target `_C` straight into the place setuptools asks for."""
+    """Configures and builds `_C` and `_emulator` straight into the place setuptools asks for."""
 
     def build_extension(self, ext: Extension) -> None:
         global built_for
@@ -50,12 +50,14 @@ class CMakeBuild(build_ext):
             f"-DFASTLORA_CUDA={os.environ.get('FASTLORA_CUDA') or 'auto'}",
             f"-DFASTLORA_CUDA_ARCHS={os.environ.get('FASTLORA_CUDA_ARCHS', '')}",
         ]
-        for command in (configure, ["cmake", "--build", str(work), "--target", "_C"]):
+        build = ["cmake", "--build", str(work), "--target", ext.name.rpartition(".")[2]]
+        for command in (configure, build):
             if subprocess.run(command, env=environment).returncode != 0:
-                raise CompileError("the build of fastlora._C failed; CMake's messages are above")
+                raise CompileError(f"the build of {ext.name} failed; CMake's messages are above")
         memory.write_text(remembered)
         summary, built_for = (work / "summary.txt").read_text().splitlines()
-        print(f"fastlora: {summary}")
+        if ext is self.extensions[-1]:
+            print(f"fastlora: {summary}")
 
 
 class Wheel(bdist_wheel):
@@ -68,6 +70,6 @@ class Wheel(bdist_wheel):
 
 
 setup(
-    ext_modules=[Extension("fastlora._C", sources=[])],
+    ext_modules=[Extension(f"fastlora.{name}", sources=[]) for name in ("_C", "_emulator")],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
 )

@@ -53,7 +53,8 @@ void launch_add_noise(const AddNoise& p, int device, void* stream) {
   const auto kernel = p.dtype == DType::kFloat16    ? add_noise_kernel<__half>
                       : p.dtype == DType::kBFloat16 ? add_noise_kernel<__nv_bfloat16>
                                                     : add_noise_kernel<float>;
-  launch(kernel, elementwise_grid(p.batch, p.inner), dim3(kThreads), 0, stream, p, vectors);
+  launch("add_noise", kernel, elementwise_grid(p.batch, p.inner), dim3(kThreads), 0, stream, p,
+         vectors);
 }
 
 }  // namespace fastlora

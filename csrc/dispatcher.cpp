@@ -25,6 +25,7 @@ PyObject* g_is_neg = nullptr;        // torch.Tensor.is_neg, unbound
 PyObject* g_requires_grad = nullptr;
 PyObject* g_current_level = nullptr;
 std::atomic<PyTypeObject*> g_dtype{nullptr};  // torch.dtype, a static type, once seen
+std::atomic<int64_t> g_plans{0};              // which set of plans is in use
 
 py::object call(PyObject* function) {
   PyObject* result = PyObject_CallNoArgs(function);
@@ -52,6 +53,8 @@ class Signature {
   static constexpr size_t kCapacity = 384;
 
   enum class Kind : int64_t { kNone = 1, kInt, kFloat, kTensor, kList, kOther };
+
+  Signature() { word(g_plans.load(std::memory_order_relaxed)); }
 
   bool full() const { return size_ >= kCapacity; }
   bool has_tensor_subclass() const { return subclass_; }
@@ -295,6 +298,8 @@ void set_guards(py::list guards, py::dict forward_ad, py::object grad_enabled, p
 void bind_dispatcher(py::module_& m) {
   m.def("set_guards", &set_guards);
   m.def("make_dispatcher", &make_dispatcher);
+  // Plans made under another number are not found, nor lost: CPU tensors on the emulator.
+  m.def("set_plans", [](int64_t number) { g_plans = number; });
 }
 
 }  // namespace fastlora

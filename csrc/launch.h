@@ -2,6 +2,10 @@
 // GPU. Included by .cu files only.
 #pragma once
 
+#ifdef FASTLORA_EMULATED
+#include "emulator/launch.h"
+#else
+
 #include <cuda_runtime.h>
 
 #include <stdexcept>
@@ -34,16 +38,44 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
+namespace detail {
+
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
-            Arguments&&... arguments) {
+void launch(const char* name, bool dependent, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+            size_t shared_bytes, void* stream, Arguments&&... arguments) {
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &overlap;
+  config.numAttrs = dependent ? 1 : 0;
   check_cuda(cudaLaunchKernelEx(&config, kernel, Parameters(std::forward<Arguments>(arguments))...),
-             "kernel launch");
+             name);
+}
+
+}  // namespace detail
+
+// `name` is for messages.
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+            size_t shared_bytes, void* stream, Arguments&&... arguments) {
+  detail::launch(name, false, kernel, grid, block, shared_bytes, stream,
+                 std::forward<Arguments>(arguments)...);
+}
+
+// The same for a kernel that may start before the one before it has finished (sm_90 and newer), and
+// therefore calls wait_for_previous_kernel() (ptx.cuh) before it touches what that one writes.
+template <class... Parameters, class... Arguments>
+void launch_dependent(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                      size_t shared_bytes, void* stream, Arguments&&... arguments) {
+  detail::launch(name, true, kernel, grid, block, shared_bytes, stream,
+                 std::forward<Arguments>(arguments)...);
 }
 
 }  // namespace fastlora
+
+#endif

@@ -81,8 +81,8 @@ __device__ __forceinline__ void accumulate(float (&sum)[kMine][kColumns / kSide]
                                            const Source<T>& p, int64_t first_token,
                                            int64_t first_column) {
   constexpr int kWide = kColumns / kSide;  // columns of one thread
-  __shared__ __align__(16) float a[kTileK][kTileTokens + kPad];
-  __shared__ __align__(16) float b[kTileK][kColumns + kPad];
+  FASTLORA_SHARED(a, float[kTileK][kTileTokens + kPad]);
+  FASTLORA_SHARED(b, float[kTileK][kColumns + kPad]);
   const int my_token = int(threadIdx.x) / kSide * kMine;
   const int my_column = int(threadIdx.x) % kSide * kWide;
   for (int64_t k0 = 0; k0 < p.k; k0 += kTileK) {
@@ -164,8 +164,8 @@ void launch_product(const Problem<T>& p, void* stream) {
   const int64_t y = (p.columns + kColumns - 1) / kColumns;
   if (x > INT32_MAX || y > 65535)
     throw std::invalid_argument("lora_linear: x: too many tokens or outputs for one launch");
-  launch(lora_linear_kernel<T, kColumns>, dim3(unsigned(x), unsigned(y)), dim3(kBlock), 0, stream,
-         p);
+  launch("lora_linear", lora_linear_kernel<T, kColumns>, dim3(unsigned(x), unsigned(y)),
+         dim3(kBlock), 0, stream, p);
 }
 
 template <class T>
@@ -188,8 +188,8 @@ void run(const LoraLinear& v, void* stream) {
     launch_product<T, kTileRank>(p, stream);
   } else if (v.rank > 0) {
     const int64_t blocks = (v.tokens * v.rank + kBlock - 1) / kBlock;
-    launch(gate_kernel<T>, dim3(unsigned(blocks < 65536 ? blocks : 65536)), dim3(kBlock), 0, stream,
-           v.h.ptr<T>(), operand<T>(v.x), v.gate.ptr<const float>(), gate_row, gate_column,
+    launch("gate", gate_kernel<T>, dim3(unsigned(blocks < 65536 ? blocks : 65536)), dim3(kBlock), 0,
+           stream, v.h.ptr<T>(), operand<T>(v.x), v.gate.ptr<const float>(), gate_row, gate_column,
            v.tokens_per_row, v.rank);
   }
   Problem<T> p{};

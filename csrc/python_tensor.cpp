@@ -75,7 +75,7 @@ PyObject* empty_tensor(const TensorView& like, const int64_t* shape, int32_t ndi
 
 void* current_stream(const TensorView& t) {
   void* stream = nullptr;
-  if (!t.cpu() &&
+  if (t.device.device_type != kDLCPU &&
       g_api->current_work_stream(t.device.device_type, t.device.device_id, &stream) != 0)
     throw pybind11::error_already_set();
   return stream;

@@ -51,8 +51,8 @@ __device__ __forceinline__ float load_factor(const Layer& p, int64_t row, int64_
 template <class T, class Layer>
 __global__ void __launch_bounds__(kTileThreads, 3)
     rank_update_kernel(const __grid_constant__ LayerGroup<Layer> group) {
-  __shared__ __align__(16) float down[kTileRank][kTileColumns];
-  __shared__ __align__(16) float factor[kTileRank][kTileRows + 4];
+  FASTLORA_SHARED(down, float[kTileRank][kTileColumns]);
+  FASTLORA_SHARED(factor, float[kTileRank][kTileRows + 4]);
 
   int32_t i = 0;
   while (i + 1 < group.count && group.first_tile[i + 1] <= int32_t(blockIdx.x)) ++i;
@@ -139,7 +139,7 @@ class RankUpdate {
     const auto kernel = dtype_ == DType::kFloat16    ? rank_update_kernel<__half, Layer>
                         : dtype_ == DType::kBFloat16 ? rank_update_kernel<__nv_bfloat16, Layer>
                                                      : rank_update_kernel<float, Layer>;
-    launch(kernel, dim3(unsigned(tiles_)), dim3(kTileThreads), 0, stream_, group_);
+    launch("rank_update", kernel, dim3(unsigned(tiles_)), dim3(kTileThreads), 0, stream_, group_);
     group_.count = 0;
     tiles_ = 0;
   }

@@ -93,7 +93,8 @@ void launch_typed(const SamplerStep& p, bool vectors, void* stream) {
   const auto kernel = p.n == 1   ? sampler_step_kernel<E, M, 1>
                       : p.n == 2 ? sampler_step_kernel<E, M, 2>
                                  : sampler_step_kernel<E, M, 0>;
-  launch(kernel, elementwise_grid(p.batch, p.inner), dim3(kThreads), 0, stream, p, vectors);
+  launch("sampler_step", kernel, elementwise_grid(p.batch, p.inner), dim3(kThreads), 0, stream, p,
+         vectors);
 }
 
 template <class E>

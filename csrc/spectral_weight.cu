@@ -25,7 +25,7 @@ struct Dots {
 // One warp's lanes lie along the columns; the block's warps share the rows.
 template <class T>
 __global__ void __launch_bounds__(kDotColumns* kDotRows) spectral_dots_kernel(Dots p) {
-  __shared__ double partial[kDotRows][kDotColumns];
+  FASTLORA_SHARED(partial, double[kDotRows][kDotColumns]);
   const int lane = int(threadIdx.x), slice = int(threadIdx.y);
   const int64_t column = int64_t(blockIdx.x) * kDotColumns + lane;
   double sum = 0;
@@ -65,7 +65,8 @@ void launch_spectral_dots(const SpectralDots& v, void* stream) {
                       : v.product.dtype == DType::kBFloat16 ? spectral_dots_kernel<__nv_bfloat16>
                                                             : spectral_dots_kernel<float>;
   const int64_t blocks = (p.rank + kDotColumns - 1) / kDotColumns;
-  launch(kernel, dim3(unsigned(blocks)), dim3(kDotColumns, kDotRows), 0, stream, p);
+  launch("spectral_dots", kernel, dim3(unsigned(blocks)), dim3(kDotColumns, kDotRows), 0, stream,
+         p);
 }
 
 }  // namespace fastlora

@@ -60,7 +60,11 @@ struct TensorView {
     return true;
   }
   bool aligned(int64_t bytes) const { return reinterpret_cast<uintptr_t>(data) % bytes == 0; }
+#ifdef FASTLORA_EMULATED
+  bool cpu() const { return false; }  // this machine's memory is that of the emulated GPU
+#else
   bool cpu() const { return device.device_type == kDLCPU; }
+#endif
   template <class T>
   T* ptr() const {
     return static_cast<T*>(data);
@@ -73,8 +77,9 @@ inline std::string describe(const TensorView& t) {
   for (int32_t i = 0; i < t.ndim; ++i) s << (i ? ", " : "") << t.shape[i];
   s << "] strides [";
   for (int32_t i = 0; i < t.ndim; ++i) s << (i ? ", " : "") << t.strides[i];
-  s << "] on " << (t.cpu() ? "cpu" : "device ");
-  if (!t.cpu()) s << t.device.device_type << ":" << t.device.device_id;
+  const bool cpu = t.device.device_type == kDLCPU;
+  s << "] on " << (cpu ? "cpu" : "device ");
+  if (!cpu) s << t.device.device_type << ":" << t.device.device_id;
   return s.str();
 }
 

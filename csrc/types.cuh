@@ -9,6 +9,8 @@
 
 #include <cstdint>
 
+#include "device.cuh"
+
 namespace fastlora {
 
 constexpr int kWidth = 8;  // elements that one thread handles at a time
@@ -33,9 +35,11 @@ union alignas(16) Packet {
 // `vectors`: all kWidth elements exist and `from` is 16-byte aligned; otherwise `count` of them
 // exist.
 template <class T>
-__device__ __forceinline__ void load(const T* from, bool vectors, int count, float* to) {
+__device__ __forceinline__ void load(const T* from, bool vectors, int count, float* to,
+                                     Here here = Here::current()) {
   constexpr int kPacket = 16 / sizeof(T);
   if (vectors) {
+    readable(from, kWidth, 16, here);
 #pragma unroll
     for (int k = 0; k < kWidth; k += kPacket) {
       Packet<T> packet;
@@ -45,14 +49,17 @@ __device__ __forceinline__ void load(const T* from, bool vectors, int count, flo
     }
     return;
   }
+  if (count > 0) readable(from, count, alignof(T), here);
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) to[i] = i < count ? widen(from[i]) : 0.0f;
 }
 
 template <class T>
-__device__ __forceinline__ void store(T* to, bool vectors, int count, const float* from) {
+__device__ __forceinline__ void store(T* to, bool vectors, int count, const float* from,
+                                      Here here = Here::current()) {
   constexpr int kPacket = 16 / sizeof(T);
   if (vectors) {
+    writable(to, kWidth, 16, here);
 #pragma unroll
     for (int k = 0; k < kWidth; k += kPacket) {
       Packet<T> packet;
@@ -62,6 +69,7 @@ __device__ __forceinline__ void store(T* to, bool vectors, int count, const floa
     }
     return;
   }
+  if (count > 0) writable(to, count, alignof(T), here);
 #pragma unroll
   for (int i = 0; i < kWidth; ++i)
     if (i < count) narrow(from[i], to + i);
@@ -69,21 +77,24 @@ __device__ __forceinline__ void store(T* to, bool vectors, int count, const floa
 
 // The same for any address and for elements `stride` apart.
 template <class T>
-__device__ __forceinline__ void load_strided(const T* from, int64_t stride, int count, float* to) {
+__device__ __forceinline__ void load_strided(const T* from, int64_t stride, int count, float* to,
+                                             Here here = Here::current()) {
   const bool vectors =
       stride == 1 && count >= kWidth && reinterpret_cast<uintptr_t>(from) % 16 == 0;
-  if (stride == 1) return load(from, vectors, count, to);
+  if (stride == 1) return load(from, vectors, count, to, here);
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) to[i] = i < count ? widen(from[i * stride]) : 0.0f;
+  for (int i = 0; i < kWidth; ++i)
+    to[i] = i < count ? widen(*readable(from + i * stride, 1, alignof(T), here)) : 0.0f;
 }
 
 template <class T>
-__device__ __forceinline__ void store_strided(T* to, int64_t stride, int count, const float* from) {
+__device__ __forceinline__ void store_strided(T* to, int64_t stride, int count, const float* from,
+                                              Here here = Here::current()) {
   const bool vectors = stride == 1 && count >= kWidth && reinterpret_cast<uintptr_t>(to) % 16 == 0;
-  if (stride == 1) return store(to, vectors, count, from);
+  if (stride == 1) return store(to, vectors, count, from, here);
 #pragma unroll
   for (int i = 0; i < kWidth; ++i)
-    if (i < count) narrow(from[i], to + i * stride);
+    if (i < count) narrow(from[i], writable(to + i * stride, 1, alignof(T), here));
 }
 
 inline bool aligned16(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }

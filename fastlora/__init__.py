@@ -26,7 +26,7 @@ from fastlora.adapters import (
     unfold,
 )
 from fastlora.formats.files import FormatError
-from fastlora.ops import ContractError
+from fastlora.ops import ContractError, emulated
 from fastlora.samplers import Schedule, ddim, noise, sample, sample_steps
 from fastlora.verify import VerifyReport, verify
 
@@ -44,6 +44,7 @@ __all__ = [
     "adapters",
     "ddim",
     "disable",
+    "emulated",
     "enable",
     "fold",
     "inject",

@@ -18,6 +18,9 @@
 
 namespace fastlora {
 
+template <class... Arguments>
+void unreachable(const Arguments&...) {}
+
 enum class Isa { kBaseline, kAvx2, kAvx512 };
 
 // The best instruction set of this machine, or the one that FASTLORA_CPU_ISA names.
@@ -27,7 +30,10 @@ const char* isa_name();
 }  // namespace fastlora
 
 // Declares a loop `void name(args)` in every namespace.
-#if FASTLORA_X86
+#ifdef FASTLORA_EMULATED  // a build for GPUs alone
+#define FASTLORA_DECLARE_CPU(name, ...)
+#define FASTLORA_CPU_CALL(name, ...) ::fastlora::unreachable(__VA_ARGS__)
+#elif FASTLORA_X86
 #define FASTLORA_DECLARE_CPU(name, ...) \
   namespace fastlora::baseline {        \
   void name(__VA_ARGS__);               \

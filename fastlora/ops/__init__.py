@@ -1,6 +1,7 @@
 """The operators. Each is a function with its plain PyTorch version as `.reference`."""
 
 from fastlora.ops._define import ContractError, Operator, operators
+from fastlora.ops._device import emulated
 from fastlora.ops.add_noise import add_noise
 from fastlora.ops.fold import fold
 from fastlora.ops.lora_add import lora_add_
@@ -14,6 +15,7 @@ __all__ = [
     "ContractError",
     "Operator",
     "add_noise",
+    "emulated",
     "lora_add_",
     "lora_linear",
     "operators",

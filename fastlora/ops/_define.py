@@ -31,6 +31,16 @@ class Operator(Protocol):
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
+def share_exchange_api(extension: Any) -> None:
+    """Gives an extension what turns torch's tensors into views."""
+    capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if capsule is None:
+        raise ImportError(
+            f"fastlora needs torch >= 2.10 (DLPack's C exchange API), got torch {torch.__version__}"
+        )
+    extension.set_exchange_api(capsule, Tensor, torch.nn.Parameter)
+
+
 def _load_kernels() -> Any:
     try:
         kernels = importlib.import_module("fastlora._C")
@@ -45,12 +55,7 @@ def _load_kernels() -> Any:
         # not leaves the system's.
         ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
         kernels = importlib.import_module("fastlora._C")
-    capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    if capsule is None:
-        raise ImportError(
-            f"fastlora needs torch >= 2.10 (DLPack's C exchange API), got torch {torch.__version__}"
-        )
-    kernels.set_exchange_api(capsule, Tensor, torch.nn.Parameter)
+    share_exchange_api(kernels)
     functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009 (not in its type stub)
     # Each of these, when not idle, means that somebody has to see the operator itself. The idle
     # values are singletons and compared by identity.

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fastlora.ops import _philox
-from fastlora.ops._define import FLOATS, define_op, expect, expect_tensor, gate_dtype, kernels
+from fastlora.ops._define import FLOATS, define_op, expect, expect_tensor, gate_dtype
+from fastlora.ops._device import device_type, kernels_of
 
 
 def add_noise(
@@ -72,9 +73,10 @@ _reference = add_noise
 
 
 def _plan(x0: Tensor, *rest: Tensor | None) -> Any:
-    if not (x0.device.type == "cpu" or (x0.is_cuda and x0.dtype != torch.float64)):
+    device = device_type(x0)
+    if not (device == "cpu" or (device == "cuda" and x0.dtype != torch.float64)):
         return _reference  # float64 and other devices: exactness, not speed
-    shape, kernel = x0.shape, kernels.add_noise
+    shape, kernel = x0.shape, kernels_of(x0).add_noise
     contiguous = all(t is None or t.is_contiguous() for t in (x0, *rest))
 
     def route(x0: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:

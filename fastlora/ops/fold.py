@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastlora.ops._define import FLOATS, define_op, expect, expect_tensor, gate_dtype, kernels
+from fastlora.ops._device import device_type, kernels_of
 
 
 def fold(
@@ -98,9 +99,9 @@ def _explain(i: int, weight: Any, down: Any, up: Any, gate: Any, out: Any) -> No
 
 def _plan(weights: list[Tensor], *rest: Any) -> Any:
     for i, weight in enumerate(weights):
-        if weight.is_cuda and weight.dtype == torch.float64:
+        if device_type(weight) == "cuda" and weight.dtype == torch.float64:
             expect(False, "fold", f"weights[{i}]", "float32, float16 or bfloat16 on CUDA", weight)
-    return kernels.fold
+    return kernels_of(weights[0]).fold if weights else kernels.fold
 
 
 fold = define_op(fold, fake=_fake, plan=_plan, mutates=("outs",), differentiable=False)

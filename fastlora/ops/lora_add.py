@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastlora.ops._define import define_op, expect, expect_tensor, gate_dtype, kernels
+from fastlora.ops._device import device_type, kernels_of
 from fastlora.ops.lora_linear import TINY, TINY_CUDA, _rows, accumulate, check_low_rank
 
 
@@ -46,9 +47,10 @@ def _plan(y: Tensor, x: Tensor, down: Tensor | None, up: Tensor, gate: Tensor) -
         t is None or (t.is_contiguous() and (t is gate or t.dtype == x.dtype))
         for t in (y, x, down, up, gate)
     )
-    if plain and work <= TINY and rank <= 1024 and features <= 4096 and x.device.type == "cpu":
+    device = device_type(x)
+    if plain and work <= TINY and rank <= 1024 and features <= 4096 and device == "cpu":
         return lambda *operands: kernels.lora_add_(*operands, None)
-    if work <= TINY_CUDA and x.is_cuda and x.dtype != torch.float64 and y.is_contiguous():
+    if work <= TINY_CUDA and device == "cuda" and x.dtype != torch.float64 and y.is_contiguous():
         return _kernel
     if y.dim() >= 3 and not y.is_contiguous() and y.movedim(-1, 1).is_contiguous():
         return _channels_first
@@ -60,7 +62,7 @@ def _kernel(y: Tensor, x: Tensor, down: Tensor | None, up: Tensor, gate: Tensor)
     h = x.new_empty(x2.shape[0], up.shape[1])
     if down is not None:
         down = down.to(x.dtype)
-    kernels.lora_add_(y.view(-1, y.shape[-1]), x2, down, up.to(x.dtype), gate, h)
+    kernels_of(x).lora_add_(y.view(-1, y.shape[-1]), x2, down, up.to(x.dtype), gate, h)
 
 
 def _products(y: Tensor, x: Tensor, down: Tensor | None, up: Tensor, gate: Tensor) -> None:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora.ops._define import FLOATS, define_op, expect, expect_tensor, gate_dtype, kernels
+from fastlora.ops._device import device_type, kernels_of
 
 # Up to this many multiplications our own loop beats the library calls (each about 2 µs); it goes
 # through W for every token, so that more than FEW of them come sooner to the end of it.
@@ -127,9 +128,10 @@ def _plan(x: Tensor, weight: Tensor, *rest: Any) -> Any:
     )
     work = tokens * (out * features + rank * (out + features))
     tiny = work <= (TINY if tokens < FEW else TINY // 4) and rank <= 1024 and features <= 4096
-    if plain and tiny and x.device.type == "cpu":
+    device = device_type(x)
+    if plain and tiny and device == "cpu":
         return kernels.lora_linear_tiny
-    if work <= TINY_CUDA and x.is_cuda and x.dtype != torch.float64:
+    if work <= TINY_CUDA and device == "cuda" and x.dtype != torch.float64:
         return _kernel
     if row_scale is None and tokens > 0:
         if x.is_contiguous() and by_loop(x, tokens, rank):
@@ -146,7 +148,7 @@ def _kernel(
     x2 = x.reshape(-1, features)
     y, h = x.new_empty(x2.shape[0], out), x.new_empty(x2.shape[0], up.shape[1])
     m = None if row_scale is None else row_scale.to(dtype)
-    kernels.lora_linear(y, x2, weight, bias, down.to(dtype), up.to(dtype), gate, m, h)
+    kernels_of(x).lora_linear(y, x2, weight, bias, down.to(dtype), up.to(dtype), gate, m, h)
     return y.view(*x.shape[:-1], out)
 
 
@@ -181,7 +183,7 @@ def _products(
 def by_loop(like: Tensor, tokens: int, rank: int) -> bool:
     """Whether our pass over x and y adds the low-rank part faster than torch's products."""
     least, most = LOOP_TOKENS[like.dtype]
-    return like.device.type == "cpu" and least <= tokens < most and 0 < rank <= LOOP_RANK
+    return device_type(like) == "cpu" and least <= tokens < most and 0 < rank <= LOOP_RANK
 
 
 def accumulate(y: Tensor, x: Tensor, down: Tensor | None, up: Tensor, gate: Tensor) -> None:

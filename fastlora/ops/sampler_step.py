@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fastlora.ops import _philox
-from fastlora.ops._define import FLOATS, define_op, expect, expect_tensor, kernels
+from fastlora.ops._define import FLOATS, define_op, expect, expect_tensor
+from fastlora.ops._device import device_type, kernels_of
 
 COLUMNS = ("k_x", "k_e", "c_x", "c_0", "c_e", "c_h", "c_n", "g_x", "g_0", "g_e", "m", "clip")
 MAX_OUTPUTS = 16  # kMaxOutputs of csrc/sampler_step.h
@@ -133,10 +134,11 @@ _reference = sampler_step
 
 
 def _plan(x: Tensor, outputs: list[Tensor], *rest: Any) -> Any:
-    if not (x.device.type == "cpu" or (x.is_cuda and x.dtype == torch.float32)):
+    device = device_type(x)
+    if not (device == "cpu" or (device == "cuda" and x.dtype == torch.float32)):
         return _reference  # float64 and other devices: exactness, not speed
     *tensors, copies, input_dtype = rest
-    kernel, empty_like = kernels.sampler_step, torch.empty_like
+    kernel, empty_like = kernels_of(x).sampler_step, torch.empty_like
     # One element that stands for the whole model input: `empty_like` is the cheapest allocation
     like_input = torch.empty((), dtype=input_dtype, device=x.device)
     like_input = like_input.expand(copies * x.shape[0], *x.shape[1:])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastlora.ops._define import FLOATS, define_op, expect, expect_tensor, gate_dtype, kernels
+from fastlora.ops._device import device_type, kernels_of
 
 # Beyond so many multiplications torch's product takes over from our loop, which serves all dtypes
 # alike. float16 stays with the loop: few CPUs can multiply halves.
@@ -67,7 +68,7 @@ def _fake(
 
 
 def _plan(weight: Tensor, u: Tensor, s: Tensor, vh: Tensor, shift: Tensor, _: Tensor) -> Any:
-    dtype, device = weight.dtype, weight.device.type
+    dtype, device = weight.dtype, device_type(weight)
     work = u.numel() * weight.shape[1]
     if device == "cpu":
         same = u.dtype == vh.dtype == dtype
@@ -81,7 +82,7 @@ def _plan(weight: Tensor, u: Tensor, s: Tensor, vh: Tensor, shift: Tensor, _: Te
 
 def _loop(weight: Tensor, u: Tensor, s: Tensor, vh: Tensor, shift: Tensor, a: Tensor) -> Tensor:
     out = weight.new_empty(weight.shape)
-    kernels.spectral_weight(out, weight, u, s.to(a.dtype), vh, shift.to(a.dtype), a)
+    kernels_of(weight).spectral_weight(out, weight, u, s.to(a.dtype), vh, shift.to(a.dtype), a)
     return out
 
 
@@ -143,16 +144,18 @@ def _fake_dots(grad: Tensor, u: Tensor, vh: Tensor) -> Tensor:
 
 
 def _plan_dots(grad: Tensor, u: Tensor, vh: Tensor) -> Any:
-    if grad.device.type not in ("cpu", "cuda") or (grad.is_cuda and vh.dtype == torch.float64):
+    device = device_type(grad)
+    if device not in ("cpu", "cuda") or (device == "cuda" and vh.dtype == torch.float64):
         return _reference_dots
+    kernel = kernels_of(grad).spectral_dots
     rank, wide = u.shape[1], gate_dtype(grad.dtype)
-    rows = max((BLOCK_CUDA if grad.is_cuda else BLOCK) // max(rank, 1), 16)
+    rows = max((BLOCK_CUDA if device == "cuda" else BLOCK) // max(rank, 1), 16)
 
     def route(grad: Tensor, u: Tensor, vh: Tensor) -> Tensor:
         sums = torch.zeros(rank, dtype=torch.float64, device=grad.device)
         for first in range(0, grad.shape[0], rows):
             product = grad[first : first + rows].to(vh.dtype) @ vh.t()
-            kernels.spectral_dots(sums, product, u[first : first + rows].to(product.dtype))
+            kernel(sums, product, u[first : first + rows].to(product.dtype))
         return sums.to(wide)
 
     return route

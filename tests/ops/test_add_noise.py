@@ -5,6 +5,7 @@ import torch
 
 from fastlora import Schedule, ops
 from fastlora.ops import _philox
+from tests.devices import on_devices
 
 SHAPES = [(1,), (0, 4), (3,), (2, 0, 5), (1, 1, 1), (3, 5), (2, 3, 5, 7), (3, 1030), (2, 4, 64, 65)]
 LOW = [torch.float32, torch.float16, torch.bfloat16]
@@ -33,6 +34,7 @@ def widened(args: list[Any]) -> list[Any]:
     ]
 
 
+@on_devices
 @pytest.mark.parametrize("seeded", [True, False], ids=["seeds", "noise"])
 @pytest.mark.parametrize("dtype", [*LOW, torch.float64], ids=dtype_id)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -49,6 +51,7 @@ def test_against_float64(shape, dtype, seeded):
             assert error <= 2 * max((theirs.double() - exact).abs().max(), rounding)
 
 
+@on_devices
 def test_by_hand():
     x0, noise, _, _, table = arguments((1,))
     alpha, sigma, p_0, p_e = table[7].tolist()
@@ -58,6 +61,7 @@ def test_by_hand():
     torch.testing.assert_close(target, torch.tensor([p_0 * x + p_e * eps]))
 
 
+@on_devices
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 def test_like_diffusers(prediction):
     diffusers = pytest.importorskip("diffusers")
@@ -71,6 +75,7 @@ def test_like_diffusers(prediction):
     torch.testing.assert_close(target, expected, rtol=0, atol=1e-5)
 
 
+@on_devices
 def test_noise_is_the_reference_stream():
     *_, seeds, t, _ = arguments((3, 1030), seeded=True)
     table = torch.tensor([[0.0, 1.0, 0.0, 1.0]])
@@ -81,6 +86,7 @@ def test_noise_is_the_reference_stream():
     assert torch.equal(eps, again)
 
 
+@on_devices
 @pytest.mark.parametrize("shape", [(5, 3), (5, 4, 65, 67)], ids=str)
 def test_a_sample_does_not_depend_on_its_batch(shape):
     x0, _, seeds, t, table = arguments(shape, seeded=True)
@@ -91,6 +97,7 @@ def test_a_sample_does_not_depend_on_its_batch(shape):
         assert all(torch.equal(a, row[one]) for a, row in zip(alone, batch, strict=True))
 
 
+@on_devices
 @pytest.mark.parametrize("seeded", [True, False], ids=["seeds", "noise"])
 def test_non_contiguous_inputs(seeded):
     x0, noise, seeds, t, table = plain = arguments((6, 4, 10, 8), seeded=seeded)
@@ -106,6 +113,7 @@ def test_non_contiguous_inputs(seeded):
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@on_devices
 @pytest.mark.parametrize("dtype", LOW, ids=dtype_id)
 def test_any_alignment(dtype):
     x0, noise, *rest = arguments((2, 64), dtype)
@@ -121,6 +129,7 @@ def test_any_alignment(dtype):
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@on_devices
 def test_inputs_are_left_alone():
     args = arguments()
     before = [(a.clone(), a._version) for a in args if a is not None]
@@ -142,6 +151,7 @@ def test_gradcheck(shape):
     torch.autograd.gradcheck(lambda a: ops.add_noise(a, None, seeds, t, table), (x0,))
 
 
+@on_devices
 @pytest.mark.parametrize("dtype", LOW, ids=dtype_id)
 def test_gradients_are_those_of_the_reference(dtype):
     def gradients(f):

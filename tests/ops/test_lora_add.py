@@ -13,6 +13,7 @@ from tests.cases import (
     strided,
     widened,
 )
+from tests.devices import on_devices
 
 op = ops.lora_add_
 
@@ -34,6 +35,7 @@ def by_hand(y, x, down, up, gate):
     return y + torch.einsum("b...r,br,nr->b...n", h, g, up)
 
 
+@on_devices
 @pytest.mark.parametrize("down", [True, False], ids=["down", "activation"])
 @pytest.mark.parametrize("rows", [False, True], ids=["gate", "gate-rows"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=identify)
@@ -49,6 +51,7 @@ def test_against_float64(shape, dtype, rows, down):
     assert_twofold(args[0], exact, low)
 
 
+@on_devices
 @pytest.mark.parametrize("dtype", DTYPES, ids=identify)
 def test_strided_output_and_inputs(dtype):
     args = arguments(((2, 40), 24, 40, 4), dtype, rows=True)
@@ -60,6 +63,7 @@ def test_strided_output_and_inputs(dtype):
     assert_twofold(views[0], exact, low)
 
 
+@on_devices
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("down", [True, False], ids=["down", "activation"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=identify)
@@ -73,6 +77,7 @@ def test_channels_first_output(dtype, down, memory):
     assert_twofold(image.movedim(1, -1), exact, low)
 
 
+@on_devices
 def test_gradients_are_those_of_the_formula():
     args = arguments(((2, 3), 5, 4, 3), torch.float64, rows=True)
 

@@ -18,6 +18,7 @@ from tests.cases import (
     strided,
     widened,
 )
+from tests.devices import on_devices
 
 op = ops.lora_linear
 
@@ -31,6 +32,7 @@ def by_hand(x, weight, bias, down, up, gate, row_scale):
     return y if bias is None else y + bias
 
 
+@on_devices
 @pytest.mark.parametrize("rows", [False, True], ids=["gate", "gate-rows"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=identify)
 @pytest.mark.parametrize("shape", LINEAR_SHAPES, ids=identify)
@@ -42,6 +44,7 @@ def test_against_float64(shape, dtype, rows):
         assert_twofold(y, by_hand(*widened(args)), op.reference(*args))
 
 
+@on_devices
 @pytest.mark.parametrize("dtype", DTYPES, ids=identify)
 @pytest.mark.parametrize("shape", [((2, 3), 8, 8, 4), ((2, 65), 129, 151, 5)], ids=identify)
 def test_strided_inputs(shape, dtype):
@@ -53,6 +56,7 @@ def test_strided_inputs(shape, dtype):
     assert_twofold(op(*transposed), by_hand(*widened(args)), op.reference(*args))
 
 
+@on_devices
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=identify)
 @pytest.mark.parametrize("tokens", [2, 300])
 def test_float32_adapter_on_a_low_precision_base(low, tokens):
@@ -84,6 +88,7 @@ def test_gradcheck(rows, scale):
     assert gradcheck(op, [a if a is None else a.requires_grad_() for a in args])
 
 
+@on_devices
 @pytest.mark.parametrize("shape", [((5,), 3, 4, 2), ((2, 0), 4, 3, 2)], ids=identify)
 def test_gradients_of_other_shapes(shape):
     args = [a.requires_grad_() for a in linear_arguments(*shape, torch.float64, scale=True)]
@@ -93,6 +98,7 @@ def test_gradients_of_other_shapes(shape):
         torch.testing.assert_close(a, b)
 
 
+@on_devices
 def test_gradients_survive_a_change_of_the_gate():
     args = linear_arguments((2, 3), 5, 4, 3, dtype=torch.float64)
     leaves = [a.requires_grad_() for a in args[:5] if a is not None]
@@ -104,6 +110,7 @@ def test_gradients_survive_a_change_of_the_gate():
         torch.testing.assert_close(a, b)
 
 
+@on_devices
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=identify)
 def test_gradients_in_low_precision(low):
     args = linear_arguments((2, 40), 24, 12, 4, dtype=low)

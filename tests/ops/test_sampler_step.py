@@ -10,6 +10,7 @@ import torch
 from fastlora import ops
 from fastlora.ops import _philox
 from fastlora.ops.sampler_step import COLUMNS
+from tests.devices import on_devices
 
 SHAPES = [(1,), (0, 4), (3,), (2, 0, 5), (1, 1, 1), (3, 5), (2, 3, 5, 7), (3, 1030), (2, 4, 64, 65)]
 LOW = [torch.float32, torch.float16, torch.bfloat16]
@@ -105,6 +106,7 @@ def check(arguments: list[Any]) -> Any:
     return results
 
 
+@on_devices
 @pytest.mark.parametrize("input_dtype", LOW, ids=dtype_id)
 @pytest.mark.parametrize("output_dtype", LOW, ids=dtype_id)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -112,6 +114,7 @@ def test_against_float64(shape, output_dtype, input_dtype):
     check(Case(shape, output_dtype=output_dtype, input_dtype=input_dtype).arguments())
 
 
+@on_devices
 @pytest.mark.parametrize("output_dtype", [*LOW, torch.float64], ids=dtype_id)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_float64(shape, output_dtype):
@@ -124,6 +127,7 @@ def test_float64(shape, output_dtype):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=8 * scale * 2**-52)
 
 
+@on_devices
 @pytest.mark.parametrize("n", [1, 2, 3, 16])
 @pytest.mark.parametrize("history", [True, False], ids=["history", "no-history"])
 @pytest.mark.parametrize("seeds", [True, False], ids=["seeds", "no-seeds"])
@@ -136,12 +140,14 @@ def test_options(n, history, seeds, copies):
     assert h_next.shape == (x_next.shape if history else (0,))
 
 
+@on_devices
 @pytest.mark.parametrize("weight_steps", [1, STEPS])
 @pytest.mark.parametrize("weight_batch", [True, False], ids=["per-sample", "shared"])
 def test_weights(weight_steps, weight_batch):
     check(Case(weight_steps=weight_steps, weight_batch=weight_batch).arguments())
 
 
+@on_devices
 @pytest.mark.parametrize("output_dtype", LOW, ids=dtype_id)
 @pytest.mark.parametrize("n", [1, 2, 5])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -153,6 +159,7 @@ def test_outputs_in_one_tensor(shape, n, output_dtype):
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@on_devices
 def test_defaults_and_keywords():
     x, outputs, weights, table, step, *_ = Case().arguments()
     short = ops.sampler_step(x, outputs, weights, table=table, step=step)
@@ -160,6 +167,7 @@ def test_defaults_and_keywords():
     assert all(torch.equal(a, b) for a, b in zip(short, full, strict=True))
 
 
+@on_devices
 def test_by_hand():
     """One element with Python's floats, from the formula in samplers.md."""
     case = Case((1,), changes={"c_n": 0.0}, clip=0.25)
@@ -176,6 +184,7 @@ def test_by_hand():
         torch.testing.assert_close(result, torch.tensor(values))
 
 
+@on_devices
 def test_noise_is_the_reference_stream():
     others = dict.fromkeys(COLUMNS, 0.0) | {"c_n": 1.0, "m": 1.0}
     arguments = Case((4, 3000), n=1, history=False, changes=others, clip=1.0).arguments()
@@ -185,6 +194,7 @@ def test_noise_is_the_reference_stream():
     assert (z - exact).abs().max() <= 2 * (low - exact).abs().max()
 
 
+@on_devices
 @pytest.mark.parametrize("shape", [(5, 3), (5, 4, 65, 67)], ids=str)
 def test_a_sample_does_not_depend_on_its_batch(shape):
     x, outputs, weights, table, step, history, seeds, *_ = Case(shape).arguments()
@@ -219,6 +229,7 @@ def test_threads_do_not_change_bits():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@on_devices
 def test_no_noise_where_its_coefficient_is_zero():
     arguments = Case(changes={"c_n": 0.0}).arguments()
     without = [*arguments[:6], None, *arguments[7:]]
@@ -226,6 +237,7 @@ def test_no_noise_where_its_coefficient_is_zero():
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@on_devices
 def test_non_contiguous_inputs():
     plain = Case((6, 4, 10, 8)).arguments()
     x, outputs, weights, table, step, history, seeds, *rest = plain
@@ -244,6 +256,7 @@ def test_non_contiguous_inputs():
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@on_devices
 def test_expanded_inputs():
     plain = Case(weight_batch=False).arguments()
     wide = [*plain]
@@ -254,6 +267,7 @@ def test_expanded_inputs():
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@on_devices
 @pytest.mark.parametrize("output_dtype", LOW, ids=dtype_id)
 def test_any_alignment(output_dtype):
     plain = Case((2, 64), output_dtype=output_dtype).arguments()
@@ -270,6 +284,7 @@ def test_any_alignment(output_dtype):
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@on_devices
 def test_nan_and_infinity_pass_through_the_clip():
     x, outputs, *rest = Case((1, 8), clip=0.5, seeds=False).arguments()
     x[0, 0], outputs[0][0, 1], x[0, 2] = float("nan"), float("nan"), float("inf")
@@ -280,6 +295,7 @@ def test_nan_and_infinity_pass_through_the_clip():
     assert results[0][0, :2].isnan().all() and not results[0][0, 3:].isnan().any()
 
 
+@on_devices
 @pytest.mark.parametrize("clip", [0.5, float("inf")])
 def test_clip(clip):
     changes = dict.fromkeys(COLUMNS, 0.0) | {"k_x": 1.0, "c_0": 1.0, "m": 1.0}
@@ -287,6 +303,7 @@ def test_clip(clip):
     assert torch.equal(ops.sampler_step(x, *rest)[0], x.clamp(-clip, clip))
 
 
+@on_devices
 def test_inputs_are_left_alone():
     arguments = Case().arguments()
     tensors = [arguments[0], *arguments[1], *(a for a in arguments[2:7] if a is not None)]
@@ -325,6 +342,7 @@ def test_gradcheck(history, weight_batch, weight_steps, shape, copies):
     torch.autograd.gradcheck(stacked, inputs)
 
 
+@on_devices
 @pytest.mark.parametrize("output_dtype", LOW, ids=dtype_id)
 def test_gradients_are_those_of_the_reference(output_dtype):
     def gradients(f):

@@ -8,6 +8,7 @@ from torch.autograd import gradcheck
 
 from fastlora import ops
 from tests.cases import DTYPES, assert_twofold, identify, randn, strided, wide, widened
+from tests.devices import on_devices
 
 op = ops.spectral_weight
 SHAPES = [(1, 1), (5, 7), (7, 5), (33, 65), (8, 16), (130, 70), (0, 4), (4, 0)]
@@ -31,6 +32,7 @@ def by_hand(weight, u, s, vh, shift, strength):
     return weight + torch.einsum("nr,r,rk->nk", u, change, vh)
 
 
+@on_devices
 @pytest.mark.parametrize("dtype", DTYPES, ids=identify)
 @pytest.mark.parametrize("shape", SHAPES, ids=identify)
 def test_against_float64(shape, dtype):
@@ -38,6 +40,7 @@ def test_against_float64(shape, dtype):
     assert_twofold(op(*args), by_hand(*widened(args)), op.reference(*args))
 
 
+@on_devices
 @pytest.mark.parametrize("dtype", DTYPES, ids=identify)
 @pytest.mark.parametrize("shape", SHAPES, ids=identify)
 def test_no_shift_is_the_weight_bit_for_bit(shape, dtype):
@@ -70,6 +73,7 @@ def test_by_products_against_float64(shape, dtype):
     assert not still.numel() or still.data_ptr() != args[0].data_ptr()
 
 
+@on_devices
 def test_no_shift_keeps_the_sign_of_zero():
     args = arguments(33, 65)
     args[0][0, 0] = -0.0
@@ -94,6 +98,7 @@ def test_signs_and_order_of_the_decomposition_do_not_matter():
     torch.testing.assert_close(other, op(weight, u, s, vh, shift, strength))
 
 
+@on_devices
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=identify)
 def test_float32_factors_on_a_low_precision_weight(dtype):
     args = arguments(33, 20, dtype, factors=torch.float32)
@@ -101,6 +106,7 @@ def test_float32_factors_on_a_low_precision_weight(dtype):
     assert_twofold(op(*args), by_hand(*widened(args)), op.reference(*args))
 
 
+@on_devices
 @pytest.mark.parametrize("dtype", DTYPES, ids=identify)
 def test_strided_inputs(dtype):
     args = arguments(33, 20, dtype)
@@ -115,6 +121,7 @@ def test_gradcheck(shape):
     assert gradcheck(lambda w, d, a: op(w, u, s, vh, d, a), trained)
 
 
+@on_devices
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=identify)
 @pytest.mark.parametrize("shape", [(33, 65), (600, 500)], ids=identify)
 def test_gradient_of_the_shift_is_a_row_dot(shape, dtype):

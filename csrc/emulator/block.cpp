@@ -1,0 +1,367 @@
+#include "block.h"
+
+#include <algorithm>
+#include <cstring>
+#include <sstream>
+
+#include "memory.h"
+
+namespace fastlora::emulator {
+namespace {
+
+constexpr size_t kArena = 256 << 10;  // a GPU has up to 227 KB for a block
+constexpr size_t kRedZone = 128;      // on both sides of every shared array
+constexpr size_t kStaticShared = 48 << 10, kAllShared = 227 << 10;
+constexpr size_t kPoisonedStack = 4 << 10;
+
+std::string bytes_in_words(uint8_t value) {
+  std::ostringstream s;
+  s << "0x" << std::hex << int(value);
+  return s.str();
+}
+
+std::string words(Index i) {
+  return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
+}
+
+}  // namespace
+
+std::string describe(Here here) {
+  const char* slash = std::strrchr(here.file, '/');
+  return std::string(slash ? slash + 1 : here.file) + ":" + std::to_string(here.line);
+}
+
+std::string describe(const Run& run) {
+  const char* order = run.order == Run::Order::kAscending    ? "ascending threads"
+                      : run.order == Run::Order::kDescending ? "descending threads"
+                                                             : "shuffled threads";
+  const char* landing = run.landing == Run::Landing::kEarly  ? "early copies"
+                        : run.landing == Run::Landing::kLate ? "late copies"
+                                                             : "copies at any time";
+  return std::string(order) + ", " + landing + ", poison " + bytes_in_words(run.poison);
+}
+
+void fail(const std::string& what, Here here) {
+  std::string place;
+  Block& b = block();
+  if (b.running())
+    place = std::string("kernel ") + b.launch().name + ", block " + words(b.index()) + ", thread " +
+            words(b.current().index) + ": ";
+  throw Fault("emulator: " + place + what + " at " + describe(here));
+}
+
+Block& block() {
+  static Block only;
+  return only;
+}
+
+Block::Block() : arena_(new char[kArena]) {}
+
+// --- running ------------------------------------------------------------------------------------
+
+void Block::run(const Launch& launch, Index index, const Run& run, uint64_t seed) {
+  launch_ = &launch;
+  index_ = index;
+  run_ = run;
+  random_.seed(seed);
+  failure_ = nullptr;
+  const auto count = unsigned(launch.block.count());
+  while (threads_.size() < count) threads_.push_back(std::make_unique<Thread>());
+  ready_.assign((count + 63) / 64, 0);
+  live_ = count;
+  for (Barrier& b : barriers_) b = {};
+  rendezvous_.assign((count + kWarp - 1) / kWarp, {});
+  used_ = 0;
+  arrays_.clear();
+  dynamic_ =
+      launch.shared_bytes ? shared(&launch, launch.shared_bytes, "dynamic shared memory") : nullptr;
+  hide_previous();
+  for (unsigned i = 0; i < count; ++i) {
+    Thread& t = *threads_[i];
+    t.linear = i;
+    t.index = {i % launch.block.x, i / launch.block.x % launch.block.y,
+               i / launch.block.x / launch.block.y};
+    t.copies.assign(1, {});
+    t.waits_for.clear();
+    allow(t.fibre.stack(), Fibre::stack_bytes());
+    std::memset(t.fibre.stack() + Fibre::stack_bytes() - kPoisonedStack, run.poison,
+                kPoisonedStack);
+    t.fibre.start([this, &t] {
+      try {
+        launch_->body();
+        finish(t);
+      } catch (...) {
+        failure_ = std::current_exception();
+      }
+    });
+    ready_[i / 64] |= uint64_t(1) << (i % 64);
+  }
+  while (live_ > 0 && !failure_) {
+    const unsigned next = pick();
+    if (next == kMaxThreads) {
+      if (!waiting_previous_.empty()) {  // the latest moment for it
+        show_previous();
+        wake(waiting_previous_);
+        continue;
+      }
+      try {
+        deadlock();
+      } catch (...) {
+        failure_ = std::current_exception();
+      }
+      break;
+    }
+    ready_[next / 64] &= ~(uint64_t(1) << (next % 64));
+    current_ = threads_[next].get();
+    current_->waits_for.clear();
+    current_->fibre.resume();
+    if (current_->fibre.done()) --live_;
+    current_ = nullptr;
+  }
+  show_previous();
+  waiting_previous_.clear();
+  if (!failure_) check_shared();
+  for (const Array& a : arrays_) memory().remove(a.begin);
+  allow(arena_.get(), kArena);
+  if (failure_) std::rethrow_exception(failure_);
+}
+
+// The ready thread whose turn it is; kMaxThreads if none is ready.
+unsigned Block::pick() {
+  const auto words = unsigned(ready_.size());
+  if (run_.order == Run::Order::kAscending) {
+    for (unsigned w = 0; w < words; ++w)
+      if (ready_[w]) return w * 64 + unsigned(__builtin_ctzll(ready_[w]));
+  } else if (run_.order == Run::Order::kDescending) {
+    for (unsigned w = words; w-- > 0;)
+      if (ready_[w]) return w * 64 + 63 - unsigned(__builtin_clzll(ready_[w]));
+  } else {
+    const unsigned from = unsigned(random_() % (words * 64));
+    for (unsigned i = 0; i <= words; ++i) {  // the next one from a random place on, around the end
+      const unsigned w = (from / 64 + i) % words;
+      const uint64_t beyond = i == 0 ? ~uint64_t(0) << (from % 64) : ~uint64_t(0);
+      if (ready_[w] & beyond) return w * 64 + unsigned(__builtin_ctzll(ready_[w] & beyond));
+    }
+  }
+  return kMaxThreads;
+}
+
+void Block::pause(std::string waits_for) {
+  land_some();
+  current_->waits_for = std::move(waits_for);
+  current_->fibre.pause();
+}
+
+void Block::wake(std::vector<Thread*>& threads) {
+  for (Thread* t : threads) ready_[t->linear / 64] |= uint64_t(1) << (t->linear % 64);
+  threads.clear();
+}
+
+void Block::finish(Thread& thread) {
+  for (const auto& group : thread.copies)
+    for (const Copy& copy : group)
+      fail("ends with an asynchronous copy that nobody has waited for", copy.here);
+}
+
+void Block::deadlock() {
+  for (const auto& t : threads_) {
+    if (t->linear >= launch_->block.count() || t->fibre.done()) continue;
+    const Thread* missing = nullptr;  // preferably one that will never come
+    for (const auto& other : threads_) {
+      if (other->linear >= launch_->block.count() || other->waits_for == t->waits_for) continue;
+      if (missing == nullptr || other->fibre.done()) missing = other.get();
+    }
+    std::string what = std::string("kernel ") + launch_->name + ", block " + words(index_) +
+                       ", thread " + words(t->index) + " waits for ever for " + t->waits_for;
+    if (missing != nullptr)
+      what += "; thread " + words(missing->index) +
+              (missing->fibre.done() ? " has ended" : " waits for " + missing->waits_for);
+    throw Fault("emulator: " + what);
+  }
+  throw Fault("emulator: no thread can run");
+}
+
+// --- barriers and warps -------------------------------------------------------------------------
+
+void Block::sync_threads(Here here) {
+  arrive(0, unsigned(launch_->block.count()), true, true, here);
+}
+
+void Block::barrier(int id, unsigned threads, bool wait, Here here) {
+  if (id < 0 || id >= int(kBarriers))
+    fail("uses barrier " + std::to_string(id) + ", there are 0 to 15", here);
+  if (threads == 0 || threads % kWarp != 0 || threads > launch_->block.count())
+    fail("uses a barrier of " + std::to_string(threads) +
+             " threads; it takes a multiple of 32, at most the block",
+         here);
+  arrive(id, threads, wait, false, here);
+}
+
+void Block::arrive(int id, unsigned expected, bool wait, bool all, Here here) {
+  Barrier& b = barriers_[id];
+  if (b.arrived == 0) {
+    b.expected = expected;
+    b.all = all;
+    b.here = here;
+  } else if (b.expected != expected || b.all != all) {
+    fail("comes to barrier " + std::to_string(id) + " with " + std::to_string(expected) +
+             " threads, others with " + std::to_string(b.expected) + " at " + describe(b.here),
+         here);
+  } else if (all && b.here != here) {
+    fail("comes to a __syncthreads while others wait at that of " + describe(b.here), here);
+  }
+  if (++b.arrived == b.expected) {
+    b.arrived = 0;
+    wake(b.waiting);
+    if (wait) land_some();
+    return;
+  }
+  if (!wait) return;
+  b.waiting.push_back(current_);
+  pause((all ? "__syncthreads at " : "barrier " + std::to_string(id) + " at ") + describe(here));
+}
+
+void Block::collective(unsigned mask, const char* kind, Here here, const void* in, void* out,
+                       const std::function<void(const Arrival*)>& combine) {
+  Thread& me = current();
+  if ((mask >> me.lane() & 1) == 0)
+    fail(std::string(kind) + " with a mask that leaves out the caller", here);
+  const unsigned first = me.warp() * kWarp;
+  for (unsigned lane = 0; lane < kWarp; ++lane) {
+    if ((mask >> lane & 1) == 0) continue;
+    if (first + lane >= launch_->block.count() || threads_[first + lane]->fibre.done())
+      fail(std::string(kind) + " with lane " + std::to_string(lane) + ", which " +
+               (first + lane >= launch_->block.count() ? "does not exist" : "has ended"),
+           here);
+  }
+  auto& pending = rendezvous_[me.warp()];
+  auto r = std::find_if(pending.begin(), pending.end(),
+                        [mask](const Rendezvous& p) { return p.mask == mask; });
+  if (r == pending.end()) {
+    pending.emplace_back();
+    r = pending.end() - 1;
+    r->mask = mask;
+    r->kind = kind;
+    r->here = here;
+  } else if (std::strcmp(r->kind, kind) != 0) {
+    fail(std::string(kind) + " meets " + r->kind + " at " + describe(r->here) + " in the same warp",
+         here);
+  }
+  r->arrived |= 1u << me.lane();
+  r->lanes[me.lane()] = {in, out};
+  if (r->arrived != mask) {
+    r->waiting.push_back(&me);
+    pause(std::string(kind) + " at " + describe(here));
+    return;
+  }
+  combine(r->lanes);
+  wake(r->waiting);
+  pending.erase(r);
+  land_some();
+}
+
+// --- shared memory ------------------------------------------------------------------------------
+
+void* Block::shared(const void* key, size_t bytes, const char* name) {
+  for (const Array& a : arrays_)
+    if (a.key == key) return a.begin;
+  const size_t begin = (used_ + kRedZone + 127) / 128 * 128;
+  size_t total = bytes;
+  for (const Array& a : arrays_) total += a.bytes;
+  const bool is_static = key != launch_;
+  if (total > kAllShared || (is_static && total - launch_->shared_bytes > kStaticShared))
+    throw Fault(std::string("emulator: kernel ") + launch_->name + " uses " +
+                std::to_string(total) + " bytes of shared memory");
+  char* array = arena_.get() + begin;
+  std::memset(arena_.get() + used_, canary(run_), begin - used_);
+  std::memset(array, run_.poison, bytes);
+  std::memset(array + bytes, canary(run_), kRedZone);
+  forbid(arena_.get() + used_, begin - used_);
+  allow(array, bytes);
+  forbid(array + bytes, kRedZone);
+  used_ = begin + bytes;
+  arrays_.push_back({key, array, bytes, name});
+  memory().add({array, array + bytes, name});
+  return array;
+}
+
+void Block::check_shared() {
+  allow(arena_.get(), kArena);
+  for (const Array& a : arrays_)
+    for (size_t i = 0; i < kRedZone; ++i) {
+      const bool before = uint8_t(a.begin[-1 - ptrdiff_t(i)]) != canary(run_);
+      const bool after = uint8_t(a.begin[a.bytes + i]) != canary(run_);
+      if (before || after)
+        throw Fault(std::string("emulator: kernel ") + launch_->name + ", block " + words(index_) +
+                    " writes " + std::to_string(i + 1) + " bytes " +
+                    (before ? "before " : "beyond ") + a.name);
+    }
+}
+
+// --- asynchronous copies ------------------------------------------------------------------------
+
+void Block::copy_async(const Copy& copy) {
+  memory().check(copy.to, copy.bytes, copy.bytes, "copies to shared memory", copy.here);
+  if (copy.valid > 0)
+    memory().check(copy.from, copy.valid, copy.bytes, "copies from memory", copy.here);
+  // From now on until somebody has waited nothing is certain about what lies there.
+  std::memset(copy.to, run_.poison, copy.bytes);
+  land_some();
+  current().copies.back().push_back(copy);
+  if (run_.landing == Run::Landing::kEarly) land(current().copies.back().back());
+}
+
+void Block::land(Copy& copy) {
+  std::memcpy(copy.to, copy.from, copy.valid);
+  std::memset(copy.to + copy.valid, 0, copy.bytes - copy.valid);
+  copy.bytes = 0;  // once
+  copy.valid = 0;
+}
+
+void Block::land_some() {
+  if (run_.landing != Run::Landing::kAnyTime) return;
+  for (auto& group : current().copies)
+    for (Copy& copy : group)
+      if (copy.bytes > 0 && random_() % 3 == 0) land(copy);
+}
+
+void Block::wait_copies(size_t groups_left) {
+  auto& groups = current().copies;  // the last one is not committed and not waited for
+  const size_t committed = groups.size() - 1;
+  const size_t finished = committed > groups_left ? committed - groups_left : 0;
+  for (size_t i = 0; i < finished; ++i)
+    for (Copy& copy : groups[i])
+      if (copy.bytes > 0) land(copy);
+  groups.erase(groups.begin(), groups.begin() + ptrdiff_t(finished));
+}
+
+// --- the kernel before this one -----------------------------------------------------------------
+
+void Block::hide_previous() {
+  hidden_.clear();
+  waited_ = launch_->previous.empty();
+  for (const Unfinished& u : launch_->previous) {
+    hidden_.emplace_back(u.begin, u.begin + u.written.size());
+    for (size_t i = 0; i < u.written.size(); ++i)
+      if (u.written[i]) u.begin[i] = char(run_.poison);
+  }
+}
+
+void Block::show_previous() {
+  if (waited_) return;
+  waited_ = true;
+  for (size_t k = 0; k < hidden_.size(); ++k) {
+    const Unfinished& u = launch_->previous[k];
+    for (size_t i = 0; i < u.written.size(); ++i)
+      if (u.written[i]) u.begin[i] = hidden_[k][i];
+  }
+}
+
+void Block::wait_previous_kernel() {
+  if (waited_) return;
+  if (run_.landing == Run::Landing::kEarly) return show_previous();
+  waiting_previous_.push_back(current_);
+  pause("the kernel before this one");
+}
+
+}  // namespace fastlora::emulator

@@ -1,0 +1,53 @@
+// The memory that a kernel may touch: its tensors and its block's shared memory.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "fault.h"
+
+namespace fastlora::emulator {
+
+struct Range {
+  char* begin;
+  char* end;
+  std::string name;
+};
+
+// The ranges of the running kernel, sorted by address.
+class Memory {
+ public:
+  void add(Range range);
+  void remove(const char* begin);
+  void clear() { ranges_.clear(); }
+  // Faults unless [p, p + bytes) lies within one range or on this thread's stack, and p is
+  // aligned.
+  void check(const void* p, size_t bytes, size_t alignment, const char* verb, Here here) const;
+  const Range* find(const void* p, size_t bytes) const;
+
+ private:
+  std::vector<Range> ranges_;
+};
+
+Memory& memory();
+
+// What every load and store helper asks.
+template <class T>
+const T* readable(const T* p, size_t count = 1, size_t alignment = alignof(T),
+                  Here here = Here::current()) {
+  memory().check(p, count * sizeof(T), alignment, "reads", here);
+  return p;
+}
+template <class T>
+T* writable(T* p, size_t count = 1, size_t alignment = alignof(T), Here here = Here::current()) {
+  memory().check(p, count * sizeof(T), alignment, "writes", here);
+  return p;
+}
+
+// Memory that AddressSanitizer shall stop at; nothing without it.
+void forbid(const void* begin, size_t bytes);
+void allow(const void* begin, size_t bytes);
+
+}  // namespace fastlora::emulator

@@ -1,0 +1,42 @@
+// What the lanes of a warp do together, on the block's rendezvous.
+#pragma once
+
+#include "block.h"
+
+namespace fastlora::emulator {
+
+inline void sync_warp(unsigned mask, Here here) {
+  block().collective(mask, "__syncwarp", here, nullptr, nullptr, [](const Arrival*) {});
+}
+
+inline unsigned ballot(unsigned mask, bool vote, const char* kind, Here here) {
+  unsigned result = 0;
+  block().collective(mask, kind, here, &vote, &result, [mask](const Arrival* lanes) {
+    unsigned votes = 0;
+    for (unsigned i = 0; i < kWarp; ++i)
+      if ((mask >> i & 1) && *static_cast<const bool*>(lanes[i].in)) votes |= 1u << i;
+    for (unsigned i = 0; i < kWarp; ++i)
+      if (mask >> i & 1) *static_cast<unsigned*>(lanes[i].out) = votes;
+  });
+  return result;
+}
+
+// Every lane gets the value of lane `from(its own number)`, which must be in the mask.
+template <class T, class From>
+T shuffle(unsigned mask, T value, From from, const char* kind, Here here) {
+  T result{};
+  block().collective(mask, kind, here, &value, &result, [=](const Arrival* lanes) {
+    for (unsigned i = 0; i < kWarp; ++i) {
+      if ((mask >> i & 1) == 0) continue;
+      const unsigned source = unsigned(from(int(i))) % kWarp;
+      if ((mask >> source & 1) == 0)
+        fail(std::string(kind) + " reads from lane " + std::to_string(source) +
+                 ", which is not in the mask",
+             here);
+      *static_cast<T*>(lanes[i].out) = *static_cast<const T*>(lanes[source].in);
+    }
+  });
+  return result;
+}
+
+}  // namespace fastlora::emulator
