@@ -23,9 +23,10 @@ def parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="train adapters of a small model, sample, verify, time; write a report",
-        description="Trains a thickness slider and a personal style on a small diffusion model, "
-        "samples with them, verifies and times them, and writes report.html with the pictures. "
-        "Uses the GPU where there is one; at most 3 minutes on two CPU cores.",
+        description="Trains a thickness slider and a subject on a small diffusion model, samples "
+        "with them, verifies and times them, and writes report.html with the pictures. Uses the "
+        "GPU where there is one; at most 3 minutes on two CPU cores. Needs the extra demo: "
+        "pip install '.[demo]' in fastlora's folder.",
     )
     demo.add_argument(
         "--out", type=Path, default=Path("out"), help="folder to write (default: out)"

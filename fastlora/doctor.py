@@ -12,18 +12,20 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 OPTIONAL = {
-    "diffusers": "its pipelines and schedulers, for the bridges and comparisons",
-    "peft": "its adapters, for the bridges and comparisons",
+    "diffusers": "for the demo's and the benchmarks' comparisons with it",
+    "peft": "for the demo's and the benchmarks' comparisons with it",
     "transformers": "the text encoder of the demo's model",
     "scikit-learn": "the demo's images",
-    "matplotlib": "the demo's charts",
     "pillow": "the demo's pictures",
 }
+# The extra `demo`: without them neither `fastlora demo` nor the README's examples run.
+DEMO = ("transformers", "scikit-learn", "pillow")
 
 
 @dataclass(frozen=True)
@@ -204,10 +206,15 @@ def _packages(facts: Facts) -> list[Finding]:
     for name, version in facts.packages.items():
         if version is None:
             text = f"not installed; {OPTIONAL[name]}"
-            advice = f"{facts.pip} {name}"
+            advice = "" if name in DEMO else f"{facts.pip} {name}"  # one command for the demo's
             findings.append(Finding("optional packages", name, "missing", text, advice))
         else:
             findings.append(Finding("optional packages", name, "ok", version))
+    absent = [name for name in DEMO if name in facts.packages and facts.packages[name] is None]
+    if absent:
+        text = f"`fastlora demo` and the README's examples need {', '.join(absent)}"
+        advice = f"{facts.pip} {' '.join(absent)}"
+        findings.append(Finding("optional packages", "demo", "warning", text, advice))
     return findings
 
 
@@ -288,13 +295,22 @@ def table(findings: list[Finding]) -> str:
             section = f.section
         lines.append(f"  {f.name:<{width}}  {MARK[f.status]:<5}  {f.text}")
     todo = [f for f in findings if f.advice]
-    errors = sum(f.status == "error" for f in findings)
     if todo:
         lines += ["", "what to do"]
         for f in todo:
             lines += [f"  {f.name}: {f.advice}"]
-    lines += ["", f"{errors} problem{'s' * (errors != 1)}" if errors else "no problems"]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", verdict(findings)])
+
+
+def verdict(findings: list[Finding]) -> str:
+    """The last line: "no problems" only where there is no warning either."""
+    count = Counter(f.status for f in findings)
+    said = [
+        f"{count[status]} {noun}{'s' * (count[status] > 1)}"
+        for status, noun in (("error", "problem"), ("warning", "warning"))
+        if count[status]
+    ]
+    return ", ".join(said) or "no problems"
 
 
 def main(as_json: bool = False) -> int:

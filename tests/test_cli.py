@@ -81,6 +81,14 @@ def test_expected_failures_are_one_line(demo, capsys, failure, line):
     assert capsys.readouterr().err == f"fastlora demo: {line}\n"
 
 
+def test_help_of_the_demo_says_what_it_trains_and_needs(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["demo", "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert "a thickness slider and a subject" in words and "style" not in words
+    assert "pip install '.[demo]'" in words
+
+
 def test_traceback_on_request(demo):
     demo.failure = PermissionError(13, "Permission denied", "/r/out")
     with pytest.raises(PermissionError):

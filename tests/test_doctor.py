@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
-from fastlora import _selfcheck, doctor
+from fastlora import _selfcheck, demo, doctor
 from fastlora.doctor import Facts, Finding, Gpu, diagnose, runs_on
 from fastlora.ops import operators
 
@@ -150,6 +152,42 @@ def test_missing_package():
     assert the(findings, "diffusers").status == "ok"
 
 
+def test_missing_packages_of_the_demo():
+    packages = {"peft": "0.21", "transformers": None, "scikit-learn": None, "pillow": "13"}
+    findings = diagnose(facts(packages=packages))
+    whole = the(findings, "demo")
+    assert whole.status == "warning" and "transformers, scikit-learn" in whole.text
+    command = "/v/bin/python -m pip install transformers scikit-learn"
+    assert [f.advice for f in findings if f.advice] == [command]
+    text = doctor.table(findings)
+    assert text.endswith("\n1 warning") and f"  demo: {command}" in text
+    healthy = diagnose(facts(packages=dict.fromkeys(packages, "1.0")))
+    assert [f for f in healthy if f.status != "ok"] == []
+    assert doctor.table(healthy).endswith("\nno problems")
+
+
+@pytest.mark.parametrize(
+    ("statuses", "last"),
+    [
+        (["ok", "missing"], "no problems"),
+        (["error", "ok"], "1 problem"),
+        (["warning", "warning"], "2 warnings"),
+        (["error", "error", "warning"], "2 problems, 1 warning"),
+    ],
+    ids=" ".join,
+)
+def test_verdict(statuses, last):
+    assert doctor.verdict([Finding("s", "n", status, "") for status in statuses]) == last
+
+
+def test_packages_of_the_demo_are_those_that_it_asks_for_and_the_extra_brings():
+    root = Path(__file__).resolve().parent.parent
+    extra = re.search(r"^demo = (\[.*\])$", (root / "pyproject.toml").read_text(), re.MULTILINE)
+    brought = {re.split(r"[><=]", wanted)[0] for wanted in json.loads(extra[1])}
+    assert set(doctor.DEMO) == set(demo.NEEDED) <= brought
+    assert set(doctor.DEMO) <= set(doctor.OPTIONAL)
+
+
 def test_table_ends_with_what_to_do():
     text = doctor.table(diagnose(facts(build=CPU_BUILD, packages={"peft": None})))
     assert text.splitlines()[0] == "fastlora"
@@ -177,7 +215,8 @@ def test_nvidia_smi(monkeypatch, tmp_path):
 def test_report_of_this_machine(capsys):
     code = doctor.main()
     out = capsys.readouterr().out
-    assert code == (0 if out.endswith("no problems\n") else 1)
+    assert code == int(" ERROR " in out)
+    assert code == 1 or re.fullmatch(r"no problems|\d+ warnings?", out.splitlines()[-1])
     for name in operators:
         assert f"{name} on cpu" in out
     assert not [line for line in out.splitlines() if " on cpu" in line and "ERROR" in line]

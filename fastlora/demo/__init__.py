@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import time
 from pathlib import Path
 from typing import Any
 
 from fastlora.demo.settings import Settings
 
-__all__ = ["Settings", "main", "run"]
+__all__ = ["Settings", "main", "missing_packages", "run"]
+
+# Modules of the extra `demo`, by the packages that have them.
+NEEDED = {"pillow": "PIL", "scikit-learn": "sklearn", "transformers": "transformers"}
 
 
 def main(out: str | Path = "out", seed: int = 0, settings: Settings | None = None) -> int:
     """Runs the demo with progress bars; 0, or 1 if what it verifies does not hold.
 
-    Raises OSError for a directory that cannot be written and ModuleNotFoundError for a package of
-    the extra `demo` that is missing: both before anything is trained.
+    Raises ModuleNotFoundError where packages of the extra `demo` are missing, before `out` is made,
+    and OSError for a directory that cannot be written, before anything is trained.
     """
     return 0 if run(out, seed, settings)["verify"]["passed"] else 1
+
+
+def missing_packages() -> list[str]:
+    """Packages that the demo needs and that are not installed, by pip's names."""
+    return [package for package, m in NEEDED.items() if importlib.util.find_spec(m) is None]
 
 
 def run(
@@ -26,12 +36,21 @@ def run(
     settings: Settings | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Runs the demo, writes its files into `out` and returns the numbers of `report.json`."""
+    """Runs the demo, writes its files into `out` and returns the numbers of `report.json`.
+
+    Raises what `main` does.
+    """
+    if missing := missing_packages():
+        names = " ".join(missing)
+        raise ModuleNotFoundError(
+            f"the demo needs packages that are not installed: {', '.join(missing)};"
+            f" try: pip install {names}"
+        )
+    for module in NEEDED.values():  # one that is there and broken says so before `out` is made
+        importlib.import_module(module)
     from fastlora.training import ensure_writable
 
     out = ensure_writable(out)
-    for needed in ("PIL", "safetensors", "sklearn", "tqdm", "transformers"):
-        __import__(needed)
     from fastlora.demo import checks, report, slider, speed, subject, words
     from fastlora.demo.findings import Findings
     from fastlora.demo.world import World, fastest_threads

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,7 +44,9 @@ def sheet(
 
     count, across, _, height, width = images.shape
     font = ImageFont.load_default(17)
-    left = 14 + max((int(font.getlength(text)) for text in rows), default=-14)
+    rows, columns = ([drawable(text) for text in texts] for texts in (rows, columns))
+    # glyphs reach a little beyond their advance, so the edge is not where a text's length ends
+    left = 18 + max((math.ceil(font.getlength(text)) for text in rows), default=-18)
     top = 30 if columns else 0
     w, h = width * scale, height * scale
     canvas = Image.new("RGBA", (left + across * (w + gap) - gap, top + count * (h + gap) - gap))
@@ -74,6 +77,11 @@ def png(image: Any) -> bytes:
 def data_uri(image: Any) -> str:
     """A picture inside a page."""
     return "data:image/png;base64," + base64.b64encode(png(image)).decode()
+
+
+def drawable(text: str) -> str:
+    """A label for a PNG: Pillow's own font has no minus sign and would draw an empty box."""
+    return text.replace("−", "-")
 
 
 def signed(strength: float) -> str:

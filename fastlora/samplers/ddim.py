@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from fastlora.samplers.arguments import describe, integer, number
 from fastlora.samplers.schedule import Schedule, check_prediction
 from fastlora.samplers.table import Table
 
@@ -27,15 +28,20 @@ def ddim(
     as DDPM. `prediction`: what the model gives, epsilon, v or x0. `spacing`: which timesteps, see
     `spaced`. `clip`: x0 is clipped to [-clip, clip] before it is used, eps stays as it was.
 
-    Raises ValueError: steps outside 1..T, eta outside [0, 1], clip <= 0, an unknown name, and
-    epsilon prediction where the SNR is 0.
+    Raises TypeError for what is no Schedule; ValueError: steps that are no int from 1 to T, eta
+    that is no number in [0, 1], clip that is none above 0, an unknown name, and epsilon prediction
+    where the SNR is 0.
     """
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"ddim: schedule: expected a Schedule, got {describe(schedule)}")
     check_prediction(prediction, "ddim")
-    if not 0 <= eta <= 1:
-        raise ValueError(f"ddim: eta: expected a number from 0 to 1, got {eta}")
-    if clip is not None and not 0 < clip < math.inf:
-        raise ValueError(f"ddim: clip: expected a positive number or None, got {clip}")
+    if not 0 <= number(eta) <= 1:
+        raise ValueError(f"ddim: eta: expected a number from 0 to 1, got {eta!r}")
+    if clip is not None and not 0 < number(clip) < math.inf:
+        raise ValueError(f"ddim: clip: expected a positive number or None, got {clip!r}")
+    eta = number(eta)
     timesteps = spaced(len(schedule), steps, spacing)
+    steps = len(timesteps)
     # t' follows from t for every spacing, and is not always a listed timestep
     before = timesteps - len(schedule) // steps
     abar = schedule.alphas_cumprod[timesteps]
@@ -80,12 +86,14 @@ def spaced(T: int, steps: int, spacing: str) -> Tensor:
     """`steps` timesteps of 0..T-1, from noisy to clean, int64 (Lin et al., 2023, Table 2).
 
     leading: multiples of T // steps from 0 on; trailing: T/steps apart, downwards from T - 1;
-    linspace: evenly from T - 1 to 0.
+    linspace: evenly from T - 1 to 0. Raises ValueError for steps outside 1..T and unknown names.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= T:
+    count = integer(steps)
+    if count is None or not 1 <= count <= T:
         raise ValueError(
             f"spaced: steps: expected an int from 1 to the schedule's length {T}, got {steps!r}"
         )
+    steps = count  # of Python's own, whatever it was
     if spacing == "leading":
         return (torch.arange(steps) * (T // steps)).flip(0)
     if spacing == "trailing":

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora import ops
+from fastlora.samplers.arguments import describe
 from fastlora.samplers.noise import as_seeds
 from fastlora.samplers.table import Table
 
@@ -41,7 +42,7 @@ def sample(
     `model(x, t, cond) -> prediction`, of x's shape, is all that is asked of a model; t is int64
     [batch]. It is called without gradients. Where it is an nn.Module, x reaches it in the dtype of
     its first parameter, otherwise in the dtype of the x given here; between steps x is float32
-    (float64 if it came so), and so is the result.
+    (float64 if it came so, or if that parameter is float64), and so is the result.
 
     With `uncond` (classifier-free guidance) the model is called once on twice the batch, all of
     `cond`, then all of `uncond`: tensors [B, ...], or tuples, lists and dicts of them. Then the
@@ -50,8 +51,9 @@ def sample(
     `fastlora.adapters.tiled` in it.
 
     `seeds`, one int per sample, decide the noise of a stochastic table; None draws them from
-    torch's generator. A sample does not depend on the rest of its batch. Raises ValueError for what
-    does not fit together.
+    torch's generator. A sample does not depend on the rest of its batch. Raises TypeError for a
+    model that cannot be called, a table that is no Table and seeds that are no sequence, ValueError
+    for all else that does not fit together.
     """
     copies, arguments = _checked(model, table, x, cond, uncond, guidance_scale, seeds)
     steps: Any = _steps(model, table, *arguments, around=nullcontext)
@@ -92,16 +94,20 @@ def _checked(
     seeds: Sequence[int] | Tensor | None,
 ) -> tuple[int, tuple[Any, ...]]:
     """Copies of the batch that a model call sees, and what `_steps` takes from x on."""
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 1:
-        raise ValueError(
-            f"sample: x: expected a floating-point tensor [B, ...], got {_describe(x)}"
+    if not callable(model):
+        raise TypeError(f"sample: model: expected a module or a function, got {describe(model)}")
+    if not isinstance(table, Table):
+        raise TypeError(
+            f"sample: table: expected a Table, as ddim(...) makes, got {describe(table)}"
         )
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 1:
+        raise ValueError(f"sample: x: expected a floating-point tensor [B, ...], got {describe(x)}")
     batch = x.shape[0]
     input_dtype = x.dtype
     if isinstance(model, nn.Module):
         floating = (p.dtype for p in model.parameters() if p.is_floating_point())
         input_dtype = next(floating, x.dtype)
-    x = x if x.dtype == torch.float64 else x.float()
+    x = x.double() if torch.float64 in (x.dtype, input_dtype) else x.float()
     weights = _guidance(guidance_scale, uncond is not None, batch).to(x.device, x.dtype)
     if uncond is not None:
         cond = _concatenated(cond, uncond, batch, "")
@@ -134,7 +140,7 @@ def _steps(
         if not isinstance(prediction, Tensor) or prediction.shape != model_input.shape:
             raise ValueError(
                 f"sample: model: expected a prediction {list(model_input.shape)}, got"
-                f" {_describe(prediction)}"
+                f" {describe(prediction)}"
             )
         x, history_next, model_input = ops.sampler_step(
             x,
@@ -162,7 +168,13 @@ def _tiled(model: Model, copies: int) -> AbstractContextManager[Any]:
 
 def _guidance(scale: float | Tensor, guided: bool, batch: int) -> Tensor:
     """Weights [1, n, B or 1] of the model's outputs: (g, 1 - g), or 1 for a single one."""
-    g = torch.as_tensor(scale, dtype=torch.float64)
+    try:
+        g = torch.as_tensor(scale, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):  # torch's own, which do not name the argument
+        raise ValueError(
+            f"sample: guidance_scale: expected a number or a tensor [{batch}], got"
+            f" {describe(scale)}"
+        ) from None
     if not guided:
         if g.numel() != 1 or g.item() != 1:
             raise ValueError(
@@ -200,15 +212,5 @@ def _concatenated(cond: Any, uncond: Any, batch: int, where: str) -> Any:
         return None
     raise ValueError(
         f"sample: uncond{where}: expected tensors in the same tuples and dicts as cond, got"
-        f" {_describe(uncond)} beside {_describe(cond)}"
+        f" {describe(uncond)} beside {describe(cond)}"
     )
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-    if isinstance(value, Mapping):
-        return f"a dict of {', '.join(map(repr, value)) or 'nothing'}"
-    if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of {len(value)}"
-    return "None" if value is None else f"a {type(value).__name__}"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlora import ops
+from fastlora.samplers.arguments import integer
 
 
 def noise(
@@ -19,8 +20,18 @@ def noise(
     """Standard normal noise [B, *shape] float32, one seed per sample: a start for `sample`.
 
     The Philox stream of `fastlora.ops.sampler_step` at a step of its own, so it is independent of
-    the noise that a solver adds under the same seeds. `shape` is that of one sample.
+    the noise that a solver adds under the same seeds. `shape` is that of one sample. Raises
+    TypeError where seeds or shape are no sequence, ValueError for what is wrong inside of them.
     """
+    if not isinstance(seeds, (Sequence, Tensor)) or (isinstance(seeds, Tensor) and seeds.dim() < 1):
+        raise TypeError(f"noise: seeds: expected int64 numbers, one per sample, got {seeds!r}")
+    try:
+        sizes = [integer(size) for size in shape]
+    except TypeError:
+        message = f"noise: shape: expected the sizes of one sample, got {shape!r}"
+        raise TypeError(message) from None
+    if any(size is None or size < 0 for size in sizes):
+        raise ValueError(f"noise: shape: expected ints >= 0, got {shape!r}")
     keys = as_seeds(seeds, len(seeds), torch.device(device or "cpu"), "noise")
     zeros = torch.zeros(len(seeds), *shape, device=keys.device)
     table = torch.tensor([[0.0, 1.0, 0.0, 1.0]], device=keys.device)  # x_t = target = eps

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fastlora.samplers.arguments import describe, integer, number
+
 PREDICTIONS = ("epsilon", "v", "x0")  # what a model may predict
 
 
@@ -22,6 +24,13 @@ def check_prediction(prediction: str, operator: str) -> None:
             f"{operator}: prediction: expected one of {', '.join(PREDICTIONS)}, got {prediction!r}"
             " (diffusers' v_prediction is v, its sample is x0)"
         )
+
+
+def _length(T: int) -> int:
+    length = integer(T)
+    if length is None or length < 1:
+        raise ValueError(f"Schedule: T: expected an int >= 1, got {T!r}")
+    return length
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,34 +61,45 @@ class Schedule:
                 "Schedule: alphas_cumprod: expected values that never increase with t, got"
                 f" an increase after t = {int((abar.diff() > 0).nonzero()[0])}"
             )
-        if not abar[0].item() <= self.final_alpha_cumprod <= 1:
+        if not abar[0].item() <= number(self.final_alpha_cumprod) <= 1:
             raise ValueError(
                 "Schedule: final_alpha_cumprod: expected a number from alphas_cumprod[0] ="
-                f" {abar[0].item()} to 1, got {self.final_alpha_cumprod}"
+                f" {abar[0].item()} to 1, got {self.final_alpha_cumprod!r}"
             )
         object.__setattr__(self, "alphas_cumprod", abar)
 
     @classmethod
     def from_betas(cls, betas: Tensor, final_alpha_cumprod: float = 1.0) -> Schedule:
-        """`abar = cumprod(1 - betas)`; betas [T]."""
+        """`abar = cumprod(1 - betas)`; betas [T]. Raises TypeError where they are no tensor."""
+        if not isinstance(betas, Tensor):
+            raise TypeError(f"Schedule: betas: expected a tensor [T], got {describe(betas)}")
         return cls((1 - betas.to("cpu", torch.float64)).cumprod(0), final_alpha_cumprod)
 
     @classmethod
     def linear(cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
-        """Betas evenly spaced (Ho et al., 2020)."""
+        """Betas evenly spaced (Ho et al., 2020). Raises ValueError unless T is an int >= 1."""
+        T = _length(T)
         return cls.from_betas(torch.linspace(beta_start, beta_end, T, dtype=torch.float64))
 
     @classmethod
     def scaled_linear(
         cls, T: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
     ) -> Schedule:
-        """Square roots of the betas evenly spaced (Stable Diffusion 1 and 2, SDXL)."""
+        """Square roots of the betas evenly spaced (Stable Diffusion 1 and 2, SDXL).
+
+        Raises ValueError unless T is an int >= 1.
+        """
+        T = _length(T)
         roots = torch.linspace(beta_start**0.5, beta_end**0.5, T, dtype=torch.float64)
         return cls.from_betas(roots**2)
 
     @classmethod
     def cosine(cls, T: int = 1000) -> Schedule:
-        """`abar(u) = cos^2((u + 0.008)/1.008 pi/2)`, beta <= 0.999 (Nichol and Dhariwal, 2021)."""
+        """`abar(u) = cos^2((u + 0.008)/1.008 pi/2)`, beta <= 0.999 (Nichol and Dhariwal, 2021).
+
+        Raises ValueError unless T is an int >= 1.
+        """
+        T = _length(T)
         u = torch.arange(T + 1, dtype=torch.float64) / T
         abar = ((u + 0.008) / 1.008 * math.pi / 2).cos() ** 2
         return cls.from_betas((1 - abar[1:] / abar[:-1]).clamp(max=0.999))

@@ -7,18 +7,20 @@ from contextlib import contextmanager
 
 import torch
 
+from fastlora.samplers.arguments import number
+
 
 class EMA:
     """`shadow <- d shadow + (1 - d) parameter` with `d = min(decay, (1 + n) / (10 + n))` at update
     n, in float32.
 
     The ramp forgets the initial weights: without it a short run would end with an average of mostly
-    noise.
+    noise. Raises ValueError for a decay that is no number in [0, 1).
     """
 
     def __init__(self, parameters: Mapping[str, torch.Tensor], decay: float = 0.999) -> None:
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"EMA: decay: expected 0 <= decay < 1, got {decay}")
+        if not 0.0 <= number(decay) < 1.0:
+            raise ValueError(f"EMA: decay: expected 0 <= decay < 1, got {decay!r}")
         self.decay = decay
         self.updates = 0
         self._parameters = dict(parameters)

@@ -14,6 +14,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from fastlora.adapters.folding import is_folded
+from fastlora.adapters.lookup import adapted_layers
+from fastlora.adapters.specs import AdapterError
+from fastlora.samplers.arguments import integer, number
 from fastlora.samplers.schedule import Schedule
 
 from .checkpoint import ensure_writable, load_checkpoint, save_checkpoint
@@ -59,25 +63,35 @@ def train(
     after it: the run is a function of the seed. `parameters` (default: all that require a
     gradient) must be the model's; `optimizer` makes the optimiser from them (default AdamW with
     `lr`, weight decay 1e-2). The learning rate is multiplied by `min(1, (step + 1) / warmup)` and
-    by `decay(step / steps)`. Gradients are clipped to the norm `clip`.
+    by `decay(step / steps)`. Gradients are clipped to the norm `clip`; None leaves them alone.
 
     `checkpoint` names a file that is written every `checkpoint_every` steps and at the end; if it
     exists, the run goes on from there, bit for bit as if it had not stopped. Its directory is tried
     before the first step.
 
-    The model's training mode is set for the run and put back. Raises ValueError for parameters that
-    are not the model's, none, or duplicates; CheckpointError for a foreign checkpoint; OSError for
-    a directory that cannot be written; FloatingPointError when the loss is not finite: on the CPU
-    before the parameters are touched, on other devices, where looking at it would wait for the
-    device, at the next reading (every 10 steps), and never after a checkpoint of it.
+    The model's training mode is set for the run and put back.
+
+    Raises, before anything is written, ValueError for a number outside its range and for parameters
+    that are not the model's, none, or duplicates, and AdapterError where a folded weight stands in
+    for some of them; then CheckpointError for a foreign checkpoint; OSError for a directory that
+    cannot be written; FloatingPointError when the loss is not finite: on the CPU before the
+    parameters are touched, on other devices, where looking at it would wait for the device, at the
+    next reading (every 10 steps), and never after a checkpoint of it.
     """
-    named = _named(model, parameters)
-    signature = {name: list(p.shape) for name, p in named.items()}
-    if steps < 0 or warmup < 0 or checkpoint_every < 1:
+    steps = _whole("steps", steps, 0)
+    warmup = _whole("warmup", warmup, 0)
+    checkpoint_every = _whole("checkpoint_every", checkpoint_every, 1)
+    if not 0 <= number(lr) < math.inf:
+        raise ValueError(f"train: lr: expected a finite number >= 0, got {lr!r}")
+    if clip is not None and not 0 < number(clip) < math.inf:  # a negative norm turns gradients over
+        raise ValueError(f"train: clip: expected a positive finite number or None, got {clip!r}")
+    if ema_decay is not None and not 0 <= number(ema_decay) < 1:
         raise ValueError(
-            "train: expected steps >= 0, warmup >= 0, checkpoint_every >= 1,"
-            f" got {steps}, {warmup}, {checkpoint_every}"
+            f"train: ema_decay: expected a number from 0 to below 1 or None, got {ema_decay!r}"
         )
+    named = _named(model, parameters)
+    _check_used(model, named)
+    signature = {name: list(p.shape) for name, p in named.items()}
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None:
         ensure_writable(path.parent)
@@ -156,8 +170,8 @@ class _State:
         rows = torch.stack([torch.stack([m[name].float() for m in window]) for name in names])
         read = dict(zip(names, rows.mean(1).tolist(), strict=True))
         _check_finite(read.get("loss", 0.0), self.step)
-        for name, number in read.items():
-            self.history.setdefault(name, []).append(number)
+        for name, mean in read.items():
+            self.history.setdefault(name, []).append(mean)
         return read
 
     def dump(self) -> dict[str, Any]:
@@ -197,6 +211,28 @@ def _check_finite(loss: float, step: int) -> None:
         raise FloatingPointError(
             f"train: loss: expected a finite number, got {loss} at step {step};"
             " lower the learning rate, or look for NaN in the weights and the data"
+        )
+
+
+def _whole(name: str, value: int, least: int) -> int:
+    whole = integer(value)
+    if whole is None or whole < least:
+        raise ValueError(f"train: {name}: expected an int >= {least}, got {value!r}")
+    return whole
+
+
+def _check_used(model: nn.Module, named: dict[str, nn.Parameter]) -> None:
+    """Raises AdapterError for parameters that a folded layer does not compute with."""
+    hidden: set[int] = set()
+    for layer in adapted_layers(model).values():
+        if is_folded(layer):
+            hidden |= {id(p) for p in (*layer.fastlora.parameters(), layer.weight)}
+    found = [name for name, p in named.items() if id(p) in hidden]
+    if found:
+        raise AdapterError(
+            "train: parameters: expected those that the model computes with, got"
+            f" {len(found)} that folded weights stand in for: {', '.join(found[:3])};"
+            " unfold the model first: fastlora.unfold(model)"
         )
 
 

@@ -199,12 +199,35 @@ def test_read_only_directory(untouched, tmp_path, monkeypatch, capsys):
     assert "writable directory, got: Permission denied" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("module", "package"), [("sklearn", "scikit-learn"), ("PIL", "pillow")])
-def test_missing_package(untouched, tmp_path, monkeypatch, capsys, module, package):
-    monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.delitem(sys.modules, "fastlora.demo.report", raising=False)
-    assert cli.main(["demo", "--out", str(tmp_path)]) == 2
-    assert f"pip install {package}" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("modules", "packages"),
+    [
+        (["sklearn"], "scikit-learn"),
+        (["PIL"], "pillow"),
+        (["transformers", "sklearn", "PIL"], "pillow scikit-learn transformers"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else "+".join(value),
+)
+def test_missing_packages_are_named_at_once(
+    untouched, tmp_path, monkeypatch, capsys, modules, packages
+):
+    for module in modules:
+        monkeypatch.setitem(sys.modules, module, None)  # as if not installed
+    assert cli.main(["demo", "--out", str(tmp_path / "made")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.endswith(f"try: pip install {packages}\n")
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_broken_package_is_found_before_the_folder_is_made(untouched, tmp_path, monkeypatch):
+    broken = tmp_path / "packages" / "sklearn"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise RuntimeError('broken')\n")
+    monkeypatch.syspath_prepend(broken.parent)
+    monkeypatch.delitem(sys.modules, "sklearn", raising=False)
+    with pytest.raises(RuntimeError, match="broken"):
+        demo.run(tmp_path / "made")
+    assert not (tmp_path / "made").exists()
 
 
 def test_exit_code_says_whether_verification_passed(monkeypatch):
@@ -262,6 +285,35 @@ def test_durations(seconds, said):
 
 def test_strengths_have_real_signs():
     assert [images.signed(x) for x in (-1.5, 0.0, 2.0)] == ["−1.5", "0", "+2"]
+
+
+def drawn(text: str) -> Any:
+    from PIL import ImageFont
+
+    return bytes(ImageFont.load_default(17).getmask(text))
+
+
+@pytest.mark.parametrize("strength", Settings().strengths)
+def test_labels_of_pictures_are_in_the_font(strength):
+    label = images.drawable(images.signed(strength))
+    empty_box = drawn("\ufffe")  # a character that no font has
+    assert empty_box not in [drawn(character) for character in label]
+
+
+@pytest.mark.parametrize(
+    "rows", [["seven"], ["the five pictures", "after"], ["−2", "VAT"]], ids=str
+)
+def test_labels_of_rows_end_before_the_edge(rows):
+    tiles = torch.zeros(len(rows), 2, 1, 32, 32)
+    alpha = images.sheet(tiles, rows, ["−1", "+1"]).getchannel("A")
+    left, _, right, _ = alpha.getbbox()
+    assert 2 <= left <= 8 and right == alpha.width  # labels keep off the edge, tiles fill up to it
+
+
+def test_labels_without_a_minus_sign_in_the_font_are_drawn_with_a_hyphen():
+    tiles = torch.zeros(1, 1, 1, 32, 32)
+    minus, hyphen = (images.sheet(tiles, [f"{sign}2"], [f"{sign}1"]) for sign in "−-")
+    assert images.png(minus) == images.png(hyphen)
 
 
 def test_page_escapes_what_it_is_told():

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -224,6 +225,12 @@ def test_epsilon_is_refused_where_snr_is_zero():
         ({"eta": -0.1}, "ddim: eta: expected a number from 0 to 1, got -0.1"),
         ({"eta": 1.5}, "ddim: eta: expected a number from 0 to 1, got 1.5"),
         ({"eta": math.nan}, "ddim: eta: expected a number from 0 to 1, got nan"),
+        ({"eta": "a"}, "ddim: eta: expected a number from 0 to 1, got 'a'"),
+        ({"eta": None}, "ddim: eta: expected a number from 0 to 1, got None"),
+        ({"eta": torch.zeros(2)}, "ddim: eta: expected a number from 0 to 1, got tensor"),
+        ({"clip": "a"}, "ddim: clip: expected a positive number or None, got 'a'"),
+        ({"steps": True}, "steps: expected an int from 1 to the schedule's length 1000, got True"),
+        ({"steps": "5"}, "steps: expected an int from 1 to the schedule's length 1000, got '5'"),
         ({"clip": 0.0}, "ddim: clip: expected a positive number or None, got 0.0"),
         ({"clip": math.inf}, "ddim: clip: expected a positive number or None, got inf"),
         ({"prediction": "v_prediction"}, "ddim: prediction: expected one of epsilon, v, x0, got"),
@@ -234,6 +241,28 @@ def test_epsilon_is_refused_where_snr_is_zero():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         ddim(Schedule.linear(), **options)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "got"),
+    [(None, "None"), ("cosine", "a str"), (torch.ones(3), r"float32 \[3\]")],
+    ids=["none", "str", "tensor"],
+)
+def test_what_is_no_schedule(schedule, got):
+    with pytest.raises(TypeError, match=f"^ddim: schedule: expected a Schedule, got {got}$"):
+        ddim(schedule, 3)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_numbers_of_numpy_and_torch_are_numbers(spacing):
+    plain = ddim(Schedule.linear(), 7, 0.5, spacing=spacing, clip=1.0)
+    for steps, eta, clip in (
+        (np.int64(7), np.float64(0.5), np.float32(1)),
+        (torch.tensor(7), torch.tensor(0.5), torch.tensor(1.0)),
+    ):
+        table = ddim(Schedule.linear(), steps, eta, spacing=spacing, clip=clip)
+        assert torch.equal(table.coefficients, plain.coefficients)
+        assert torch.equal(table.timesteps, plain.timesteps) and table.name == plain.name
 
 
 def test_table_refuses_what_is_not_finite():

@@ -182,6 +182,19 @@ def test_a_module_sees_its_own_dtype(dtype):
     assert net.seen == [dtype] * 3 and samples.dtype == x.dtype
 
 
+@pytest.mark.parametrize("guided", [True, False], ids=["cfg", "plain"])
+def test_a_float64_module_makes_x_float64(guided):
+    torch.manual_seed(0)
+    net, x = Net().double(), noise([1, 2], SHAPE)
+    table = ddim(Schedule.cosine(), 3, eta=1.0)
+    options = {"seeds": [1, 2]}
+    if guided:
+        options |= {"cond": torch.ones(2), "uncond": torch.zeros(2), "guidance_scale": 2.0}
+    samples = quiet(net, table, x, **options)
+    assert samples.dtype == torch.float64
+    assert torch.equal(samples, quiet(net, table, x.double(), **options))
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
 )
@@ -315,6 +328,14 @@ def test_strength_per_sample_inside_guidance(guided):
         (
             {"guidance_scale": torch.ones(2, 1)},
             r"guidance_scale: expected a number or a tensor \[2\], got \[2, 1\]",
+        ),
+        (
+            {"guidance_scale": None},
+            r"guidance_scale: expected a number or a tensor \[2\], got None",
+        ),
+        (
+            {"guidance_scale": "a"},
+            r"guidance_scale: expected a number or a tensor \[2\], got a str",
         ),
         (
             {"uncond": torch.zeros(1)},

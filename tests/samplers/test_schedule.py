@@ -1,6 +1,7 @@
 import math
 from dataclasses import FrozenInstanceError, replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -110,6 +111,26 @@ def test_bad_final_alpha(final):
     schedule = Schedule.linear()
     with pytest.raises(ValueError, match="final_alpha_cumprod: expected a number from"):
         replace(schedule, final_alpha_cumprod=final)
+
+
+@pytest.mark.parametrize("T", [2.5, 0, -3, "10", None, True], ids=repr)
+@pytest.mark.parametrize("make", [Schedule.linear, Schedule.scaled_linear, Schedule.cosine])
+def test_bad_length(make, T):
+    with pytest.raises(ValueError, match=f"^Schedule: T: expected an int >= 1, got {T!r}$"):
+        make(T)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_length_of_numpy(name):
+    made = getattr(Schedule, name)(np.int32(9))
+    assert torch.equal(made.alphas_cumprod, getattr(Schedule, name)(9).alphas_cumprod)
+
+
+def test_what_is_no_number_or_tensor():
+    with pytest.raises(ValueError, match="final_alpha_cumprod: expected a number .*, got 'a'"):
+        Schedule(torch.tensor([0.9, 0.5]), "a")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"betas: expected a tensor \[T\], got a list of 1"):
+        Schedule.from_betas([0.1])  # type: ignore[arg-type]
 
 
 def test_bad_prediction():

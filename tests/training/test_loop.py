@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -256,7 +257,69 @@ def test_wrong_parameters_are_refused(choose, message: str) -> None:
         run(model, parameters=choose(model))
 
 
-@pytest.mark.parametrize("options", [{"steps": -1}, {"warmup": -1}, {"checkpoint_every": 0}])
-def test_wrong_numbers_are_refused(options: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="train: expected steps >= 0"):
-        run(Toy(), **options)
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        *[("steps", v, "an int >= 0") for v in (-1, 2.5, None)],
+        *[("warmup", v, "an int >= 0") for v in (-1, "a")],
+        *[("checkpoint_every", v, "an int >= 1") for v in (0, 1.5)],
+        *[("lr", v, "a finite number >= 0") for v in (-1e-3, NAN, INF, None, "a")],
+        *[("clip", v, "a positive finite number or None") for v in (-1.0, 0.0, NAN, INF, "a")],
+        *[("ema_decay", v, "a number from 0 to below 1 or None") for v in (-0.1, 1.0, NAN, "a")],
+    ],
+)
+def test_wrong_numbers_are_refused_before_anything(
+    tmp_path: Path, name: str, value: object, expected: str
+) -> None:
+    model, made = Toy(), tmp_path / "made"
+    before = weights(model)
+    with pytest.raises(ValueError, match=f"^train: {name}: expected {expected}, got {value!r}$"):
+        run(model, **{"checkpoint": made / "state.pt", name: value})
+    assert not made.exists()
+    assert_same_bits(before, weights(model))
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    models = Toy(), Toy()
+    run(models[0], steps=3, clip=1.0, ema_decay=0.5, warmup=2)
+    options = {"clip": np.float32(1), "ema_decay": np.float64(0.5), "warmup": np.int32(2)}
+    run(models[1], steps=np.int64(3), **options)
+    assert_same_bits(*map(weights, models))
+
+
+def folded_toy() -> Toy:
+    model = Toy()
+    fastlora.inject(model, fastlora.LoRA(rank=2), where=["first"], name="a", seed=0)
+    fastlora.fold(model)
+    return model
+
+
+@pytest.mark.parametrize("train_what", ["the adapter", "the base weight", "everything"])
+def test_parameters_behind_a_folded_weight_are_refused(train_what: str) -> None:
+    model = folded_toy()
+    chosen = {
+        "the adapter": fastlora.parameters(model, "a"),
+        "the base weight": [model.first.weight.requires_grad_()],
+        "everything": [p.requires_grad_() for p in model.parameters()],
+    }[train_what]
+    before = weights(model)
+    with pytest.raises(fastlora.AdapterError, match=r"^train: parameters: .*first.*unfold\("):
+        run(model, parameters=chosen)
+    assert_same_bits(before, weights(model))
+    fastlora.unfold(model)
+    run(model, parameters=chosen, steps=5)
+    after = model.state_dict()
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert len(moved) == len(chosen)
+
+
+def test_other_layers_of_a_folded_model_train() -> None:
+    model = folded_toy()
+    before = weights(model)
+    chosen = [p.requires_grad_() for p in (model.last.weight, model.first.bias)]
+    run(model, parameters=chosen, steps=2)
+    moved = {name for name, w in weights(model).items() if not torch.equal(w, before[name])}
+    assert moved == {"last.weight", "first.bias"}

@@ -1,0 +1,38 @@
+"""What callers pass for numbers, read without torch's or Python's own errors."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def number(value: Any) -> float:
+    """`value` as a float; NaN, which no range holds, where it is not one number."""
+    try:
+        math.isfinite(value)  # unlike float() it takes no strings
+        return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # torch raises the last
+        return math.nan
+
+
+def integer(value: Any) -> int | None:
+    """`value` as an int, also numpy's and torch's; None where it is none. A bool is none."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except (TypeError, RuntimeError):
+        return None
+
+
+def describe(value: Any) -> str:
+    """`value` for an error: what it is, not all that is in it."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"a dict of {', '.join(map(repr, value)) or 'nothing'}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return "None" if value is None else f"a {type(value).__name__}"
