@@ -9,7 +9,7 @@ ARGS ?=
 python := .venv/bin/python
 cpp := find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 
-.PHONY: help environment demo test bench lint format doctor lock clean
+.PHONY: help environment demo test bench gpu sanitize cuda-check lint format doctor lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -25,6 +25,15 @@ test: environment  ## the whole test suite
 
 bench: environment  ## the benchmarks and the table of comparisons
 	@$(python) -m bench $(ARGS)
+
+gpu:  ## on a machine with an NVIDIA GPU: build, test, benchmark, write bench/results (ONLY=fold)
+	@"$(PYTHON)" tools/gpu.py $(if $(ONLY),--only $(ONLY)) $(ARGS)
+
+sanitize: environment  ## loops and emulated kernels under AddressSanitizer and UBSan
+	@$(python) tools/sanitize.py $(ARGS)
+
+cuda-check:  ## compile the CUDA kernels for all GPUs; registers, shared memory, spills
+	@"$(PYTHON)" tools/cuda_check.py $(ARGS)
 
 doctor: environment  ## what was built, what is missing
 	@.venv/bin/fastlora doctor $(ARGS)
@@ -50,4 +59,4 @@ lock: environment  ## pin what requirements/*.in name (needs uv on the PATH)
 	    | grep -vE '^(nvidia|cuda|triton)' > $$name.new && mv $$name.new $$name.txt || exit 1; done
 
 clean:  ## remove .venv and everything that was built
-	rm -rf .venv build dist out .pytest_cache .ruff_cache .hypothesis .benchmarks fastlora.egg-info fastlora/_C*.so
+	rm -rf .venv build dist out .pytest_cache .ruff_cache .hypothesis .benchmarks fastlora.egg-info fastlora/_*.so

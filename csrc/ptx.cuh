@@ -33,8 +33,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 }
 #endif
 
-// --- asynchronous copies from global to shared memory
-// -----------------------------------------------
+// --- asynchronous copies from global to shared memory --------------------------------------------
 
 // kBytes (4, 8 or 16) at addresses that are multiples of it; beyond the first `valid` bytes, which
 // alone are read, zeros. Nobody may look before wait_copies and a barrier.
@@ -76,8 +75,7 @@ __device__ __forceinline__ void wait_copies() {
 #endif
 }
 
-// --- named barriers
-// ---------------------------------------------------------------------------------
+// --- named barriers ------------------------------------------------------------------------------
 
 // Barrier `id` (1 to 15; 0 is __syncthreads) of `threads` threads, whole warps: arrive and wait.
 __device__ __forceinline__ void barrier_sync(int id, int threads, Here here = Here::current()) {
@@ -97,8 +95,7 @@ __device__ __forceinline__ void barrier_arrive(int id, int threads, Here here = 
 #endif
 }
 
-// --- matrices in the registers of a warp
-// --------------------------------------------------------------
+// --- matrices in the registers of a warp ---------------------------------------------------------
 
 // kCount (1, 2 or 4) 8x8 matrices of 16-bit elements: lane 8 i + r gives the address of row r of
 // matrix i, every lane gets two neighbours of one row of each matrix (kTransposed: of one column).
@@ -228,8 +225,7 @@ __device__ __forceinline__ uint32_t to_tf32(float v) {
 #endif
 }
 
-// --- kernels that follow each other
-// -------------------------------------------------------------------
+// --- kernels that follow each other --------------------------------------------------------------
 
 // In a kernel that launch_dependent started: until the one before it has finished and what it wrote
 // can be read. Nothing elsewhere.

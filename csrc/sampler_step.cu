@@ -30,7 +30,7 @@ __device__ __forceinline__ float clipped(float v, float limit) {  // NaN stays N
 
 // N: the number of model outputs, 0 for any; E: their type, M: that of the model input.
 template <class E, class M, int N>
-__global__ void __launch_bounds__(kThreads) sampler_step_kernel(SamplerStep p, bool vectors) {
+__global__ void __launch_bounds__(kThreads, 2) sampler_step_kernel(SamplerStep p, bool vectors) {
   const int64_t step = *p.step;
   const Row r = row_of(p, step);
   const int n = N > 0 ? N : p.n;

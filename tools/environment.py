@@ -48,8 +48,9 @@ def main():
     settings = json.dumps([os.environ.get(name, "") for name in BUILD_SETTINGS])
     compilers = str([shutil.which("nvcc"), has_nvidia_gpu()])
     built = digest(*sources, extra=settings + compilers)
-    if not list((ROOT / "fastlora").glob("_C*" + environment.suffix())):
-        environment.forget("extension")
+    for name in ("_C", "_emulator"):
+        if not list((ROOT / "fastlora").glob(name + "*" + environment.suffix())):
+            environment.forget("extension")
     environment.step("extension", built, environment.build)
     environment.step("fastlora", digest(*metadata), environment.install_fastlora)
 

@@ -57,7 +57,7 @@ Block& block() {
 
 Block::Block() : arena_(new char[kArena]) {}
 
-// --- running ------------------------------------------------------------------------------------
+// --- running -------------------------------------------------------------------------------------
 
 void Block::run(const Launch& launch, Index index, const Run& run, uint64_t seed) {
   launch_ = &launch;
@@ -181,7 +181,7 @@ void Block::deadlock() {
   throw Fault("emulator: no thread can run");
 }
 
-// --- barriers and warps -------------------------------------------------------------------------
+// --- barriers and warps --------------------------------------------------------------------------
 
 void Block::sync_threads(Here here) {
   arrive(0, unsigned(launch_->block.count()), true, true, here);
@@ -260,7 +260,7 @@ void Block::collective(unsigned mask, const char* kind, Here here, const void* i
   land_some();
 }
 
-// --- shared memory ------------------------------------------------------------------------------
+// --- shared memory -------------------------------------------------------------------------------
 
 void* Block::shared(const void* key, size_t bytes, const char* name) {
   for (const Array& a : arrays_)
@@ -273,11 +273,11 @@ void* Block::shared(const void* key, size_t bytes, const char* name) {
     throw Fault(std::string("emulator: kernel ") + launch_->name + " uses " +
                 std::to_string(total) + " bytes of shared memory");
   char* array = arena_.get() + begin;
+  allow(arena_.get() + used_, begin + bytes + kRedZone - used_);
   std::memset(arena_.get() + used_, canary(run_), begin - used_);
   std::memset(array, run_.poison, bytes);
   std::memset(array + bytes, canary(run_), kRedZone);
   forbid(arena_.get() + used_, begin - used_);
-  allow(array, bytes);
   forbid(array + bytes, kRedZone);
   used_ = begin + bytes;
   arrays_.push_back({key, array, bytes, name});
@@ -298,7 +298,7 @@ void Block::check_shared() {
     }
 }
 
-// --- asynchronous copies ------------------------------------------------------------------------
+// --- asynchronous copies -------------------------------------------------------------------------
 
 void Block::copy_async(const Copy& copy) {
   memory().check(copy.to, copy.bytes, copy.bytes, "copies to shared memory", copy.here);
@@ -335,7 +335,7 @@ void Block::wait_copies(size_t groups_left) {
   groups.erase(groups.begin(), groups.begin() + ptrdiff_t(finished));
 }
 
-// --- the kernel before this one -----------------------------------------------------------------
+// --- the kernel before this one ------------------------------------------------------------------
 
 void Block::hide_previous() {
   hidden_.clear();

@@ -7,7 +7,7 @@ import torch
 
 from tests.devices import no_gpu
 from tests.emulator.harness import Kernels, compile_emulated, compile_for_gpu
-from tests.test_cuda_compiles import find_nvcc
+from tools.cuda_check import find_nvcc
 
 
 @pytest.fixture(scope="session")

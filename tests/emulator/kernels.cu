@@ -17,8 +17,7 @@ namespace {
 
 constexpr int kThreads = 128;
 
-// --- right
-// ----------------------------------------------------------------------------------------
+// --- right ---------------------------------------------------------------------------------------
 
 template <class T>
 __global__ void multiply_kernel(float* sum, const uint32_t* a, const uint32_t* b) {
@@ -196,8 +195,7 @@ __global__ void narrow_kernel(T* to, const float* from) {
   narrow(from[i], to + i);
 }
 
-// --- with a fault
-// ---------------------------------------------------------------------------------
+// --- with a fault --------------------------------------------------------------------------------
 
 __global__ void no_barrier_kernel(int* to, const int* from) {
   FASTLORA_SHARED(box, int[kThreads]);
@@ -294,8 +292,7 @@ __global__ void crowded_barrier_kernel(int* to) {
   to[threadIdx.x] = 0;
 }
 
-// --- by name
-// ----------------------------------------------------------------------------------------
+// --- by name -------------------------------------------------------------------------------------
 
 struct Case {
   const std::string name;

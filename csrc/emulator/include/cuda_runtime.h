@@ -43,8 +43,7 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 #define gridDim (::fastlora::emulator::block().launch().grid)
 constexpr int warpSize = 32;
 
-// --- barriers, votes, shuffles
-// --------------------------------------------------------------------
+// --- barriers, votes, shuffles -------------------------------------------------------------------
 
 #define FASTLORA_EMULATED_HERE \
   ::fastlora::emulator::Here here = ::fastlora::emulator::Here::current()
@@ -94,8 +93,7 @@ T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, FASTLOR
       "__shfl_up_sync", here);
 }
 
-// --- atomics: fibres run one at a time
-// -------------------------------------------------------------
+// --- atomics: fibres run one at a time -----------------------------------------------------------
 
 namespace fastlora::emulator {
 template <class T, class F>
@@ -129,8 +127,7 @@ T atomicCAS(T* at, T compare, T value, FASTLORA_EMULATED_HERE) {
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 
-// --- arithmetic and memory
-// -------------------------------------------------------------------------
+// --- arithmetic and memory -----------------------------------------------------------------------
 
 inline float __int_as_float(int bits) {
   float f;
