@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from bench.shapes import linears
+from bench.timing import DEVICE, measure
 from fastlora import ops
 
 RANK = 16
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(scope="module")
@@ -42,17 +42,19 @@ def test_fold(benchmark, model, contender):
             torch.addmm(weight, up * gate, down, out=out)
 
     runs = {"floor": copies, "fastlora": lambda: ops.fold(*model), "addmm": addmm}
-    with torch.no_grad():
-        if contender != "peft":
-            benchmark.pedantic(runs[contender], rounds=10, warmup_rounds=2)
-            return
-        layers = peft_layers(weights)
-        benchmark.pedantic(
-            lambda: [layer.merge() for layer in layers],
-            setup=lambda: [layer.unmerge() for layer in layers if layer.merged] and None,
-            rounds=4,
-            warmup_rounds=1,
-        )
+    size = 2 * sum(w.numel() * w.element_size() for w in weights)
+    if contender != "peft":
+        measure(benchmark, runs[contender], rounds=10, size=size)
+        return
+    layers = peft_layers(weights)
+
+    def pristine() -> None:
+        for layer in layers:
+            if layer.merged:
+                layer.unmerge()
+
+    merge = lambda: [layer.merge() for layer in layers]  # noqa: E731
+    measure(benchmark, merge, rounds=4, setup=pristine, size=size)
 
 
 def peft_layers(weights: list[torch.Tensor]) -> list[Any]:

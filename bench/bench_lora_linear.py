@@ -10,9 +10,9 @@ import torch.nn.functional as F
 
 import fastlora
 from bench.shapes import linears
+from bench.timing import DEVICE, DTYPES, measure
 
 RANK = 16
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [pytest.param(s, id=f"{s['tokens']}x{s['inp']}x{s['out']}") for s in linears()]
 
 
@@ -27,8 +27,9 @@ def function(
     layer: torch.nn.Linear, x: torch.Tensor, contender: str, rank: int
 ) -> Callable[[], Any]:
     weight, bias = layer.weight, layer.bias
-    down = torch.randn(rank, layer.in_features, device=DEVICE)
-    up = torch.randn(layer.out_features, rank, device=DEVICE)
+    at = {"device": DEVICE, "dtype": weight.dtype}
+    down = torch.randn(rank, layer.in_features, **at)
+    up = torch.randn(layer.out_features, rank, **at)
     if contender == "floor":
         return lambda: F.linear(x, weight, bias)
     if contender == "addmm":
@@ -44,20 +45,22 @@ def function(
 
 
 @pytest.mark.parametrize("contender", ["floor", "fastlora", "addmm", "peft"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize("shape", CASES)
-def test_lora_linear(benchmark, shape, contender):
+def test_lora_linear(benchmark, shape, dtype, contender):
     """Through the adapted layer. The floor is F.linear on the same shape."""
     tokens, features, out = shape["tokens"], shape["inp"], shape["out"]
-    benchmark.group = f"lora_linear {tokens}x{features}x{out} r={RANK}"
+    low = "" if dtype == torch.float32 else " " + str(dtype).removeprefix("torch.")
+    benchmark.group = f"lora_linear {tokens}x{features}x{out} r={RANK}{low}"
     benchmark.extra_info["count"] = shape["count"]
     torch.manual_seed(0)
-    layer = torch.nn.Linear(features, out, device=DEVICE)
-    run = function(layer, torch.randn(tokens, features, device=DEVICE), contender, RANK)
+    layer = torch.nn.Linear(features, out, device=DEVICE, dtype=dtype)
+    x = torch.randn(tokens, features, device=DEVICE, dtype=dtype)
+    run = function(layer, x, contender, RANK)
     work = tokens * features * out
-    with torch.no_grad():
-        benchmark.pedantic(
-            run, rounds=12, iterations=max(1, int(2e8 / max(work, 1e6))), warmup_rounds=2
-        )
+    iterations = max(1, int(2e8 / max(work, 1e6)))
+    size = (tokens * (features + out) + features * out) * dtype.itemsize
+    measure(benchmark, run, rounds=12, iterations=iterations, size=size, work=2 * work)
 
 
 @pytest.mark.parametrize("contender", ["linear", "fastlora", "peft"])
@@ -67,5 +70,4 @@ def test_tiny_call(benchmark, contender):
     torch.manual_seed(0)
     layer, x = torch.nn.Linear(8, 8, device=DEVICE), torch.randn(8, 8, device=DEVICE)
     run = (lambda: layer(x)) if contender == "linear" else function(layer, x, contender, 4)
-    with torch.no_grad():
-        benchmark.pedantic(run, rounds=60, iterations=2000, warmup_rounds=5)
+    measure(benchmark, run, rounds=60, iterations=2000 if DEVICE == "cpu" else 20)

@@ -11,30 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from bench.timing import DEVICE, measure
 from fastlora import Schedule, ddim, ops
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(1, 4, 64, 64), (4, 4, 64, 64), (4, 4, 128, 128)]
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}
 STEPS, STEP, SCALE = 50, 10, 7.5
-
-
-def measure(benchmark: Any, function: Callable[[], Any], size: int) -> None:
-    """Times `function`, which has to move at least `size` bytes."""
-
-    def finished() -> Any:
-        result = function()
-        torch.cuda.synchronize()
-        return result
-
-    benchmark.extra_info["bytes"] = size
-    with torch.no_grad():
-        benchmark.pedantic(
-            function if DEVICE == "cpu" else finished,
-            rounds=40,
-            iterations=10,
-            warmup_rounds=4,
-        )
 
 
 def copy_of(size: int) -> Callable[[], Any]:
@@ -64,7 +46,7 @@ def test_sampler_step(benchmark, shape, prediction, eta, contender):
     step = copy_of(size)
     if contender in contenders:
         step = contenders[contender](x, output, prediction, eta)
-    measure(benchmark, step, size)
+    measure(benchmark, step, rounds=40, iterations=10, size=size)
 
 
 def fastlora_step(x: Any, output: Any, prediction: str, eta: float) -> Callable[[], Any]:
@@ -126,4 +108,4 @@ def test_add_noise(benchmark, shape, contender):
         def function():
             return scheduler.add_noise(x0, eps, t), scheduler.get_velocity(x0, eps, t)
 
-    measure(benchmark, function, size)
+    measure(benchmark, function, rounds=40, iterations=10, size=size)

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
+from bench.timing import DEVICE, measure
 from fastlora import ops
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.parametrize("contender", ["fastlora", "addmm", "u @ diag(s) @ vh"])
@@ -21,5 +20,5 @@ def test_spectral_weight(benchmark, shape, contender):
         "addmm": lambda: torch.addmm(weight, u * ((s + strength * shift).relu() - s), vh),
         "u @ diag(s) @ vh": lambda: u @ torch.diag((s + strength * shift).relu()) @ vh,
     }
-    with torch.no_grad():
-        benchmark.pedantic(runs[contender], rounds=10, iterations=3, warmup_rounds=2)
+    work = 2 * u.numel() * shape[1]
+    measure(benchmark, runs[contender], rounds=10, iterations=3, work=work)
