@@ -17,8 +17,8 @@ from fastlora.adapters.arena import Arena
 from fastlora.adapters.folded_weight import fold_layers
 from fastlora.adapters.slots import LoRASlot, SpectralSlot
 from fastlora.adapters.specs import AdapterError
-from fastlora.adapters.tensors import full_precision, memory
-from fastlora.ops import spectral_weight
+from fastlora.adapters.tensors import full_precision, memory, same_values
+from fastlora.ops import ContractError, spectral_weight
 
 
 class LayerState:
@@ -37,7 +37,7 @@ class LayerState:
         self.epoch = -1
         self.fast: Any = None  # (parameters of the only slot, gate): the shortest way through
         self.active: tuple[tuple[str, Any], ...] = ()
-        self.cache: dict[str, tuple[Tensor, Any, list[Tensor], Any]] = {}
+        self.cache: dict[str, tuple[list[Tensor], Any]] = {}  # (made from, made)
 
     def __getstate__(self) -> Any:
         return self.arena, self.path, self.offset, self.merged, self.stale
@@ -96,7 +96,7 @@ class Adapted(nn.Module):
         weight = self.spectral(active)
         slots = self.low_rank_slots(active)
         if slots:
-            return self.low_rank(input, weight, slots)
+            return self.explaining(input, self.low_rank, input, weight, slots)
         assert weight is not None
         return self.with_weight(input, weight, self.bias_or_none())
 
@@ -131,6 +131,28 @@ class Adapted(nn.Module):
         folded = self.fastlora.folded_weight
         assert folded is not None
         return folded
+
+    def explaining(self, x: Tensor, compute: Callable[..., Tensor], *args: Any) -> Tensor:
+        """`compute(*args)`, whose errors speak of this layer; a graph has no place for that."""
+        if torch.compiler.is_compiling():
+            return compute(*args)
+        try:
+            return compute(*args)
+        except ContractError as error:
+            raise self.explained(error, x) from None
+
+    def explained(self, error: ContractError, x: Tensor) -> ContractError:
+        """The error of a low-rank part; where strengths per sample met another batch size, with the
+        layer and the size that they ask for."""
+        arena = self._state.arena
+        names = [name for name in self.fastlora if name in arena.per_sample]
+        rows = (arena.batch or 0) * arena.copies
+        if not names or ("gate: expected" not in str(error) and x.shape[:1] == (rows,)):
+            return error
+        return ContractError(
+            f"{self._state.path or 'the layer'}: {error}; the strengths of {names} are per sample: "
+            f"expected an input with leading size {rows}, got {list(x.shape)}"
+        )
 
     def bias_or_none(self) -> Tensor | None:
         return self._parameters.get("bias")
@@ -204,27 +226,25 @@ class Adapted(nn.Module):
         return changed.view(self.weight.shape)
 
     def cached(self, name: str, small: list[Tensor], make: Callable[[], Any]) -> Any:
-        """`make()`, kept while the weight is the same at the same version and the tensors in
-        `small` have the values that they had.
+        """`make()`, kept while the weight and the tensors in `small` have the values that they had.
 
         Values, not versions: a write through `.data`, as many averages of weights are copied,
-        leaves no trace in a version. On an accelerator a comparison would wait for the device (and
-        a captured graph would never look again), so there nothing is kept.
+        leaves no trace in a version. It costs a copy of the weight, and a read of both at every
+        call; only on the CPU, for layers with DoRA or spectral shifts that are not folded. On an
+        accelerator a comparison would wait for the device (and a captured graph would never look
+        again), so there nothing is kept; nor under functorch, and for weights made in inference
+        mode.
         """
         weight = self.weight
-        found, key = self._state.cache.get(name), memory(weight)
-        if weight.device.type != "cpu" or key is None:
+        if weight.device.type != "cpu" or memory(weight) is None:
             return make()
-        if (
-            found is not None
-            and found[0] is weight
-            and found[1] == key
-            and len(found[2]) == len(small)
-            and all(map(torch.equal, found[2], small))
-        ):
-            return found[3]
+        sources, found = [weight, *small], self._state.cache.get(name)
+        if found is not None and len(found[0]) == len(sources):
+            if all(map(same_values, found[0], sources)):
+                return found[1]
+        before = [t.detach().clone() for t in sources]  # first: what is written meanwhile is seen
         made = make()
-        self._state.cache[name] = (weight, key, [t.detach().clone() for t in small], made)
+        self._state.cache[name] = (before, made)
         return made
 
     # --- what torch does to modules ---------------------------------------------------------------

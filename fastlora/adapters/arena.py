@@ -1,7 +1,6 @@
 """The gates of all adapters of a model in one flat float32 buffer: strength is data, not code."""
 
 import copy
-import math
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.adapters.specs import AdapterError
+from fastlora.adapters.specs import AdapterError, fits_float32
 
 Scale = float | Tensor
 
@@ -29,9 +28,11 @@ class Arena:
         self.epoch = 0
         self.copies = 1  # how often the batch is repeated (classifier-free guidance)
         self.per_sample: tuple[str, ...] = ()  # adapters that are on and whose scale is a tensor
+        self.froze: set[str] = set()  # adapters whose injection asked for a frozen base
         self.learned = False  # some scale requires a gradient
         self._layers: dict[int, weakref.ref[Any]] = {}
         self._ratios = torch.empty(0)  # α/r per entry
+        self._largest: dict[str, float] = {}  # the largest |α/r| of each adapter
         self._owners = torch.empty(0, dtype=torch.long)  # per entry, which of `scales` is its
         self._values: dict[torch.device, Tensor] = {}
 
@@ -55,6 +56,7 @@ class Arena:
         ratios: list[float] = []
         owners: list[str] = []
         layers = self.layers()
+        self._largest = {}
         self._layers = {id(layer): weakref.ref(layer) for layer in layers}
         for layer in layers:
             layer._state.offset = len(owners)
@@ -62,11 +64,13 @@ class Arena:
             for name, slot in layer.fastlora.items():
                 owners += [name] * slot.width
                 ratios += [slot.ratio] * slot.width
+                self._largest[name] = max(self._largest.get(name, 0.0), abs(slot.ratio))
         for name in dict.fromkeys(owners):
             self.scales.setdefault(name, 1.0)
             self.enabled.setdefault(name, True)
         for name in set(self.scales) - set(owners):
             del self.scales[name], self.enabled[name]
+        self.froze &= set(owners)
         order = {name: i for i, name in enumerate(self.scales)}
         self._owners = torch.tensor([order[name] for name in owners], dtype=torch.long)
         self._ratios = torch.tensor(ratios, dtype=torch.float32)
@@ -91,6 +95,11 @@ class Arena:
         if len(sizes) > 1:
             raise AdapterError(f"per-sample scales: expected one batch size, got {sorted(sizes)}")
 
+    def check_finite(self, scales: Mapping[str, Scale]) -> None:
+        """Raises AdapterError unless the gates of these scales are finite numbers."""
+        for name, scale in scales.items():
+            require_finite(name, scale, self._largest.get(name, 1.0))
+
     def set(self, scales: Mapping[str, Scale], enabled: Mapping[str, bool]) -> None:
         """Replaces scales (checked ones) and switches of adapters here and writes the gates."""
         before = self._pattern()
@@ -100,13 +109,6 @@ class Arena:
         if self._pattern() != before:
             self.epoch += 1
         self.write()
-
-    def tile(self, copies: int) -> None:
-        """Repeats the rows of per-sample scales `copies` times along the batch."""
-        if copies != self.copies:
-            self.copies = copies
-            if self.per_sample:
-                self.write()
 
     def off(self, name: str) -> bool:
         """Known on the host to have no effect: the layer need not be computed."""
@@ -195,13 +197,33 @@ def checked(name: str, scale: Any) -> Scale:
                 f"scale of {name!r}: expected a number or a floating tensor [batch], "
                 f"got {scale.dtype} {list(scale.shape)}{hint}"
             )
+        require_finite(name, scale)
         return scale if scale.requires_grad else scale.clone()
     try:
         number = float(scale)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
+    except (TypeError, ValueError, OverflowError):
         raise AdapterError(
             f"scale of {name!r}: expected a finite number or a tensor [batch], got {scale!r}"
-        )
+        ) from None
+    require_finite(name, number)
     return number
+
+
+def require_finite(name: str, scale: Scale, ratio: float = 1.0) -> None:
+    """Raises AdapterError unless `scale · ratio` is finite in float32.
+
+    A tensor on another device than the CPU is not looked at: that would wait for the device.
+    """
+    bad: float | None = None
+    if not isinstance(scale, Tensor):
+        bad = None if fits_float32(scale * ratio) else scale
+    elif scale.device.type == "cpu":
+        values = scale.detach().to(torch.float32) * ratio
+        wrong = ~values.isfinite()
+        bad = float(scale.detach()[wrong][0]) if wrong.any() else None
+    if bad is not None:
+        times = "" if ratio == 1.0 else f", also times alpha / rank = {ratio:g}"
+        raise AdapterError(
+            f"scale of {name!r}: expected a finite number or a tensor [batch] of them "
+            f"(float32{times}), got {bad!r}"
+        )

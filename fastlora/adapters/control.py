@@ -1,6 +1,7 @@
 """Looking at a model's adapters and changing their strength."""
 
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -15,6 +16,9 @@ from fastlora.adapters.specs import AdapterError, AdapterInfo
 
 Scales = Mapping[str, Scale] | Scale
 Changes = list[tuple[Arena, dict[str, Any], dict[str, bool]]]
+
+# Re-entrant: collecting an abandoned block may end it while its thread is inside here.
+_tiling = threading.RLock()
 
 
 def adapters(model: nn.Module) -> dict[str, AdapterInfo]:
@@ -60,9 +64,12 @@ def set_scale(model: nn.Module, scales: Scales) -> None:
 
     A number, or a tensor `[batch]`: one strength per sample; then the leading size of the input of
     every layer with that adapter has to be `batch`. A tensor that requires a gradient gets it. The
-    gates are `scale · α/r`. A scale of 0.0 leaves the base layer alone, bit for bit. A folded model
-    is folded again. Raises AdapterError, and changes nothing, for unknown names, and for a strength
-    per sample where the model is folded.
+    gates are `scale · α/r`, float32 also beside float64 weights. A scale of 0.0 leaves the base
+    layer alone, bit for bit. A folded model is folded again.
+
+    Raises AdapterError, and changes nothing, for unknown names, for a strength per sample where the
+    model is folded, and for strengths that are not finite, by themselves or times α/r. Values of
+    tensors on an accelerator are not looked at, which would wait for the device.
     """
     if not isinstance(scales, Mapping):
         scales = dict.fromkeys(some_names(model, "set_scale"), scales)
@@ -137,32 +144,46 @@ def restoring(model: nn.Module, before: Changes) -> Iterator[nn.Module]:
 @contextmanager
 def tiled(model: nn.Module, copies: int) -> Iterator[nn.Module]:
     """Within it, per-sample strengths repeat `copies` times along the batch, as classifier-free
-    guidance concatenates its conditional and unconditional halves."""
+    guidance concatenates its conditional and unconditional halves.
+
+    Blocks multiply: inside of two, nested or in two threads, strengths repeat as often as both say,
+    and after both as often as before. Raises AdapterError unless `copies` is an integer >= 1.
+    """
+    if not isinstance(copies, int) or isinstance(copies, bool) or copies < 1:
+        raise AdapterError(f"tiled: copies: expected an integer >= 1, got {copies!r}")
     found = arenas(model)
-    before = [arena.copies for arena in found]
     try:
-        for arena in found:
-            arena.tile(arena.copies * copies)
+        retile(found, copies, 1)
         yield model
     finally:
-        for arena, old in zip(found, before, strict=True):
-            arena.tile(old)
+        retile(found, 1, copies)
+
+
+def retile(found: Iterable[Arena], times: int, over: int) -> None:
+    """Multiplies the copies of arenas: blocks of several threads may end in any order."""
+    with _tiling:
+        for arena in found:  # all of them first: a failing write leaves the numbers right
+            arena.copies = arena.copies * times // over
+        for arena in found:
+            if times != over and arena.per_sample:
+                arena.write()
 
 
 def apply(model: nn.Module, scales: Mapping[str, Any], enabled: Mapping[str, bool]) -> None:
     """Sets scales and switches in all arenas of a model, or raises and changes nothing."""
     require_known(model, *scales, *enabled)
     scales = {name: checked(name, scale) for name, scale in scales.items()}
-    write(
-        [
-            (
-                arena,
-                {n: s for n, s in scales.items() if n in arena.scales},
-                {n: e for n, e in enabled.items() if n in arena.scales},
-            )
-            for arena in arenas(model)
-        ]
-    )
+    changes: Changes = [
+        (
+            arena,
+            {n: s for n, s in scales.items() if n in arena.scales},
+            {n: e for n, e in enabled.items() if n in arena.scales},
+        )
+        for arena in arenas(model)
+    ]
+    for arena, new, _ in changes:
+        arena.check_finite(new)
+    write(changes)
 
 
 def write(changes: Changes) -> None:

@@ -21,8 +21,9 @@ def fold(model: nn.Module, permanent: bool = False) -> None:
     The folded weights are buffers beside the pristine ones (one more copy of the adapted weights in
     memory), which `.weight` and `state_dict()` go on showing; `unfold` is therefore exact. Changing
     a scale of a folded model folds it again into the same buffers, and so does `load_state_dict`;
-    after other changes of parameters (training) fold again. `permanent=True` writes into `.weight`
-    instead and removes the adapters.
+    after other changes of parameters (training) fold again. While a model is folded no gradient
+    reaches its adapters: unfold it to train. `permanent=True` writes into `.weight` instead and
+    removes the adapters.
 
     Raises AdapterError where a strength differs per sample, a layer has no plain weight, or
     (permanent) a weight is shared with another layer. The model is unchanged then.
@@ -93,10 +94,14 @@ def check_strengths(
         new, on = {**arena.scales, **(scales or {})}, {**arena.enabled, **(enabled or {})}
         rows = [n for n in layer.fastlora if on[n] and isinstance(new[n], Tensor)]
         if rows:
-            raise AdapterError(
-                f"fold: the strength of {rows[0]!r} differs per sample, which no single weight can "
-                "follow; unfold the model, or set a number"
-            )
+            raise differs_per_sample(rows[0])
+
+
+def differs_per_sample(name: str) -> AdapterError:
+    return AdapterError(
+        f"fold: the strength of {name!r} differs per sample, which no single weight can follow; "
+        "unfold the model, or set a number"
+    )
 
 
 def check_unshared(model: nn.Module, layers: Mapping[str, Adapted]) -> None:

@@ -9,10 +9,17 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fastlora.adapters.adapted import Adapted, adapted_class, base_class
-from fastlora.adapters.arena import Arena
+from fastlora.adapters.arena import Arena, Scale, require_finite
 from fastlora.adapters.control import adapters
 from fastlora.adapters.dora import magnitude
-from fastlora.adapters.folding import check_plain, is_folded, refolding
+from fastlora.adapters.folding import (
+    check_plain,
+    check_strengths,
+    differs_per_sample,
+    folded_by,
+    is_folded,
+    refolding,
+)
 from fastlora.adapters.lookup import (
     adapted_layers,
     arenas,
@@ -101,24 +108,37 @@ def check_name(model: nn.Module, name: str) -> None:
 
 
 def attach(
-    model: nn.Module, slots: dict[str, Slot], name: str, *, freeze: bool = True
+    model: nn.Module,
+    slots: dict[str, Slot],
+    name: str,
+    *,
+    freeze: bool = True,
+    scale: Scale | None = None,
 ) -> AdapterInfo:
-    """Puts ready slots into the layers at their paths; raises before the first change or never."""
+    """Puts ready slots into the layers at their paths, with a strength (a checked one; None: what
+    the name has, or 1); raises AdapterError before the first change or never."""
     modules = dict(model.named_modules(remove_duplicate=False))
     found = arenas(model)
-    check_mergeable(found)
+    new = {} if scale is None else {name: scale}
+    check_mergeable(found, new)
+    check_strengths(folded_by(found), new)
+    if scale is not None:
+        require_finite(name, scale, max(abs(slot.ratio) for slot in slots.values()))
     decompositions = {
         path: decomposition(path, modules[path])
         for path, slot in slots.items()
         if isinstance(slot, SpectralSlot) and not isinstance(modules[path], NORMS)
     }
     if is_folded(model):
+        if isinstance(scale, Tensor):
+            raise differs_per_sample(name)
         for path in slots:
             check_plain(path, modules[path])
     with refolding(model):
         arena = merge(found) if found else Arena()
         if freeze:
             freeze_base(model)
+            arena.froze.add(name)
         for path, slot in slots.items():
             layer = adapt(modules[path], path, arena)
             found_factors = decompositions.get(path)
@@ -127,6 +147,7 @@ def attach(
                 holder.svd_u, holder.svd_s, holder.svd_vh = found_factors
             layer.fastlora[name] = slot
             layer.fastlora.train(layer.training)
+        arena.scales |= new
         arena.layout()
     set_fused_encoders(model)
     return adapters(model)[name]
@@ -134,7 +155,8 @@ def attach(
 
 def remove(model: nn.Module, name: str) -> None:
     """Takes the adapter out. Layers without any adapter get their class back: the plain model, with
-    the same keys and the same bits. Raises AdapterError for an unknown name."""
+    the same keys and the same bits. What injecting froze is given back once no adapter is left that
+    was injected with `freeze`. Raises AdapterError for an unknown name."""
     model = unwrapped(model)
     require_known(model, name)
     for layer in layers_of(model):
@@ -149,7 +171,7 @@ def remove(model: nn.Module, name: str) -> None:
         for arena in found:
             arena.layout()
     set_fused_encoders(model)
-    if not adapted_layers(model):
+    if not adapted_layers(model) or not any(arena.froze for arena in found):
         unfreeze_base(model)
 
 

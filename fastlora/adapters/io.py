@@ -8,16 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.adapters.arena import checked
-from fastlora.adapters.control import adapters, set_scale
-from fastlora.adapters.inject import (
-    NORMS,
-    attach,
-    check_name,
-    parameter_dtype,
-    remove,
-    unsuitable,
-)
-from fastlora.adapters.lookup import adapted_layers, known_names, require_known, unwrapped
+from fastlora.adapters.control import some_names
+from fastlora.adapters.inject import NORMS, attach, check_name, parameter_dtype, unsuitable
+from fastlora.adapters.lookup import adapted_layers, require_known, unwrapped
 from fastlora.adapters.slots import LoRASlot, Slot, SpectralSlot
 from fastlora.adapters.specs import AdapterError, AdapterInfo, LoRA, Spectral, is_number
 from fastlora.formats import files, native
@@ -28,9 +21,12 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     """Writes one adapter to a safetensors file, atomically, in the dtype it has.
 
     `name` may be left out when there is only one. Strengths set by `set_scale` are not part of it.
+    A symbolic link stays one, and its target is replaced. Raises AdapterError, before anything is
+    written, where the adapter has NaN or infinite values, is unknown or of two kinds; OSError where
+    `path` cannot be written or is there already and no regular file.
     """
     if name is None:
-        names = known_names(model)
+        names = some_names(model, "save")
         if len(names) != 1:
             raise AdapterError(f"save: name: expected one of {names}, got None")
         name = names[0]
@@ -42,6 +38,11 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     if len(kinds) > 1:
         raise AdapterError(f"save: {name!r} is {' and '.join(sorted(kinds))}; a file has one kind")
     (kind,) = kinds
+    for key, value in native.pack(modules, {})[0].items():
+        if not torch.isfinite(value).all():  # load would refuse the file
+            raise AdapterError(
+                f"save: {name!r}: {key}: expected finite values, got NaN or infinity"
+            )
     config: dict[str, Any] = {"kind": kind, "modules": {p: settings(s) for p, s in slots.items()}}
     if kind == "spectral":
         config["weight_prints"] = {p: weight_print(m.weight) for p, m in layers.items()}
@@ -61,8 +62,9 @@ def load(
 
     Strict: every tensor of the file has to fit a layer of the model, or nothing is changed. The
     weights keep the file's dtype where the layer can use it (its own, or float32). Raises
-    FormatError for a bad file (a pickle, truncated, foreign, NaN), AdapterError for one that does
-    not fit the model.
+    FormatError for a bad file (a pickle, truncated, foreign, NaN, a setting that is none),
+    AdapterError for one that does not fit the model, and for a `scale` that `set_scale` would
+    refuse.
     """
     model = unwrapped(model)
     check_name(model, name)
@@ -83,13 +85,7 @@ def load(
             raise AdapterError(f"{path}: {module_path}: {error}") from None
         except (FormatError, TypeError) as error:
             raise FormatError(f"{path}: {module_path}: {error}") from None
-    attach(model, slots, name, freeze=freeze)
-    try:
-        set_scale(model, {name: scale})
-    except AdapterError:
-        remove(model, name)
-        raise
-    return adapters(model)[name]
+    return attach(model, slots, name, freeze=freeze, scale=scale)
 
 
 def settings(slot: Slot) -> dict[str, Any]:
@@ -103,7 +99,10 @@ def slot_of(
 ) -> Slot:
     """A slot with the file's values, after checking that it fits the layer."""
     fields = config["modules"][path]
-    spec = LoRA(**fields) if config["kind"] == "lora" else Spectral(**fields)
+    try:
+        spec = LoRA(**fields) if config["kind"] == "lora" else Spectral(**fields)
+    except AdapterError as error:
+        raise FormatError(str(error)) from None
     reason = unsuitable(target, spec)
     if reason is not None:
         reason = reason or "it has no weight to shift"

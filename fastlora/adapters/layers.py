@@ -33,7 +33,10 @@ class AdaptedLinear(Adapted, nn.Linear):
         except KeyError:  # a parametrisation has taken one away since
             state.forget()
             return super().forward(input)
-        return _lora_linear(input, weight, bias, down, up, gate, None)
+        try:
+            return _lora_linear(input, weight, bias, down, up, gate, None)
+        except ContractError as error:
+            raise self.explained(error, input) from None
 
     def shortcut(self) -> Any:
         state = self._state
@@ -98,6 +101,9 @@ class AdaptedLinearLike(Adapted):
         x = args[0] if args else next(iter(kwargs.values()))
         if y.requires_grad:  # what its backward has saved may be the output itself
             y = y.clone()
+        return self.explaining(x, self.add_low_rank, y, x, slots)
+
+    def add_low_rank(self, y: Tensor, x: Tensor, slots: Gated) -> Tensor:
         for slot, gate in slots:
             lora_add_(y, dropped(slot, x, self.training).to(y.dtype), slot.down, slot.up, gate)
         return y
@@ -127,8 +133,7 @@ class AdaptedConv2d(Adapted, nn.Conv2d):
             return y
         if gate.dim() == 2 and len(gate) != len(h):
             raise ContractError(
-                f"{self._state.path}: x: expected a batch of {len(gate)}, one for each strength, "
-                f"got {len(h)}"
+                f"x: expected a batch of {len(gate)}, one for each strength, got {len(h)}"
             )
         h = (h.to(gate.dtype) * gate[..., None, None]).to(y.dtype)
         return y + F.conv2d(h, up.to(y.dtype), groups=self.groups)

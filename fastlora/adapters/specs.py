@@ -1,10 +1,13 @@
 """What to add to a layer: `LoRA` and `Spectral` describe an adapter, `inject` builds it."""
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
+
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 class AdapterError(ValueError):
@@ -15,6 +18,14 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def fits_float32(number: float) -> bool:
+    """Finite, and still so in float32, the dtype of strengths."""
+    try:
+        return abs(float(number)) <= FLOAT32_MAX  # which NaN is not
+    except OverflowError:  # an integer beyond float64
+        return False
+
+
 @dataclass(frozen=True)
 class LoRA:
     """`W' = W + (alpha / rank) U D`, `D [rank, in]` Kaiming uniform, `U [out, rank]` zero.
@@ -23,7 +34,7 @@ class LoRA:
     `alpha / sqrt(rank)` (arXiv 2312.03732); `dropout` acts on the adapter's input in training;
     `dora` adds a trained magnitude, `W' = m (W + sUD) / ‖W + sUD‖` per output row with the norm
     detached (arXiv 2402.09353). `ranks` and `alphas` override rank and alpha for single module
-    paths.
+    paths. Raises AdapterError for a setting of the wrong type or out of range.
     """
 
     rank: int = 16
@@ -35,13 +46,27 @@ class LoRA:
     alphas: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
+        for field in ("rank_stabilized", "dora"):
+            value = getattr(self, field)
+            if not isinstance(value, bool):  # 'no' would be taken as yes
+                raise AdapterError(f"LoRA: {field}: expected True or False, got {value!r}")
+        for field in ("ranks", "alphas"):
+            value = getattr(self, field)
+            paths = isinstance(value, Mapping) and all(isinstance(path, str) for path in value)
+            if value is not None and not paths:
+                raise AdapterError(f"LoRA: {field}: expected a dict by module path, got {value!r}")
         for rank in (self.rank, *(self.ranks or {}).values()):
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                raise AdapterError(f"LoRA: rank: expected an integer >= 1, got {rank!r}")
+            if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank < 2**31:
+                raise AdapterError(
+                    f"LoRA: rank: expected an integer >= 1 and below 2^31, got {rank!r}"
+                )
         for alpha in (self.alpha, *(self.alphas or {}).values()):
-            # Zero would train nothing (and means rank in other formats).
-            if alpha is not None and not (is_number(alpha) and math.isfinite(alpha) and alpha != 0):
-                raise AdapterError(f"LoRA: alpha: expected a number that is not 0, got {alpha!r}")
+            # Zero would train nothing (and means rank in other formats). Finite in float32, as the
+            # gate alpha / rank has to be, which is no larger.
+            if alpha is not None and not (is_number(alpha) and fits_float32(alpha) and alpha != 0):
+                raise AdapterError(
+                    f"LoRA: alpha: expected a finite number (float32) that is not 0, got {alpha!r}"
+                )
         if not (is_number(self.dropout) and 0.0 <= self.dropout < 1.0):
             raise AdapterError(f"LoRA: dropout: expected a value in [0, 1), got {self.dropout!r}")
 

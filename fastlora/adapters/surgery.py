@@ -2,13 +2,14 @@
 
 import itertools
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from fastlora.adapters.adapted import Adapted, LayerState, adapted_class, base_class
-from fastlora.adapters.arena import Arena
+from fastlora.adapters.arena import Arena, Scale
 from fastlora.adapters.lookup import adapted_layers, arenas, layers_of
 from fastlora.adapters.slots import Slots
 from fastlora.adapters.specs import AdapterError
@@ -71,8 +72,9 @@ def unfreeze_base(model: nn.Module) -> None:
                 parameter.requires_grad_(True)
 
 
-def check_mergeable(found: list[Arena]) -> None:
-    """Raises AdapterError where parts of a model disagree about an adapter that they share."""
+def check_mergeable(found: list[Arena], new: Mapping[str, Scale]) -> None:
+    """Raises AdapterError where parts of a model disagree about an adapter that they share, or they
+    and the strengths in `new` about the batch size of strengths per sample."""
     for arena, other in itertools.combinations(found, 2):
         for name in set(arena.scales) & set(other.scales):
             a, b = arena.scales[name], other.scales[name]
@@ -86,7 +88,7 @@ def check_mergeable(found: list[Arena]) -> None:
     merged: dict[str, Any] = {}
     for arena in found:
         merged |= arena.scales
-    Arena().check(merged)
+    Arena().check({**merged, **new})
 
 
 def merge(found: list[Arena]) -> Arena:
@@ -95,6 +97,7 @@ def merge(found: list[Arena]) -> Arena:
     for other in found[1:]:
         first.scales |= other.scales
         first.enabled |= other.enabled
+        first.froze |= other.froze
         for layer in other.layers():
             layer._state.arena = first
             first.join(layer)

@@ -1,4 +1,4 @@
-"""Two questions about tensors that caches and weight arithmetic ask."""
+"""Questions about tensors that caches and weight arithmetic ask."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -13,6 +13,11 @@ def memory(t: Tensor) -> tuple[int, int] | None:
         return t.data_ptr(), t._version
     except RuntimeError:
         return None
+
+
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """Also of tensors that `torch.equal` refuses to compare."""
+    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:

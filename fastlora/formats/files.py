@@ -48,11 +48,33 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str
 def write(
     path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]
 ) -> None:
-    """Writes beside the target and renames: the file is there whole or as it was before."""
-    path = Path(path)
-    if not path.parent.is_dir():
+    """Writes beside the target and renames: the file is there whole or as it was before.
+
+    A symbolic link stays one: what it points to is replaced. Raises FileNotFoundError without a
+    directory to write into, FileExistsError where something else than a regular file has the path,
+    and the OSError of a write that failed, all with the path that was given.
+    """
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
         raise FileNotFoundError(f"{path}: its directory does not exist")
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    if os.path.lexists(target) and (target.is_symlink() or not target.is_file()):
+        raise FileExistsError(f"{path}: expected a regular file or none, got {kind_of(target)}")
+    try:
+        replace(target, tensors, metadata)
+    except (OSError, SafetensorError) as error:  # which names the temporary file, or none
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise OSError(f"{path}: {error}") from None
+
+
+def kind_of(path: Path) -> str:
+    if path.is_symlink():  # still one after all were followed
+        return "symbolic links in a circle"
+    return "a directory" if path.is_dir() else "a device, pipe or socket"
+
+
+def replace(target: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     os.close(handle)
     try:
         copies = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
@@ -62,7 +84,7 @@ def write(
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

@@ -86,7 +86,9 @@ def test_set_scale_takes_names_or_all() -> None:
     [
         "a lot", None, [1.0], float("nan"), float("inf"), torch.ones(2, 2), torch.ones(0),
         torch.ones(2, dtype=torch.int64), torch.tensor(0.5, requires_grad=True),
-        torch.tensor(float("nan")),
+        torch.tensor(float("nan")), 1e39, -1e39, 10**400, torch.tensor([1.0, float("nan")]),
+        torch.tensor([float("inf"), 1.0]), torch.tensor([1.0, 1e39], dtype=torch.float64),
+        torch.tensor([1.0, float("-inf")], requires_grad=True),
     ],
     ids=str,
 )  # fmt: skip
@@ -99,6 +101,22 @@ def test_a_bad_scale_is_refused_and_changes_nothing(scale: Any) -> None:
     with pytest.raises(fastlora.AdapterError), fastlora.scaled(model, {"a": scale}):
         raise AssertionError("the block must not run")
     assert same_bits(model(x).detach(), before)
+
+
+@pytest.mark.parametrize("scale", [1e30, -1e30, torch.tensor([1.0, 1e30])], ids=str)
+def test_a_scale_whose_gates_are_not_finite_is_refused(scale: Any) -> None:
+    """Finite by itself, and infinite in float32 times alpha / rank."""
+    layer, x = nn.Linear(4, 3), torch.randn(2, 4)
+    fastlora.inject(layer, fastlora.LoRA(rank=2), name="small")
+    fastlora.inject(layer, fastlora.LoRA(rank=2, alpha=-2e10), name="large")
+    before = layer(x).detach()
+    with pytest.raises(fastlora.AdapterError, match="'large': .*, also times alpha / rank = 1e"):
+        fastlora.set_scale(layer, scale)
+    assert [i.scale for i in fastlora.adapters(layer).values()] == [1.0, 1.0]
+    assert same_bits(layer(x).detach(), before)
+    fastlora.set_scale(layer, {"small": scale})
+    fastlora.set_scale(layer, {"large": 1e28})
+    assert layer.gate("large").isfinite().all()
 
 
 def test_unknown_names() -> None:
@@ -127,7 +145,7 @@ def test_a_model_without_adapters_is_told() -> None:
         lambda: fastlora.verify(model, torch.ones(2)),
         lambda: fastlora.save(model, "x.safetensors"),
     ):
-        with pytest.raises(fastlora.AdapterError):
+        with pytest.raises(fastlora.AdapterError, match="the model has no adapters|no adapter"):
             call()
 
 

@@ -18,7 +18,13 @@ import fastlora
 from fastlora.adapters import adapted_layers
 from fastlora.adapters.lookup import arenas
 from tests.adapters.nets import Net, mixed
-from tests.adapters.oracles import randomise, same_bits, snapshot
+from tests.adapters.oracles import (
+    adapted_weight,
+    randomise,
+    same_bits,
+    snapshot,
+    spectral_weight,
+)
 
 # --- copies -----------------------------------------------------------------------------------
 
@@ -91,6 +97,19 @@ def test_a_copy_trains_and_remembers_what_was_frozen(make: Any) -> None:
     for name in ("a", "b", "s"):
         fastlora.remove(other, name)
     assert all(p.requires_grad for p in other.parameters())
+    assert not model.conv.weight.requires_grad
+
+
+@pytest.mark.parametrize("make", COPIES.values(), ids=COPIES.keys())
+def test_a_copy_remembers_which_adapters_froze(make: Any) -> None:
+    model, _ = mixed()
+    fastlora.inject(model, fastlora.LoRA(rank=2), where=["conv"], name="later", freeze=False)
+    other = make(model)
+    for name in ("a", "b"):
+        fastlora.remove(other, name)
+    assert not other.conv.weight.requires_grad  # "s" asked for it too
+    fastlora.remove(other, "s")
+    assert other.conv.weight.requires_grad and "later" in fastlora.adapters(other)
     assert not model.conv.weight.requires_grad
 
 
@@ -261,6 +280,39 @@ def test_no_write_to_a_parameter_goes_unseen_without_gradients(write: Any, kind:
         for a, b in zip(now, fresh, strict=True):
             torch.testing.assert_close(a, b)
     assert all(not torch.allclose(a, b) for a, b in zip(before, now, strict=True))
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("kind", ["dora", "spectral"])
+def test_a_write_to_the_base_that_leaves_no_trace_is_seen(kind: str, grad: bool) -> None:
+    layer, x = nn.Linear(6, 5, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
+    first = layer.weight.detach().clone()
+    spec = fastlora.Spectral() if kind == "spectral" else fastlora.LoRA(rank=3, dora=True)
+    fastlora.inject(layer, spec, name="a")
+    randomise(layer)
+    slot, bias = layer.fastlora["a"], layer.bias.detach()
+
+    def check() -> None:
+        if kind == "dora":
+            weight = adapted_weight(layer, [(slot, 1.0)])
+        else:  # in residual form: the shifted part is that of the weight at injection
+            weight = layer.weight.detach() - first + spectral_weight(plain, slot.shift, 1.0)
+        with torch.set_grad_enabled(grad):
+            for _ in range(2):
+                torch.testing.assert_close(layer(x).detach(), x @ weight.T + bias)
+
+    plain = nn.Linear(6, 5, dtype=torch.float64)
+    plain.load_state_dict({"weight": first, "bias": bias})
+    check()
+    version = layer.weight._version
+    for fold in (False, True):
+        layer.weight.data.mul_(3)
+        if fold:
+            fastlora.fold(layer)
+        check()
+        fastlora.unfold(layer)
+        check()
+    assert layer.weight._version == version
 
 
 def test_a_new_parameter_object_is_seen() -> None:

@@ -189,6 +189,16 @@ def test_good_names(name: str) -> None:
         lambda: fastlora.LoRA(dropout=-0.1),
         lambda: fastlora.LoRA(dropout=float("nan")),
         lambda: fastlora.LoRA(dropout="0.1"),  # type: ignore[arg-type]
+        lambda: fastlora.LoRA(alpha=1e300),
+        lambda: fastlora.LoRA(alpha=-(10**400)),
+        lambda: fastlora.LoRA(alphas={"a": 1e39}),
+        lambda: fastlora.LoRA(rank=10**400),
+        lambda: fastlora.LoRA(ranks=[1]),  # type: ignore[arg-type]
+        lambda: fastlora.LoRA(ranks={1: 2}),  # type: ignore[arg-type]
+        lambda: fastlora.LoRA(alphas=7),  # type: ignore[arg-type]
+        lambda: fastlora.LoRA(dora="yes"),  # type: ignore[arg-type]
+        lambda: fastlora.LoRA(rank_stabilized="no"),  # type: ignore[arg-type]
+        lambda: fastlora.LoRA(rank_stabilized=1),  # type: ignore[arg-type]
         lambda: fastlora.Spectral(norms="all"),  # type: ignore[arg-type]
     ],
 )
@@ -206,6 +216,31 @@ def test_inject_says_what_it_froze(caplog) -> None:
     with caplog.at_level(logging.INFO, logger="fastlora"):
         fastlora.inject(unet(), fastlora.LoRA(rank=2))
     assert "inject froze 18 base parameters" in caplog.text
+
+
+def test_the_base_is_free_again_when_nobody_asks_for_a_frozen_one() -> None:
+    model = unet()
+    base = list(model.parameters())
+    base[0].requires_grad_(False)  # not ours to give back
+    for name, freeze in (("a", True), ("b", True), ("c", False)):
+        fastlora.inject(model, fastlora.LoRA(rank=2), name=name, freeze=freeze)
+        assert not any(p.requires_grad for p in base)
+    fastlora.remove(model, "a")
+    assert not any(p.requires_grad for p in base)
+    fastlora.remove(model, "b")
+    assert [p.requires_grad for p in base] == [False] + [True] * (len(base) - 1)
+    assert list(fastlora.adapters(model)) == ["c"]
+
+
+def test_parts_that_become_one_remember_who_froze() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    fastlora.inject(model[0], fastlora.LoRA(rank=2), name="a")
+    fastlora.inject(model[1], fastlora.LoRA(rank=2), name="b")
+    fastlora.inject(model, fastlora.LoRA(rank=2), name="c", freeze=False)
+    fastlora.remove(model, "a")
+    assert not model[1].weight.requires_grad
+    fastlora.remove(model, "b")
+    assert model[0].weight.requires_grad and model[1].weight.requires_grad
 
 
 # --- in parts ---------------------------------------------------------------------------------

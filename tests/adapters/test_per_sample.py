@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -84,7 +86,10 @@ def test_another_batch_size_is_an_error_in_every_layer(rows: int) -> None:
                 if name == "linear"
                 else x[..., None, None]
             )
-            message = f"expected .*(5|{rows}).*, got .*(5|{rows})"
+            message = (
+                rf"{name}: .*expected .*(5|{rows}).*, got .*(5|{rows}).* \['a'\] are per sample: "
+                rf"expected an input with leading size 5, got \[{rows}"
+            )
             with torch.set_grad_enabled(grad), pytest.raises(fastlora.ContractError, match=message):
                 layer(x)
     fastlora.set_scale(layers, {"a": torch.ones(1)})  # one strength does not spread over a batch
@@ -92,6 +97,42 @@ def test_another_batch_size_is_an_error_in_every_layer(rows: int) -> None:
         for grad in (True, False):
             with torch.set_grad_enabled(grad), pytest.raises(fastlora.ContractError):
                 layer(torch.randn(3, 8, 1, 1))
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("kind", ["one", "two", "dropout", "subclass", "conv", "embedding"])
+def test_another_batch_size_names_the_layer(kind: str, grad: bool) -> None:
+    class Own(nn.Linear):
+        pass
+
+    makers = {"subclass": lambda: Own(4, 4), "conv": lambda: nn.Conv2d(4, 4, 1)}
+    makers["embedding"] = lambda: nn.Embedding(4, 4)
+    model = nn.Sequential()
+    model.add_module("mid", nn.Sequential(makers.get(kind, lambda: nn.Linear(4, 4))()))
+    spec = fastlora.LoRA(rank=2, dropout=0.5 if kind == "dropout" else 0.0)
+    fastlora.inject(model, spec, name="a")
+    if kind == "two":
+        fastlora.inject(model, fastlora.LoRA(rank=2), name="b")
+    fastlora.set_scale(model, {"a": torch.ones(3)})
+    good = torch.zeros(6, 4) if kind != "conv" else torch.zeros(6, 4, 2, 2)
+    good = good.long() if kind == "embedding" else good
+    message = (
+        r"mid\.0: .*strengths of \['a'\] are per sample: expected an input with leading size 6"
+    )
+    with torch.set_grad_enabled(grad), tiled(model, 2):
+        for _ in range(2):  # the second time by the shortest way
+            assert len(model(good)) == 6
+            with pytest.raises(fastlora.ContractError, match=message):
+                model(good[:5])
+
+
+def test_errors_of_another_kind_are_left_as_they_are() -> None:
+    layer = nn.Linear(4, 4)
+    fastlora.inject(layer, fastlora.LoRA(rank=2), name="a")
+    for scale in (1.0, torch.ones(3)):
+        fastlora.set_scale(layer, scale)
+        with pytest.raises(fastlora.ContractError, match=r"^lora_linear: x: [^;]*$"):
+            layer(torch.zeros(3, 5))
 
 
 def test_two_batch_sizes_are_refused_and_change_nothing() -> None:
@@ -128,6 +169,64 @@ def test_tiled_rows_repeat_as_guidance_concatenates() -> None:
         model(torch.cat([x, x]))
     torch.testing.assert_close(twice, torch.cat([single, single]))
     torch.testing.assert_close(model(x), single)
+
+
+def test_tiled_blocks_that_overlap_end_where_they_began() -> None:
+    model, x = net("a")
+    fastlora.set_scale(model, {"a": torch.tensor([0.5, 1.0, 2.0, 0.0, -1.0])})
+    single, (arena,) = model(x), arenas(model)
+    first, second = tiled(model, 2), tiled(model, 3)
+    first.__enter__()
+    second.__enter__()
+    assert arena.copies == 6
+    first.__exit__(None, None, None)
+    assert arena.copies == 3 and model(x.repeat(3, 1)).shape[0] == 15
+    second.__exit__(None, None, None)
+    assert arena.copies == 1 and torch.equal(model(x), single)
+
+
+def test_tiled_blocks_of_threads_end_where_they_began() -> None:
+    model, x = net("a")
+    fastlora.set_scale(model, {"a": torch.tensor([0.5, 1.0, 2.0, 0.0, -1.0])})
+    single, (arena,) = model(x), arenas(model)
+    together = threading.Barrier(4)
+
+    def run(copies: int) -> None:
+        together.wait()
+        for _ in range(200):
+            with tiled(model, copies):
+                assert arena.copies % copies == 0
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(run, [2, 3, 2, 5]))
+    assert arena.copies == 1 and torch.equal(model(x), single)
+
+
+def test_a_tiled_block_that_cannot_be_entered_leaves_things_as_they_were(monkeypatch) -> None:
+    model, x = net("a")
+    fastlora.set_scale(model, {"a": torch.ones(5)})
+    (arena,) = arenas(model)
+    write, calls = type(arena).write, []
+
+    def failing(self: object) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise MemoryError
+        write(arena)
+
+    monkeypatch.setattr(type(arena), "write", failing)
+    with pytest.raises(MemoryError), tiled(model, 2):
+        raise AssertionError("the block must not run")
+    assert arena.copies == 1 and model(x).shape[0] == 5
+
+
+@pytest.mark.parametrize("copies", [0, -1, 2.0, True, None], ids=str)
+def test_bad_numbers_of_copies(copies: object) -> None:
+    model, _ = net("a")
+    with pytest.raises(fastlora.AdapterError, match="copies: expected an integer >= 1, got"):
+        with tiled(model, copies):  # type: ignore[arg-type]
+            pass
+    assert arenas(model)[0].copies == 1
 
 
 def test_back_to_a_number_frees_the_batch() -> None:

@@ -176,6 +176,60 @@ def test_a_failing_write_leaves_the_old_file_and_nothing_else(
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="symbolic links need rights there")
+def test_a_symbolic_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
+    store, models = tmp_path / "store", tmp_path / "models"
+    store.mkdir()
+    models.mkdir()
+    (models / "link").symlink_to("../store/real")
+    (models / "second").symlink_to(models / "link")
+    for name, value in (("link", 1.0), ("second", 2.0)):  # the first time there is no target yet
+        files.write(models / name, {"x": torch.full((2,), value)}, {})
+        assert (models / name).is_symlink() and not (store / "real").is_symlink()
+        assert files.read(store / "real")[0]["x"].tolist() == [value] * 2
+    assert [p.name for p in store.iterdir()] == ["real"]
+    assert sorted(p.name for p in models.iterdir()) == ["link", "second"]
+    (models / "nowhere").symlink_to("../no/real")
+    with pytest.raises(FileNotFoundError, match="nowhere: its directory does not exist"):
+        files.write(models / "nowhere", tensors(), {})
+
+
+@pytest.mark.skipif(os.name == "nt", reason="files of POSIX")
+def test_what_is_no_regular_file_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("pipe")
+    (tmp_path / "circle").symlink_to("circle")
+    names = {"pipe": "a device", "folder": "a dir", "link": "a device", "circle": "symbolic links"}
+    for name, kind in names.items():
+        message = f"{name}: expected a regular file or none, got {kind}"
+        with pytest.raises(FileExistsError, match=message):
+            files.write(tmp_path / name, tensors(), {})
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names)
+
+
+@pytest.mark.parametrize("step", ["mkstemp", "save_file", "replace"])
+def test_errors_name_the_path_that_was_given(tmp_path: Path, monkeypatch, step: str) -> None:
+    real, path = tmp_path / "real", tmp_path / "given"
+    real.touch()
+    path.symlink_to("real")
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        if step == "save_file":
+            raise files.SafetensorError("I/O error: no space left")
+        raise PermissionError(13, "Permission denied", f"{tmp_path}/.real.temporary")
+
+    module = {"mkstemp": files.tempfile, "save_file": files, "replace": files.os}[step]
+    monkeypatch.setattr(module, step, fail)
+    expected = OSError if step == "save_file" else PermissionError
+    with pytest.raises(expected, match="given") as caught:
+        files.write(path, tensors(), {})
+    assert "temporary" not in str(caught.value)
+    assert step == "save_file" or caught.value.errno == 13
+    assert real.read_bytes() == b"" and sorted(tmp_path.iterdir()) == [path, real]
+
+
 def test_a_folder_in_the_files_place(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     with pytest.raises(OSError):
