@@ -1,4 +1,4 @@
-"""The CUDA sources compile within their budgets wherever there is an nvcc, with or without a GPU."""
+"""The CUDA sources compile within their budgets wherever there is an nvcc, GPU or not."""
 
 import json
 import re

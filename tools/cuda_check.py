@@ -3,8 +3,8 @@ csrc/budgets.json.
 
     python tools/cuda_check.py [ARCHITECTURE ...]       default: 80 86 89 90a 100 120
 
-No spills, no stack frame, registers and shared memory (bytes) within the kernel's budget. Generations
-that the toolkit does not know are left out and named. Standard library only.
+No spills, no stack frame, registers and shared memory (bytes) within the kernel's budget.
+Generations that the toolkit does not know are left out and named. Standard library only.
 """
 
 import json
@@ -63,8 +63,8 @@ def kernel_name(mangled: str) -> str:
 def parse(report: str, architecture: str) -> list[Use]:
     """What `ptxas -v` says of every kernel."""
     entry = re.compile(
-        r"Compiling entry function '(\S+)' for .*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
-        r"(\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)",
+        r"Compiling entry function '(\S+)' for .*?(\d+) bytes stack frame, "
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)",
         re.DOTALL,
     )
     uses = []

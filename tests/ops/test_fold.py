@@ -7,6 +7,7 @@ import torch
 
 from fastlora import ops
 from tests.cases import DTYPES, FOLD_SHAPES, assert_twofold, fold_layer, identify, strided, widened
+from tests.devices import DEVICES, on_devices
 
 op = ops.fold
 LOW = [torch.float32, torch.bfloat16, torch.float16]
@@ -33,14 +34,17 @@ def check(*layers):
         assert_twofold(layer[4], by_hand(*layer[:4]), plain)
 
 
+@on_devices
 @pytest.mark.parametrize("dtype", DTYPES, ids=identify)
 @pytest.mark.parametrize("shape", FOLD_SHAPES, ids=identify)
 def test_against_float64(shape, dtype):
     check(fold_layer(*shape, dtype=dtype))
 
 
-def test_layers_of_every_kind_in_one_call():
-    layers = [fold_layer(*shape, dtype=dtype) for shape in FOLD_SHAPES for dtype in DTYPES]
+@on_devices
+def test_layers_of_every_kind_in_one_call(device):
+    dtypes = DTYPES if device == "cpu" else DTYPES[:3]
+    layers = [fold_layer(*shape, dtype=dtype) for shape in FOLD_SHAPES for dtype in dtypes]
     check(*layers, *[fold_layer(40, 24, 8) for _ in range(100)])
 
 
@@ -48,6 +52,7 @@ def test_no_layers():
     assert op([], [], [], [], []) is None
 
 
+@on_devices
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=identify)
 def test_float32_adapter_on_a_low_precision_weight(dtype):
     weight, down, up, gate, out = fold_layer(50, 70, 9, dtype, torch.float32)
@@ -59,6 +64,7 @@ def test_float32_adapter_on_a_low_precision_weight(dtype):
     check([weight, down, up.to(dtype), gate, out], [weight, down.to(dtype), up, gate, out.clone()])
 
 
+@on_devices
 @pytest.mark.parametrize("dtype", DTYPES, ids=identify)
 def test_strides_of_every_argument(dtype):
     weight, down, up, gate, out = fold_layer(50, 70, 9, dtype)
@@ -78,6 +84,7 @@ def test_strides_of_every_argument(dtype):
         assert_twofold(arguments[4], exact, plain)
 
 
+@on_devices
 @pytest.mark.parametrize("dtype", DTYPES, ids=identify)
 @pytest.mark.parametrize("shape", [(8, 32, 16), (151, 129, 33)], ids=identify)
 def test_all_gates_zero_is_the_weight_bit_for_bit(shape, dtype):
@@ -89,6 +96,7 @@ def test_all_gates_zero_is_the_weight_bit_for_bit(shape, dtype):
     assert out.data_ptr() != weight.data_ptr()
 
 
+@on_devices
 def test_a_component_that_is_off_is_left_out():
     weight, down, up, gate, out = fold_layer(50, 70, 9)
     expected = torch.empty_like(out)
@@ -99,6 +107,7 @@ def test_a_component_that_is_off_is_left_out():
     assert torch.equal(out, expected)
 
 
+@on_devices
 @pytest.mark.parametrize("dtype", DTYPES, ids=identify)
 @pytest.mark.parametrize("shape", [(17, 33, 3), (151, 129, 33)], ids=identify)
 def test_in_place_equals_out_of_place(shape, dtype):
@@ -256,6 +265,74 @@ def test_results_that_overlap_are_refused():
     assert out.isnan().all() and not memory.any()
 
 
+OTHERS = {"weights": 0, "downs": 1, "ups": 2, "gates": 3}
+
+
+@pytest.mark.parametrize("entry", ["eager", "overload"])
+@pytest.mark.parametrize("own", [False, True], ids=["another layer's", "its own"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_result_that_is_read_as_an_input_is_refused(name, own, entry):
+    """Square and of rank 6, so that every kind of input may lie in a result's memory."""
+    first, second = fold_layer(6, 6, 6), fold_layer(6, 6, 6)
+    reader = second if own else first
+    index, memory = OTHERS[name], torch.zeros(8, 6)
+    second[4] = memory[1:7]
+    reader[index] = memory[2, :] if name == "gates" else memory[:6].t() if index else memory[:6]
+    where = "weights[i] itself" if own and index == 0 else f"does not overlap {name}[{int(own)}]"
+    run = op if entry == "eager" else op.overload
+    with pytest.raises(ValueError, match=r"fold: outs\[1\]: expected ") as caught:
+        run(*lists(first, second))
+    assert where in str(caught.value)
+    assert not memory.any() and first[4].isnan().all()
+
+
+def test_a_result_that_is_another_layers_whole_weight_is_refused():
+    a, down, up, gate, b = fold_layer(6, 6, 2)
+    before = a.clone()
+    with pytest.raises(ValueError, match=r"outs\[0\]: expected .* does not overlap weights\[1\]"):
+        op([a, a], [down] * 2, [up] * 2, [gate] * 2, [a, b])
+    assert torch.equal(a, before) and b.isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("size", "stride"), [((6, 6), (0, 1)), ((6, 6), (1, 0)), ((4, 3), (1, 2)), ((3, 4), (4, 2))]
+)
+def test_a_result_whose_elements_overlap_is_refused(size, stride):
+    weight, down, up, gate, _ = fold_layer(*size, 2)
+    memory = torch.zeros(40)
+    with pytest.raises(ValueError, match=r"outs\[0\]: expected memory of its own for every"):
+        op([weight], [down], [up], [gate], [memory.as_strided(size, stride)])
+    assert not memory.any()
+
+
+@pytest.mark.parametrize(
+    ("size", "stride"), [((6, 1), (0, 1)), ((1, 6), (1, 1)), ((3, 2), (1, 3)), ((2, 3), (3, 2))]
+)
+def test_results_without_overlap_are_allowed_whatever_their_strides(size, stride):
+    weight, down, up, gate, _ = fold_layer(*size, 2)
+    if stride == (0, 1):
+        size, stride = (1, 6), (0, 1)
+        weight, down, up, gate, _ = fold_layer(*size, 2)
+    out = torch.zeros(40).as_strided(size, stride)
+    op([weight], [down], [up], [gate], [out])
+    torch.testing.assert_close(out.double(), by_hand(weight, down, up, gate), rtol=1e-5, atol=1e-5)
+
+
+def test_operands_that_interleave_without_sharing_elements_are_allowed():
+    """Columns of one block of memory: weights, factors and results side by side."""
+    memory = torch.randn(6, 40)
+    w, u, out, other = (memory[:, i : i + 7] for i in (0, 8, 16, 24))
+    turns = torch.randn(7, 12).t()  # results in every second row
+    down, gate = torch.randn(7, 7), torch.randn(7)
+    exact = by_hand(w, down, u, gate)
+    op([w, w, w], [down] * 3, [u] * 3, [gate] * 3, [out, other, turns[::2]])
+    for result in (out, other, turns[::2]):
+        torch.testing.assert_close(result.double(), exact, rtol=1e-4, atol=1e-5)
+    op([w, other], [down] * 2, [u] * 2, [gate] * 2, [w, out])  # in place beside them
+    torch.testing.assert_close(w.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+@on_devices
 @pytest.mark.parametrize("dtype", LOW[1:], ids=identify)
 def test_rounds_once(dtype):
     """Equal to the float64 result rounded once, but for ties that float32 sums decide."""
@@ -270,3 +347,9 @@ def test_widened_arguments_are_the_oracle_of_the_reference():
     exact = widened(layer)
     op.reference(*lists(exact))
     torch.testing.assert_close(exact[4], by_hand(*layer[:4]))
+
+
+@pytest.mark.parametrize("device", DEVICES[1:], indirect=True)
+def test_float64_on_cuda_is_refused_in_words(device):
+    with pytest.raises(ops.ContractError, match="float32, float16 or bfloat16 on CUDA"):
+        op(*([a] for a in fold_layer(4, 5, 2, torch.float64)))
