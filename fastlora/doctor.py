@@ -261,7 +261,7 @@ def self_check_findings(facts: Facts) -> list[Finding]:
     """Each operator run once against its reference on each device."""
     from fastlora._selfcheck import self_check
 
-    devices = ["cpu"]
+    devices = ["cpu", "emulated"]
     if facts.torch_sees_cuda:
         import torch
 
@@ -269,7 +269,11 @@ def self_check_findings(facts: Facts) -> list[Finding]:
     findings = []
     for device in devices:
         for check in self_check(device):
-            name = f"{check.operator} on {device}"
+            name = (
+                f"{check.operator} on {device}"
+                if device != "emulated"
+                else (f"{check.operator}, CUDA emulated")
+            )
             if check.passed:
                 text = f"error {check.error:.1e}, allowed {check.allowed:.1e}"
                 findings.append(Finding("self-check", name, "ok", text))

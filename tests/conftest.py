@@ -15,11 +15,23 @@ from fastlora.ops._define import kernels
 def pytest_report_header(config: pytest.Config) -> str:
     build = kernels.build_info()
     cuda = f"CUDA {build['cuda']} for {build['cuda_archs']}" if build["cuda"] else build["cpu_only"]
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    gpu = "no GPU, tests of it are left out"
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_name()
     return (
         f"fastlora: torch {torch.__version__}, {torch.get_num_threads()} threads, "
         f"{build['compiler']}, {build['cpu_isa']}, {cuda}, {gpu}"
     )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without a GPU hundreds of lines would say the same: the header says it once."""
+    if torch.cuda.is_available() and kernels.build_info()["cuda"]:
+        return
+    left_out = [item for item in items if item.get_closest_marker("gpu")]
+    if left_out:
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(autouse=True)

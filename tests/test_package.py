@@ -107,12 +107,40 @@ def output(*command: str | Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+EXTENSIONS = sorted(Path(kernels.__file__).parent.glob("_*.so"))
+by_extension = pytest.mark.parametrize("extension", EXTENSIONS, ids=lambda p: p.name.split(".")[0])
+
+
+def test_both_extensions_are_there():
+    assert [p.name.split(".")[0] for p in EXTENSIONS] == ["_C", "_emulator"]
+
+
+@by_extension
 @needs("readelf")
-def test_extension_links_neither_torch_nor_openmp_nor_cuda():
-    needed = re.findall(r"NEEDED.*\[(.*)\]", output("readelf", "-d", kernels.__file__))
+def test_extension_links_neither_torch_nor_openmp_nor_cuda(extension):
+    needed = re.findall(r"NEEDED.*\[(.*)\]", output("readelf", "-d", extension))
     assert needed, "a dynamic object"
     foreign = [n for n in needed if re.search("torch|c10|gomp|omp|cuda|cublas", n)]
     assert foreign == []
+
+
+# The newest that manylinux_2_28 lets a wheel ask for.
+MANYLINUX = {"GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11)}
+
+
+@by_extension
+@needs("readelf")
+def test_extension_runs_with_an_old_cpp_runtime(extension):
+    if kernels.build_info()["compiler"].partition(" ")[0] != "GNU":
+        pytest.skip("the C++ runtime is linked in by GCC only")
+    versions = re.findall(r"Name: (GLIBCXX|CXXABI)_([\d.]+)", output("readelf", "-V", extension))
+    newer = [v for v in versions if tuple(map(int, v[1].split("."))) > MANYLINUX[v[0]]]
+    assert newer == []
+
+
+@by_extension
+def test_extension_is_small(extension):
+    assert extension.stat().st_size < 30e6
 
 
 def objects(isa: str) -> list[Path]:

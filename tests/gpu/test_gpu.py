@@ -205,7 +205,7 @@ def test_tensors_of_two_devices_are_refused():
         ops.lora_linear(args[0].cuda(), *args[1:])
 
 
-def test_gpu_tensors_are_refused_by_the_emulator():
+def test_cuda_tensors_stay_on_the_gpu_under_emulated():
     args = [a.cuda() if isinstance(a, Tensor) else a for a in linear_arguments((2,), 8, 8, 4)]
     with ops.emulated():  # CUDA tensors go on to the GPU
         y = ops.lora_linear(*args)
