@@ -38,6 +38,14 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
+// Lets a kernel have more than 48 KB of dynamic shared memory.
+template <class Kernel>
+void allow_shared_memory(Kernel* kernel, int bytes) {
+  if (bytes > (48 << 10))
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+               "shared memory");
+}
+
 namespace detail {
 
 template <class... Parameters, class... Arguments>

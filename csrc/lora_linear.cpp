@@ -64,6 +64,26 @@ void check(const char* op, const LoraLinear& p, bool in_place) {
   }
 }
 
+// What the forms on tensor cores need; without it they would read and write beside the matrices.
+void check_form(const char* op, const LoraLinear& p) {
+  const bool known = p.form >= Form::kTiled && p.form <= Form::kAppended;
+  if (!known)
+    throw std::invalid_argument(std::string(op) + ": form: expected 0 to 2, got " +
+                                std::to_string(static_cast<int64_t>(p.form)));
+  if (p.form != Form::kAppended && p.rank > 0)
+    FASTLORA_CHECK(p.h.defined, op, "h", "scratch memory [tokens, rank]", p.h);
+  if (p.form == Form::kTiled) return;
+  FASTLORA_CHECK(p.y.dtype == DType::kFloat16 || p.y.dtype == DType::kBFloat16, op, "x",
+                 "float16 or bfloat16 for tensor cores", p.x);
+  FASTLORA_CHECK(p.weight.defined && p.down.defined, op, "weight", "a matrix for this form",
+                 p.weight);
+  for (const TensorView* t : {&p.down, &p.up, &p.row_scale, &p.bias})
+    FASTLORA_CHECK(!t->defined || t->dtype == p.y.dtype, op, "factor", name_of(p.y.dtype), *t);
+  if (p.form == Form::kAppended)
+    FASTLORA_CHECK(p.rank >= 1 && p.rank <= 32, op, "up", "a rank from 1 to 32 for this form",
+                   p.up);
+}
+
 void add_on_cpu(const LoraLinear& p) {
   if (p.rank == 0) return;
   bool out_of_memory = false;
@@ -94,6 +114,7 @@ void run(const char* op, LoraLinear& p) {
     FASTLORA_CPU_CALL(lora_linear_loop, p);
     return;
   }
+  check_form(op, p);
 #ifdef FASTLORA_CUDA
   launch_lora_linear(p, current_stream(p.y));
 #else
@@ -104,8 +125,9 @@ void run(const char* op, LoraLinear& p) {
 }  // namespace
 
 void lora_linear(TensorView y, TensorView x, TensorView weight, TensorView bias, TensorView down,
-                 TensorView up, TensorView gate, TensorView row_scale, TensorView h) {
+                 TensorView up, TensorView gate, TensorView row_scale, TensorView h, int64_t form) {
   LoraLinear p{y, x, weight, bias, down, up, gate, row_scale, h};
+  p.form = static_cast<Form>(form);
   run("lora_linear", p);
 }
 

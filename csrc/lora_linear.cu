@@ -1,7 +1,10 @@
-// The first CUDA version of the low-rank linear layer: h = (x Dᵀ) ∘ g by a skinny tiled product,
-// then one product with two sources of K, x·Wᵀ and h·Uᵀ, into the same float accumulators.
+// The low-rank linear layer in three forms. Tiled: h = (x Dᵀ) ∘ g by a skinny product, then one
+// with two sources of K, x·Wᵀ and h·Uᵀ, into the same float accumulators; any dtype, any GPU.
+// Extended: the same two launches on tensor cores. Appended: one launch, h made and used in
+// registers.
 #include <stdexcept>
 
+#include "gemm_sm80.cuh"
 #include "launch.h"
 #include "lora_linear.h"
 #include "types.cuh"
@@ -15,30 +18,6 @@ constexpr int kSide = 16;                     // threads along each side of a bl
 constexpr int kBlock = kSide * kSide;
 constexpr int kMine = kTileTokens / kSide;  // tokens of one thread
 constexpr int kPad = 4;                     // keeps rows of shared memory 16-byte aligned
-
-// A matrix [rows, k] that a product sums over k.
-template <class T>
-struct Operand {
-  const T* data;
-  int64_t rows, row_stride, k_stride;
-};
-
-template <class T>
-struct Source {
-  Operand<T> a, b;  // [tokens, k], [columns, k]
-  int64_t k;        // 0: contributes nothing
-};
-
-template <class T>
-struct Problem {
-  Source<T> first, second;  // x·Wᵀ (or nothing), h·Uᵀ
-  T* y;
-  const T *bias, *row_scale;  // or null
-  int64_t tokens, columns, y_stride[2], bias_stride, row_scale_stride;
-  const float* gate;  // or null; multiplies the columns
-  int64_t gate_stride[2], tokens_per_row;
-  bool add;  // to what y holds
-};
 
 // Rows first_row.. and k0.. of an operand, as tile[k][row]; zeros beyond its edges.
 template <class T, int kRows>
@@ -168,12 +147,68 @@ void launch_product(const Problem<T>& p, void* stream) {
          dim3(kBlock), 0, stream, p);
 }
 
+// The last shapes of the tile, [rows x columns]: large, and for problems that would leave most of a
+// GPU idle.
+template <int kAppended>
+using Large = Shape<4, 2, kAppended ? 12 : 16, kAppended, 3>;  // 128 x 128, 96 beside h's sums
+template <int kAppended>
+using Small = Shape<4, 1, 8, kAppended, 3>;  // 64 x 64
+using Skinny = Shape<4, 1, 2, 0, 4>;         // 64 x 16
+constexpr int64_t kFewTiles = 132;           // of 128 x 128: less than one for each multiprocessor
+
+template <class T>
+bool few(const Problem<T>& p) {
+  return ((p.tokens + 127) / 128) * ((p.columns + 127) / 128) < kFewTiles;
+}
+
+template <class T>
+struct OnTensorCores {
+  static void extended(Problem<T> p, const Operand<T>& x, const Operand<T>& down, T* h,
+                       void* stream) {
+    if (p.second.k > 0) {
+      Problem<T> skinny{};
+      skinny.first = {x, down, x.data == nullptr ? 0 : p.first.k};
+      skinny.y = h;
+      skinny.tokens = p.tokens;
+      skinny.columns = p.second.k;
+      skinny.y_stride[0] = p.second.k;
+      skinny.y_stride[1] = 1;
+      skinny.gate = p.gate;
+      skinny.gate_stride[0] = p.gate_stride[0];
+      skinny.gate_stride[1] = p.gate_stride[1];
+      skinny.tokens_per_row = p.tokens_per_row;
+      if (p.second.k <= 16)
+        launch_gemm<T, Skinny>("gated activation", skinny, stream);
+      else
+        launch_gemm<T, Small<0>>("gated activation", skinny, stream);
+      p.dependent = true;
+    }
+    p.gate = nullptr;
+    if (few(p))
+      launch_gemm<T, Small<0>>("extended product", p, stream);
+    else
+      launch_gemm<T, Large<0>>("extended product", p, stream);
+  }
+  static void appended(Problem<T> p, void* stream) {
+    const char* name = "appended product";
+    if (p.second.k <= 16)
+      few(p) ? launch_gemm<T, Small<16>>(name, p, stream)
+             : launch_gemm<T, Large<16>>(name, p, stream);
+    else
+      few(p) ? launch_gemm<T, Small<32>>(name, p, stream)
+             : launch_gemm<T, Large<32>>(name, p, stream);
+  }
+};
+
 template <class T>
 void run(const LoraLinear& v, void* stream) {
   const bool gate_rows = v.gate.ndim == 2;
   const int64_t gate_row = gate_rows ? v.gate.strides[0] : 0;
   const int64_t gate_column = v.gate.strides[gate_rows ? 1 : 0];
-  if (v.rank > 0 && v.down.defined) {
+  const bool tensor_cores = v.form != Form::kTiled;
+  if (tensor_cores) {
+    // nothing: h is made by the other forms themselves
+  } else if (v.rank > 0 && v.down.defined) {
     Problem<T> p{};
     p.first = {operand<T>(v.x), operand<T>(v.down), v.in};
     p.y = v.h.ptr<T>();
@@ -194,7 +229,8 @@ void run(const LoraLinear& v, void* stream) {
   }
   Problem<T> p{};
   if (v.weight.defined) p.first = {operand<T>(v.x), operand<T>(v.weight), v.in};
-  if (v.rank > 0) p.second = {operand<T>(v.h), operand<T>(v.up), v.rank};
+  if (v.rank > 0)
+    p.second = {v.h.defined ? operand<T>(v.h) : Operand<T>{}, operand<T>(v.up), v.rank};
   p.y = v.y.ptr<T>();
   p.tokens = v.tokens;
   p.columns = v.out;
@@ -208,6 +244,20 @@ void run(const LoraLinear& v, void* stream) {
   if (v.row_scale.defined) {
     p.row_scale = v.row_scale.ptr<const T>();
     p.row_scale_stride = v.row_scale.strides[0];
+  }
+  if constexpr (!std::is_same_v<T, float>) {
+    if (tensor_cores) {
+      p.gate = v.gate.ptr<const float>();
+      p.gate_stride[0] = gate_row;
+      p.gate_stride[1] = gate_column;
+      p.tokens_per_row = v.tokens_per_row;
+      const Operand<T> x = operand<T>(v.x), down = operand<T>(v.down);
+      if (v.form == Form::kExtended)
+        return OnTensorCores<T>::extended(p, x, down, v.h.ptr<T>(), stream);
+      p.appended = down;
+      p.second.a = {};
+      return OnTensorCores<T>::appended(p, stream);
+    }
   }
   launch_product<T, kTileOut>(p, stream);
 }

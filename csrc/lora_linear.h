@@ -6,6 +6,13 @@
 
 namespace fastlora {
 
+// How the CUDA version computes; the last two take 16-bit dtypes, and GPUs from sm_80 on.
+enum class Form : int64_t {
+  kTiled,     // two launches of plain arithmetic
+  kExtended,  // h by a skinny product, then x·Wᵀ and h·Uᵀ as one sum on tensor cores
+  kAppended   // D's rows ride along with W, and h is used from registers: ranks up to 32
+};
+
 // Operands of both operators. The loop for tiny calls wants contiguous matrices of one dtype; the
 // CUDA kernels and lora_add_ read x, D, U (and W) through their strides.
 struct LoraLinear {
@@ -20,13 +27,14 @@ struct LoraLinear {
   TensorView h;          // [tokens, rank] scratch of the CUDA form, undefined on the CPU
   int64_t tokens = 0, in = 0, out = 0, rank = 0;
   int64_t tokens_per_row = 0;  // tokens that share one row of the gate
+  Form form = Form::kTiled;    // of the CUDA version
 };
 
 void launch_lora_linear(const LoraLinear& p, void* stream);
 
 // The Python-facing entries: everything as [tokens, ...] matrices, shapes already checked.
 void lora_linear(TensorView y, TensorView x, TensorView weight, TensorView bias, TensorView down,
-                 TensorView up, TensorView gate, TensorView row_scale, TensorView h);
+                 TensorView up, TensorView gate, TensorView row_scale, TensorView h, int64_t form);
 void lora_add_(TensorView y, TensorView x, TensorView down, TensorView up, TensorView gate,
                TensorView h);
 

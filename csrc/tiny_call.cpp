@@ -18,7 +18,7 @@ PyObject* lora_linear_tiny(const TensorView* arguments) {
   shape[x.ndim - 1] = up.shape[0];
   TensorView y;
   py::object result = py::reinterpret_steal<py::object>(empty_tensor(x, shape, x.ndim, &y));
-  lora_linear(y, x, weight, bias, down, up, gate, row_scale, {});
+  lora_linear(y, x, weight, bias, down, up, gate, row_scale, {}, 0);
   return result.release().ptr();
 }
 

@@ -53,21 +53,21 @@ PYBIND11_MODULE(_emulator, m) {
   m.def("configure", &configure);
   pybind11::register_exception<Fault>(m, "KernelFault", PyExc_RuntimeError);
 
-  m.def("lora_linear",
-        [](TensorView y, TensorView x, TensorView weight, TensorView bias, TensorView down,
-           TensorView up, TensorView gate, TensorView row_scale, TensorView h) {
-          run("lora_linear",
-              {{"y", y, kOut},
-               {"x", x, kIn},
-               {"weight", weight, kIn},
-               {"bias", bias, kIn},
-               {"down", down, kIn},
-               {"up", up, kIn},
-               {"gate", gate, kIn},
-               {"row_scale", row_scale, kIn},
-               {"h", h, kScratch}},
-              [&] { fastlora::lora_linear(y, x, weight, bias, down, up, gate, row_scale, h); });
-        });
+  m.def("lora_linear", [](TensorView y, TensorView x, TensorView weight, TensorView bias,
+                          TensorView down, TensorView up, TensorView gate, TensorView row_scale,
+                          TensorView h, int64_t form) {
+    run("lora_linear",
+        {{"y", y, kOut},
+         {"x", x, kIn},
+         {"weight", weight, kIn},
+         {"bias", bias, kIn},
+         {"down", down, kIn},
+         {"up", up, kIn},
+         {"gate", gate, kIn},
+         {"row_scale", row_scale, kIn},
+         {"h", h, kScratch}},
+        [&] { fastlora::lora_linear(y, x, weight, bias, down, up, gate, row_scale, h, form); });
+  });
   m.def("lora_add_", [](TensorView y, TensorView x, TensorView down, TensorView up, TensorView gate,
                         TensorView h) {
     run("lora_add_",

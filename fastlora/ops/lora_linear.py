@@ -1,5 +1,6 @@
 """`lora_linear`: a linear layer with any number of gated low-rank adapters, unmerged."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +22,11 @@ LOOP_TOKENS = {
     torch.bfloat16: (0, 512),
 }
 LOOP_RANK = 256
-# The same for one launch of the first CUDA kernel; a guess until it has been measured.
+# The same for the CUDA kernels; a guess until it has been measured.
 TINY_CUDA = 1 << 22
+# The forms of the CUDA version (csrc/lora_linear.h); the last two need tensor cores.
+TILED, EXTENDED, APPENDED = 0, 1, 2
+APPENDED_RANK = 32
 
 
 def lora_linear(
@@ -132,7 +136,7 @@ def _plan(x: Tensor, weight: Tensor, *rest: Any) -> Any:
     if plain and tiny and device == "cpu":
         return kernels.lora_linear_tiny
     if work <= TINY_CUDA and device == "cuda" and x.dtype != torch.float64:
-        return _kernel
+        return partial(_kernel, form=form_of(x, rank))
     if row_scale is None and tokens > 0:
         if x.is_contiguous() and by_loop(x, tokens, rank):
             return _around
@@ -141,14 +145,30 @@ def _plan(x: Tensor, weight: Tensor, *rest: Any) -> Any:
     return _products
 
 
+def form_of(x: Tensor, rank: int) -> int:
+    """The form for a problem that our kernels compute."""
+    low = x.dtype in (torch.float16, torch.bfloat16)
+    if not low or rank == 0 or (x.is_cuda and torch.cuda.get_device_capability(x.device)[0] < 8):
+        return TILED
+    return APPENDED if rank <= APPENDED_RANK else EXTENDED
+
+
 def _kernel(
-    x: Tensor, weight: Tensor, bias: Any, down: Tensor, up: Tensor, gate: Tensor, row_scale: Any
+    x: Tensor,
+    weight: Tensor,
+    bias: Any,
+    down: Tensor,
+    up: Tensor,
+    gate: Tensor,
+    row_scale: Any,
+    form: int = TILED,
 ) -> Tensor:
     (out, features), dtype = weight.shape, x.dtype
     x2 = x.reshape(-1, features)
-    y, h = x.new_empty(x2.shape[0], out), x.new_empty(x2.shape[0], up.shape[1])
+    y = x.new_empty(x2.shape[0], out)
+    h = None if form == APPENDED else x.new_empty(x2.shape[0], up.shape[1])
     m = None if row_scale is None else row_scale.to(dtype)
-    kernels_of(x).lora_linear(y, x2, weight, bias, down.to(dtype), up.to(dtype), gate, m, h)
+    kernels_of(x).lora_linear(y, x2, weight, bias, down.to(dtype), up.to(dtype), gate, m, h, form)
     return y.view(*x.shape[:-1], out)
 
 
