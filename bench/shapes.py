@@ -1,14 +1,13 @@
-"""The layers of Stable Diffusion 1.5 at 512 px with classifier-free guidance (batch 2)."""
+"""The layers of Stable Diffusion 1.5, SDXL and FLUX, and how often a pass calls each."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-
-def linears() -> list[dict[str, int]]:
-    """Every kind of Linear call: tokens, inp, out, and its count in one pass of the UNet."""
-    return _sd15()["linear"]
+MODELS = ("sd15-512px-cfg", "sdxl-1024px-cfg", "flux-1024px")
 
 
-def _sd15() -> dict[str, Any]:
-    return json.loads(Path(__file__).with_name("shapes.json").read_text())["sd15-512px-cfg"]
+def linears(model: str = MODELS[0]) -> list[dict[str, int]]:
+    """Every kind of Linear call: tokens, inp, out, and its count in one pass of the model."""
+    shapes: dict[str, Any] = json.loads(Path(__file__).with_name("shapes.json").read_text())
+    return shapes[model]["linear"]

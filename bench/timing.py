@@ -21,6 +21,7 @@ def measure(
     setup: Callable[[], None] | None = None,
     size: int | None = None,
     work: int | None = None,
+    capture: bool = True,
 ) -> None:
     """Times `function`, which has to move at least `size` bytes and to do `work` operations.
 
@@ -31,7 +32,7 @@ def measure(
     benchmark.extra_info |= {"bytes": size, "operations": work, "device": DEVICE}
     with torch.no_grad():
         if DEVICE == "cuda" and setup is None:
-            benchmark.extra_info |= on_gpu(function)
+            benchmark.extra_info |= on_gpu(function, capture)
         run = function if DEVICE == "cpu" else synchronised(function)
         if setup is not None:
             benchmark.pedantic(run, setup=setup, rounds=rounds, warmup_rounds=1)
@@ -49,14 +50,18 @@ def synchronised(function: Callable[[], Any]) -> Callable[[], Any]:
     return finished
 
 
-def on_gpu(function: Callable[[], Any]) -> dict[str, Any]:
+def on_gpu(function: Callable[[], Any], capture: bool = True) -> dict[str, Any]:
     """Medians of three ways of calling, in microseconds."""
     for _ in range(10):
         function()
     found: dict[str, Any] = {"eager": median(lambda: repeat(function), per=BACK_TO_BACK)}
+    if not capture:
+        return {**found, "captured": None, "why": "waits for the host"}
+    stream = torch.cuda.current_stream()
     try:
         once, many = graph_of(function), graph_of(lambda: repeat(function))
     except Exception as error:  # a host synchronisation inside, and whatever else a peer does
+        torch.cuda.set_stream(stream)  # a capture that breaks leaves its own behind
         torch.cuda.synchronize()
         return {**found, "captured": None, "why": str(error).splitlines()[0][:120]}
     found["captured"] = median(once.replay, cold=True)
@@ -71,6 +76,7 @@ def repeat(function: Callable[[], Any]) -> None:
 
 def graph_of(function: Callable[[], Any]) -> torch.cuda.CUDAGraph:
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         function()
     torch.cuda.current_stream().wait_stream(stream)

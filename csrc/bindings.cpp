@@ -5,6 +5,7 @@
 #include "cpu/isa.h"
 #include "dispatcher.h"
 #include "fold.h"
+#include "heuristics.h"
 #include "lora_linear.h"
 #include "python_tensor.h"
 #include "sampler_step.h"
@@ -25,6 +26,15 @@ pybind11::dict build_info() {
   return info;
 }
 
+// Seconds of the plain layer, of the library's products, and of the extended and appended forms.
+pybind11::tuple predict_lora_linear(int64_t tokens, int64_t in, int64_t out, int64_t rank,
+                                    int capability, int multiprocessors) {
+  const Gpu gpu = gpu_of(capability, multiprocessors);
+  const LinearShape s{tokens, in, out, rank};
+  return pybind11::make_tuple(plain_seconds(gpu, s), products_seconds(gpu, s),
+                              extended_seconds(gpu, s), appended_seconds(gpu, s));
+}
+
 }  // namespace
 }  // namespace fastlora
 
@@ -34,6 +44,7 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   m.def("build_info", &build_info);
   bind_dispatcher(m);
   bind_tiny_calls(m);
+  m.def("predict_lora_linear", &predict_lora_linear);
 
   m.def("lora_linear", &lora_linear);
   m.def("lora_add_", &lora_add_);

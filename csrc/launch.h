@@ -8,6 +8,8 @@
 
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -48,6 +50,19 @@ void allow_shared_memory(Kernel* kernel, int bytes) {
 
 namespace detail {
 
+// The architecture that a kernel's source was compiled for (80, 90, ...).
+template <class Kernel>
+int compiled_for(Kernel* kernel) {
+  static std::mutex mutex;
+  static std::map<const void*, int> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(reinterpret_cast<const void*>(kernel));
+  if (found != known.end()) return found->second;
+  cudaFuncAttributes attributes{};
+  check_cuda(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+  return known[reinterpret_cast<const void*>(kernel)] = attributes.ptxVersion;
+}
+
 template <class... Parameters, class... Arguments>
 void launch(const char* name, bool dependent, void (*kernel)(Parameters...), dim3 grid, dim3 block,
             size_t shared_bytes, void* stream, Arguments&&... arguments) {
@@ -60,7 +75,8 @@ void launch(const char* name, bool dependent, void (*kernel)(Parameters...), dim
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &overlap;
-  config.numAttrs = dependent ? 1 : 0;
+  // A kernel that the driver compiled from older PTX has no wait in it.
+  config.numAttrs = dependent && compiled_for(kernel) >= 90 ? 1 : 0;
   check_cuda(cudaLaunchKernelEx(&config, kernel, Parameters(std::forward<Arguments>(arguments))...),
              name);
 }

@@ -172,6 +172,8 @@ __device__ __forceinline__ void store_matrices(void* row, const uint32_t (&from)
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at),
                  "r"(from[0]), "r"(from[1]), "r"(from[2]), "r"(from[3])
                  : "memory");
+#else
+  asm volatile("trap;");
 #endif
 }
 

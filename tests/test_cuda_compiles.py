@@ -93,3 +93,26 @@ def test_ptx_compiles_for_both_sides(nvcc, tmp_path):
         command += [f"-I{ROOT / 'csrc'}", "-diag-suppress=550"]  # a faulty kernel sets in vain
         done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+
+
+def test_products_use_the_planned_instructions(nvcc, tmp_path):
+    """Tensor cores, matrix loads, asynchronous copies of 16 bytes, and the wait of sm_90."""
+    source, to = ROOT / "csrc" / "lora_linear.cu", tmp_path / "kernels.ptx"
+    command = [nvcc, "-ptx", source, "-o", to, "-std=c++17", "-O3", "--expt-relaxed-constexpr"]
+    done = subprocess.run([str(c) for c in [*command, "-arch=sm_90a"]], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    entries = re.split(r"\n\.visible \.entry |\n\.entry |\n\.weak \.entry ", to.read_text())[1:]
+    products = [e for e in entries if "gemm_kernel" in e.partition("(")[0]]
+    assert len(products) == 14  # seven shapes, two dtypes
+    for entry in products:
+        name = entry.partition("(")[0]
+        low, stages = "f16" if "6__half" in name else "bf16", int(name[name.index("EEEEE") - 1])
+        for instruction in (
+            f"mma.sync.aligned.m16n8k16.row.col.f32.{low}.{low}.f32",
+            "ldmatrix.sync.aligned.m8n8.x4.shared.b16",
+            "cp.async.cg.shared.global",
+            f"cp.async.wait_group {stages - 2};",
+            "griddepcontrol.wait",
+            "griddepcontrol.launch_dependents",
+        ):
+            assert instruction in entry, instruction

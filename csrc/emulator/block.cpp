@@ -11,7 +11,8 @@ namespace {
 
 constexpr size_t kArena = 256 << 10;  // a GPU has up to 227 KB for a block
 constexpr size_t kRedZone = 128;      // on both sides of every shared array
-constexpr size_t kStaticShared = 48 << 10, kAllShared = 227 << 10;
+// What every GPU from sm_80 on has; more than that is for kernels of one generation.
+constexpr size_t kStaticShared = 48 << 10, kAllShared = 99 << 10;
 constexpr size_t kPoisonedStack = 4 << 10;
 
 std::string bytes_in_words(uint8_t value) {
@@ -124,6 +125,16 @@ void Block::run(const Launch& launch, Index index, const Run& run, uint64_t seed
   for (const Array& a : arrays_) memory().remove(a.begin);
   allow(arena_.get(), kArena);
   if (failure_) std::rethrow_exception(failure_);
+  if (launch.dependent && !asked_)
+    throw Fault(std::string("emulator: kernel ") + launch.name + ", block " + words(index) +
+                " never waits for the kernel before it, as a dependent one has to");
+}
+
+void Block::preempt() {
+  if (run_.order != Run::Order::kShuffled || random_() % 16 != 0) return;
+  Thread& me = current();
+  ready_[me.linear / 64] |= uint64_t(1) << (me.linear % 64);
+  pause("its turn");
 }
 
 // The ready thread whose turn it is; kMaxThreads if none is ready.
@@ -158,6 +169,14 @@ void Block::wake(std::vector<Thread*>& threads) {
 }
 
 void Block::finish(Thread& thread) {
+  // Lanes that have ended take part in nothing: others may have waited for this one alone.
+  const unsigned live = live_lanes() & ~(1u << thread.lane());
+  auto& pending = rendezvous_[thread.warp()];
+  for (size_t i = 0; i < pending.size();)
+    if (complete(pending[i], live))
+      pending.erase(pending.begin() + ptrdiff_t(i));
+    else
+      ++i;
   for (const auto& group : thread.copies)
     for (const Copy& copy : group)
       fail("ends with an asynchronous copy that nobody has waited for", copy.here);
@@ -184,20 +203,45 @@ void Block::deadlock() {
 // --- barriers and warps --------------------------------------------------------------------------
 
 void Block::sync_threads(Here here) {
-  arrive(0, unsigned(launch_->block.count()), true, true, here);
+  arrive(0, unsigned(launch_->block.count()), 1, true, true, here);
 }
 
 void Block::barrier(int id, unsigned threads, bool wait, Here here) {
   if (id < 0 || id >= int(kBarriers))
     fail("uses barrier " + std::to_string(id) + ", there are 0 to 15", here);
-  if (threads == 0 || threads % kWarp != 0 || threads > launch_->block.count())
+  const unsigned warps = unsigned(launch_->block.count() + kWarp - 1) / kWarp;
+  if (threads == 0 || threads % kWarp != 0 || threads > warps * kWarp)
     fail("uses a barrier of " + std::to_string(threads) +
              " threads; it takes a multiple of 32, at most the block",
          here);
-  arrive(id, threads, wait, false, here);
+  // A warp comes as a whole, and counts as one also where it is not full.
+  const unsigned live = live_lanes();
+  collective(0xffffffffu, "bar " + std::to_string(id), here, nullptr, nullptr,
+             [](const Arrival*) {});
+  const bool first = (live & (live - 1) & (1u << current().lane())) == 0 &&
+                     (live & ((1u << current().lane()) - 1)) == 0;
+  const unsigned weight = first ? kWarp - unsigned(__builtin_popcount(live)) + 1 : 1;
+  arrive(id, threads, weight, wait, false, here);
 }
 
-void Block::arrive(int id, unsigned expected, bool wait, bool all, Here here) {
+unsigned Block::live_lanes() const {
+  unsigned live = 0;
+  const unsigned first = current_->warp() * kWarp;
+  for (unsigned lane = 0; lane < kWarp; ++lane)
+    if (first + lane < launch_->block.count() && !threads_[first + lane]->fibre.done())
+      live |= 1u << lane;
+  return live;
+}
+
+// Whether all have come; then the answers are there and those who wait may go on.
+bool Block::complete(Rendezvous& r, unsigned live) {
+  if (r.arrived != (r.mask & live)) return false;
+  r.combine(r.lanes);
+  wake(r.waiting);
+  return true;
+}
+
+void Block::arrive(int id, unsigned expected, unsigned weight, bool wait, bool all, Here here) {
   Barrier& b = barriers_[id];
   if (b.arrived == 0) {
     b.expected = expected;
@@ -210,7 +254,7 @@ void Block::arrive(int id, unsigned expected, bool wait, bool all, Here here) {
   } else if (all && b.here != here) {
     fail("comes to a __syncthreads while others wait at that of " + describe(b.here), here);
   }
-  if (++b.arrived == b.expected) {
+  if ((b.arrived += weight) == b.expected) {
     b.arrived = 0;
     wake(b.waiting);
     if (wait) land_some();
@@ -221,19 +265,10 @@ void Block::arrive(int id, unsigned expected, bool wait, bool all, Here here) {
   pause((all ? "__syncthreads at " : "barrier " + std::to_string(id) + " at ") + describe(here));
 }
 
-void Block::collective(unsigned mask, const char* kind, Here here, const void* in, void* out,
+void Block::collective(unsigned mask, const std::string& kind, Here here, const void* in, void* out,
                        const std::function<void(const Arrival*)>& combine) {
   Thread& me = current();
-  if ((mask >> me.lane() & 1) == 0)
-    fail(std::string(kind) + " with a mask that leaves out the caller", here);
-  const unsigned first = me.warp() * kWarp;
-  for (unsigned lane = 0; lane < kWarp; ++lane) {
-    if ((mask >> lane & 1) == 0) continue;
-    if (first + lane >= launch_->block.count() || threads_[first + lane]->fibre.done())
-      fail(std::string(kind) + " with lane " + std::to_string(lane) + ", which " +
-               (first + lane >= launch_->block.count() ? "does not exist" : "has ended"),
-           here);
-  }
+  if ((mask >> me.lane() & 1) == 0) fail(kind + " with a mask that leaves out the caller", here);
   auto& pending = rendezvous_[me.warp()];
   auto r = std::find_if(pending.begin(), pending.end(),
                         [mask](const Rendezvous& p) { return p.mask == mask; });
@@ -243,21 +278,19 @@ void Block::collective(unsigned mask, const char* kind, Here here, const void* i
     r->mask = mask;
     r->kind = kind;
     r->here = here;
-  } else if (std::strcmp(r->kind, kind) != 0) {
-    fail(std::string(kind) + " meets " + r->kind + " at " + describe(r->here) + " in the same warp",
-         here);
+    r->combine = combine;
+  } else if (r->kind != kind) {
+    fail(kind + " meets " + r->kind + " at " + describe(r->here) + " in the same warp", here);
   }
   r->arrived |= 1u << me.lane();
   r->lanes[me.lane()] = {in, out};
-  if (r->arrived != mask) {
-    r->waiting.push_back(&me);
-    pause(std::string(kind) + " at " + describe(here));
+  if (complete(*r, live_lanes())) {
+    pending.erase(r);
+    land_some();
     return;
   }
-  combine(r->lanes);
-  wake(r->waiting);
-  pending.erase(r);
-  land_some();
+  r->waiting.push_back(&me);
+  pause(kind + " at " + describe(here));
 }
 
 // --- shared memory -------------------------------------------------------------------------------
@@ -281,7 +314,7 @@ void* Block::shared(const void* key, size_t bytes, const char* name) {
   forbid(array + bytes, kRedZone);
   used_ = begin + bytes;
   arrays_.push_back({key, array, bytes, name});
-  memory().add({array, array + bytes, name});
+  memory().add({array, array + bytes, name, true});
   return array;
 }
 
@@ -301,9 +334,13 @@ void Block::check_shared() {
 // --- asynchronous copies -------------------------------------------------------------------------
 
 void Block::copy_async(const Copy& copy) {
-  memory().check(copy.to, copy.bytes, copy.bytes, "copies to shared memory", copy.here);
+  if (copy.valid > copy.bytes)
+    fail("copies " + std::to_string(int64_t(copy.valid)) + " of " + std::to_string(copy.bytes) +
+             " bytes",
+         copy.here);
+  memory().check(copy.to, copy.bytes, copy.bytes, "copies", copy.here, Space::kShared);
   if (copy.valid > 0)
-    memory().check(copy.from, copy.valid, copy.bytes, "copies from memory", copy.here);
+    memory().check(copy.from, copy.valid, copy.bytes, "copies", copy.here, Space::kGlobal);
   // From now on until somebody has waited nothing is certain about what lies there.
   std::memset(copy.to, run_.poison, copy.bytes);
   land_some();
@@ -339,6 +376,7 @@ void Block::wait_copies(size_t groups_left) {
 
 void Block::hide_previous() {
   hidden_.clear();
+  asked_ = false;
   waited_ = launch_->previous.empty();
   for (const Unfinished& u : launch_->previous) {
     hidden_.emplace_back(u.begin, u.begin + u.written.size());
@@ -358,6 +396,7 @@ void Block::show_previous() {
 }
 
 void Block::wait_previous_kernel() {
+  asked_ = true;
   if (waited_) return;
   if (run_.landing == Run::Landing::kEarly) return show_previous();
   waiting_previous_.push_back(current_);

@@ -44,6 +44,7 @@ struct Launch {
   const char* name = "";
   Index grid, block;
   size_t shared_bytes = 0;  // dynamic
+  bool dependent = false;   // may start before the kernel before it has finished
   std::function<void()> body;
   std::vector<Unfinished> previous;
 };
@@ -87,8 +88,11 @@ class Block {
   void sync_threads(Here here);                                  // __syncthreads
   void barrier(int id, unsigned threads, bool wait, Here here);  // bar.sync, bar.arrive
   // All lanes of `mask` come with the same `kind`; the last one combines.
-  void collective(unsigned mask, const char* kind, Here here, const void* in, void* out,
+  void collective(unsigned mask, const std::string& kind, Here here, const void* in, void* out,
                   const std::function<void(const Arrival*)>& combine);
+  // Lanes of the caller's warp that exist and have not ended; only they take part.
+  unsigned live_lanes() const;
+  void preempt();
 
   // The array of a __shared__ declaration, which `key` stands for: one for all threads.
   void* shared(const void* key, size_t bytes, const char* name);
@@ -108,13 +112,15 @@ class Block {
   };
   struct Rendezvous {
     unsigned mask = 0, arrived = 0;
-    const char* kind = "";
+    std::string kind;
     Here here{"", 0};
     Arrival lanes[kWarp];
     std::vector<Thread*> waiting;
+    std::function<void(const Arrival*)> combine;
   };
 
-  void arrive(int id, unsigned expected, bool wait, bool all, Here here);
+  void arrive(int id, unsigned expected, unsigned weight, bool wait, bool all, Here here);
+  bool complete(Rendezvous& r, unsigned live);
   void pause(std::string waits_for);
   void wake(std::vector<Thread*>& threads);
   unsigned pick();
@@ -152,6 +158,7 @@ class Block {
 
   std::vector<std::vector<char>> hidden_;  // what `previous` holds while it is not to be seen
   bool waited_ = true;                     // the previous kernel has finished
+  bool asked_ = false;                     // somebody of this block has waited for it
   std::vector<Thread*> waiting_previous_;
 };
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
 #include <mutex>
 #include <numeric>
 #include <random>
@@ -12,6 +13,10 @@ namespace fastlora::emulator {
 namespace {
 
 constexpr size_t kZone = 512;  // bytes on both sides; copies keep addresses modulo kZone / 2
+
+// NaN and true; large, true; zero, false; a large negative number: what comparisons let through
+// under one of them shows under another.
+constexpr uint8_t kPoisons[] = {0xff, 0x5a, 0x00, 0xc7};
 
 Call* g_call = nullptr;
 std::mutex g_mutex;  // one emulated device, one call at a time
@@ -52,14 +57,27 @@ Call& current_call() {
   return *g_call;
 }
 
+namespace {
+std::map<const void*, size_t> g_allowed;
+}
+
+void allow_shared_memory(const void* kernel, size_t bytes) { g_allowed[kernel] = bytes; }
+
+void check_shared_memory(const char* name, const void* kernel, size_t bytes) {
+  const auto found = g_allowed.find(kernel);
+  if (bytes > (48 << 10) && (found == g_allowed.end() || found->second < bytes))
+    throw Fault(std::string("emulator: kernel ") + name + ": " + std::to_string(bytes) +
+                " bytes of dynamic shared memory; more than 48 KB need allow_shared_memory");
+}
+
 Call::Call(const char* op, int runs, uint64_t seed) : op_(op) {
   using Order = Run::Order;
   using Landing = Run::Landing;
-  runs_ = {{0xff, Order::kAscending, Landing::kEarly, seed},
-           {0x5a, Order::kDescending, Landing::kLate, seed + 1}};
+  runs_ = {{kPoisons[0], Order::kAscending, Landing::kEarly, seed},
+           {kPoisons[1], Order::kDescending, Landing::kLate, seed + 1}};
   std::mt19937_64 random(seed);
   for (int i = 2; i < runs; ++i)
-    runs_.push_back({uint8_t(i % 2 ? 0x5a : 0xff), Order::kShuffled, Landing::kAnyTime, random()});
+    runs_.push_back({kPoisons[i % 4], Order::kShuffled, Landing::kAnyTime, random()});
   if (runs < 2) runs_.resize(1);
 }
 
@@ -193,13 +211,16 @@ void Call::one(const Run& run, const std::function<void()>& entry) {
 
 void Call::launch(Launch& l, bool dependent) {
   if (l.block.count() == 0 || l.block.count() > kMaxThreads || l.grid.count() == 0 ||
-      l.grid.y > 65535 || l.grid.z > 65535)
+      l.grid.x > INT32_MAX || l.grid.y > 65535 || l.grid.z > 65535 || l.block.z > 64)
     throw Fault("emulator: kernel " + std::string(l.name) + ": no GPU takes this grid or block");
+  l.dependent = dependent;
   if (dependent)
-    for (size_t i = 0; i < before_.size(); ++i) {
+    for (size_t i = 0; i < spans_.size(); ++i) {
       const Span& s = spans_[i];
-      Unfinished u{s.copy, std::vector<char>(s.bytes)};
-      for (size_t k = 0; k < s.bytes; ++k) u.written[k] = s.copy[k] != before_[i][k];
+      // The first kernel of a call follows somebody else's, who may have written any of it.
+      Unfinished u{s.copy, std::vector<char>(s.bytes, 1)};
+      if (!before_.empty())
+        for (size_t k = 0; k < s.bytes; ++k) u.written[k] = s.copy[k] != before_[i][k];
       l.previous.push_back(std::move(u));
     }
   before_.clear();

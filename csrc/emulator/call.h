@@ -71,4 +71,8 @@ class Call {
 
 Call& current_call();
 
+// More than 48 KB of dynamic shared memory has to be allowed for a kernel before its launch.
+void allow_shared_memory(const void* kernel, size_t bytes);
+void check_shared_memory(const char* name, const void* kernel, size_t bytes);
+
 }  // namespace fastlora::emulator

@@ -21,8 +21,15 @@ inline float float_of(__nv_bfloat16 v) { return __bfloat162float(v); }
 
 inline uint32_t tf32_of_float(float v) {
   const uint32_t bits = bits_of(v);
-  if ((bits & 0x7f800000u) == 0x7f800000u) return bits & 0xffffe000u;
+  if (std::isnan(v)) return 0x7fffe000u;
+  if (std::isinf(v)) return bits;
   return (bits + 0x1000u) & 0xffffe000u;  // to nearest, ties away from zero
+}
+
+// Instructions that are `.aligned` want all lanes of a warp, at one place of the program.
+inline std::string whole_warp(Here here) {
+  if (block().live_lanes() != kAllLanes) fail("a matrix instruction without all 32 lanes", here);
+  return " (" + describe(here) + ")";
 }
 
 struct Rows {
@@ -36,8 +43,10 @@ inline void move_matrices(const Rows& mine, int count, bool transposed, bool loa
                           Here here) {
   if (int(block().current().lane()) < 8 * count)
     memory().check(mine.row, 16, 16, load ? "reads a matrix row of" : "writes a matrix row of",
-                   here);
-  block().collective(kAllLanes, kind, here, &mine, nullptr, [=](const Arrival* lanes) {
+                   here, Space::kShared);
+  const std::string name = std::string(kind) + ".x" + std::to_string(count) +
+                           (transposed ? ".trans" : "") + whole_warp(here);
+  block().collective(kAllLanes, name, here, &mine, nullptr, [=](const Arrival* lanes) {
     auto rows = [&](unsigned lane) -> const Rows& {
       return *static_cast<const Rows*>(lanes[lane].in);
     };
@@ -75,22 +84,23 @@ struct Fragments {
 // in the registers. The order of summation on a GPU is not documented: here it is exact up to one
 // rounding.
 template <class A, class B>
-void multiply(float* sum, const uint32_t* a, const uint32_t* b, int depth, const char* kind,
+void multiply(float* sum, const uint32_t* a, const uint32_t* b, int depth, const std::string& kind,
               Here here, A element_a, B element_b) {
   const Fragments mine{a, b, sum};
-  block().collective(kAllLanes, kind, here, &mine, nullptr, [=](const Arrival* lanes) {
-    auto at = [&](int lane) -> const Fragments& {
-      return *static_cast<const Fragments*>(lanes[lane].in);
-    };
-    for (int lane = 0; lane < int(kWarp); ++lane)
-      for (int i = 0; i < 4; ++i) {
-        const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-        double total = at(lane).sum[i];
-        for (int k = 0; k < depth; ++k)
-          total += double(element_a(at, row, k)) * double(element_b(at, k, column));
-        at(lane).sum[i] = float(total);
-      }
-  });
+  block().collective(
+      kAllLanes, kind + whole_warp(here), here, &mine, nullptr, [=](const Arrival* lanes) {
+        auto at = [&](int lane) -> const Fragments& {
+          return *static_cast<const Fragments*>(lanes[lane].in);
+        };
+        for (int lane = 0; lane < int(kWarp); ++lane)
+          for (int i = 0; i < 4; ++i) {
+            const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+            double total = at(lane).sum[i];
+            for (int k = 0; k < depth; ++k)
+              total += double(element_a(at, row, k)) * double(element_b(at, k, column));
+            at(lane).sum[i] = float(total);
+          }
+      });
 }
 
 template <class T>
@@ -105,7 +115,7 @@ float half_of(uint32_t bits, int which) {
 template <class T>
 void multiply_16(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Here here) {
   multiply(
-      sum, a, b, 16, "mma.m16n8k16", here,
+      sum, a, b, 16, std::is_same_v<T, __half> ? "mma.m16n8k16.f16" : "mma.m16n8k16.bf16", here,
       [](auto at, int row, int k) {
         const int lane = row % 8 * 4 + k % 8 / 2, index = row / 8 + k / 8 * 2;
         return half_of<T>(at(lane).a[index], k % 2);

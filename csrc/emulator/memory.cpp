@@ -38,8 +38,12 @@ const Range* Memory::find(const void* p, size_t bytes) const {
   return at + bytes <= range.end ? &range : nullptr;
 }
 
-void Memory::check(const void* p, size_t bytes, size_t alignment, const char* verb,
-                   Here here) const {
+void preempt() {
+  if (block().running()) block().preempt();
+}
+
+void Memory::check(const void* p, size_t bytes, size_t alignment, const char* verb, Here here,
+                   Space space) const {
   const char* at = static_cast<const char*>(p);
   std::ostringstream what;
   what << verb << " " << bytes << " bytes";
@@ -49,7 +53,12 @@ void Memory::check(const void* p, size_t bytes, size_t alignment, const char* ve
     if (range != nullptr) what << " (" << range->name << " + " << at - range->begin << ")";
     fail(what.str(), here);
   }
-  if (find(p, bytes) != nullptr) return;
+  if (const Range* range = find(p, bytes)) {
+    if (space == Space::kAny || range->shared == (space == Space::kShared)) return;
+    fail(what.str() + " in " + range->name + ", which is " + (range->shared ? "" : "not ") +
+             "in shared memory",
+         here);
+  }
   if (block().running()) {
     const char* stack = block().current().fibre.stack();
     if (at >= stack && at + bytes <= stack + Fibre::stack_bytes()) return;

@@ -10,10 +10,13 @@
 
 namespace fastlora::emulator {
 
+enum class Space { kAny, kGlobal, kShared };
+
 struct Range {
   char* begin;
   char* end;
   std::string name;
+  bool shared = false;
 };
 
 // The ranges of the running kernel, sorted by address.
@@ -24,7 +27,8 @@ class Memory {
   void clear() { ranges_.clear(); }
   // Faults unless [p, p + bytes) lies within one range or on this thread's stack, and p is
   // aligned.
-  void check(const void* p, size_t bytes, size_t alignment, const char* verb, Here here) const;
+  void check(const void* p, size_t bytes, size_t alignment, const char* verb, Here here,
+             Space space = Space::kAny) const;
   const Range* find(const void* p, size_t bytes) const;
 
  private:
@@ -33,16 +37,21 @@ class Memory {
 
 Memory& memory();
 
+// Sometimes lets other threads run first: an update that is not atomic shows.
+void preempt();
+
 // What every load and store helper asks.
 template <class T>
 const T* readable(const T* p, size_t count = 1, size_t alignment = alignof(T),
                   Here here = Here::current()) {
   memory().check(p, count * sizeof(T), alignment, "reads", here);
+  preempt();
   return p;
 }
 template <class T>
 T* writable(T* p, size_t count = 1, size_t alignment = alignof(T), Here here = Here::current()) {
   memory().check(p, count * sizeof(T), alignment, "writes", here);
+  preempt();
   return p;
 }
 

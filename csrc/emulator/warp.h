@@ -11,12 +11,12 @@ inline void sync_warp(unsigned mask, Here here) {
 
 inline unsigned ballot(unsigned mask, bool vote, const char* kind, Here here) {
   unsigned result = 0;
-  block().collective(mask, kind, here, &vote, &result, [mask](const Arrival* lanes) {
+  block().collective(mask, kind, here, &vote, &result, [](const Arrival* lanes) {
     unsigned votes = 0;
     for (unsigned i = 0; i < kWarp; ++i)
-      if ((mask >> i & 1) && *static_cast<const bool*>(lanes[i].in)) votes |= 1u << i;
+      if (lanes[i].in != nullptr && *static_cast<const bool*>(lanes[i].in)) votes |= 1u << i;
     for (unsigned i = 0; i < kWarp; ++i)
-      if (mask >> i & 1) *static_cast<unsigned*>(lanes[i].out) = votes;
+      if (lanes[i].out != nullptr) *static_cast<unsigned*>(lanes[i].out) = votes;
   });
   return result;
 }
@@ -25,13 +25,14 @@ inline unsigned ballot(unsigned mask, bool vote, const char* kind, Here here) {
 template <class T, class From>
 T shuffle(unsigned mask, T value, From from, const char* kind, Here here) {
   T result{};
-  block().collective(mask, kind, here, &value, &result, [=](const Arrival* lanes) {
+  const std::string name = std::string(kind) + " of " + std::to_string(sizeof(T)) + " bytes";
+  block().collective(mask, name, here, &value, &result, [=](const Arrival* lanes) {
     for (unsigned i = 0; i < kWarp; ++i) {
-      if ((mask >> i & 1) == 0) continue;
+      if (lanes[i].in == nullptr) continue;
       const unsigned source = unsigned(from(int(i))) % kWarp;
-      if ((mask >> source & 1) == 0)
-        fail(std::string(kind) + " reads from lane " + std::to_string(source) +
-                 ", which is not in the mask",
+      if (lanes[source].in == nullptr)
+        fail(name + " reads from lane " + std::to_string(source) +
+                 ", which has ended, does not exist or is not in the mask",
              here);
       *static_cast<T*>(lanes[i].out) = *static_cast<const T*>(lanes[source].in);
     }

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -38,31 +39,44 @@ def emulated(runs: int = 4, seed: int = 0) -> Iterator[None]:
     It counts for the whole process. What CUDA leaves to the reference or to a library goes there
     here as well. The environment variable `FASTLORA_DEVICE=emulated` switches it on from the start.
     """
-    global _emulating
-    before = _emulating
-    switch(True, runs, seed)
+    block = (runs, seed, object())
+    switch(add=block)
     try:
         yield
     finally:
-        switch(before)
+        switch(remove=block)
 
 
-def switch(on: bool, runs: int = 4, seed: int = 0) -> None:
+_blocks: list[
+    Any
+] = []  # that are open, in several threads perhaps: the latest one's settings count
+_lock = threading.Lock()
+
+
+def switch(add: Any = None, remove: Any = None) -> None:
     global _emulator, _emulating
-    if on:
-        if _emulator is None:
-            _emulator = importlib.import_module("fastlora._emulator")
-            share_exchange_api(_emulator)
-        _emulator.configure(runs, seed)
-    _emulating = on
-    kernels.set_plans(int(on))
+    with _lock:
+        if add is not None:
+            if _emulator is None:
+                extension = importlib.import_module("fastlora._emulator")
+                share_exchange_api(extension)
+                _emulator = extension
+            _emulator.configure(*add[:2])  # raises for bad ones, before anything has changed
+            _blocks.append(add)
+        if remove is not None:
+            _blocks.remove(remove)
+            if _blocks:
+                _emulator.configure(*_blocks[-1][:2])
+        _emulating = bool(_blocks)
+        kernels.set_plans(int(_emulating))
 
 
 def _from_environment() -> None:
     wanted = os.environ.get("FASTLORA_DEVICE", "")
     if wanted not in ("", "emulated"):
         raise ValueError(f"FASTLORA_DEVICE: expected 'emulated' or nothing, got {wanted!r}")
-    switch(wanted == "emulated")
+    if wanted == "emulated":
+        switch(add=(4, 0))
 
 
 _from_environment()

@@ -135,8 +135,10 @@ def _plan(x: Tensor, weight: Tensor, *rest: Any) -> Any:
     device = device_type(x)
     if plain and tiny and device == "cpu":
         return kernels.lora_linear_tiny
-    if work <= TINY_CUDA and device == "cuda" and x.dtype != torch.float64:
-        return partial(_kernel, form=form_of(x, rank))
+    if device == "cuda" and x.dtype != torch.float64 and tokens > 0:
+        form = chosen_form(x, weight, down, up, tokens)
+        if form is not None:
+            return partial(_kernel, form=form)
     if row_scale is None and tokens > 0:
         if x.is_contiguous() and by_loop(x, tokens, rank):
             return _around
@@ -145,12 +147,30 @@ def _plan(x: Tensor, weight: Tensor, *rest: Any) -> Any:
     return _products
 
 
-def form_of(x: Tensor, rank: int) -> int:
-    """The form for a problem that our kernels compute."""
-    low = x.dtype in (torch.float16, torch.bfloat16)
-    if not low or rank == 0 or (x.is_cuda and torch.cuda.get_device_capability(x.device)[0] < 8):
-        return TILED
-    return APPENDED if rank <= APPENDED_RANK else EXTENDED
+def chosen_form(x: Tensor, weight: Tensor, down: Tensor, up: Tensor, tokens: int) -> int | None:
+    """The form that csrc/heuristics.h predicts to be fastest; None: the library's products."""
+    (out, features), rank = weight.shape, up.shape[1]
+    tiny = tokens * (out * features + rank * (out + features)) <= TINY_CUDA
+    capability, multiprocessors = gpu_of(x)
+    # Tensor cores want 16-bit elements, and neighbours of a sum to be neighbours in memory.
+    neighbours = all(t.stride(-1) == 1 or t.shape[-1] == 1 for t in (x, weight, down, up))
+    if x.element_size() != 2 or capability < 80 or rank == 0 or not neighbours:
+        return TILED if tiny else None
+    _, products, extended, appended = kernels.predict_lora_linear(
+        tokens, features, out, rank, capability, multiprocessors
+    )
+    forms = {None: products, EXTENDED: extended}
+    if rank <= APPENDED_RANK:
+        forms[APPENDED] = appended
+    return min(forms, key=lambda form: forms[form])
+
+
+def gpu_of(x: Tensor) -> tuple[int, int]:
+    """Compute capability (90 for 9.0) and multiprocessors; an emulated GPU is an H200."""
+    if not x.is_cuda:
+        return 90, 132
+    properties = torch.cuda.get_device_properties(x.device)
+    return 10 * properties.major + properties.minor, properties.multi_processor_count
 
 
 def _kernel(

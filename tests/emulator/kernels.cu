@@ -150,10 +150,20 @@ __global__ void square_kernel(float* to, const float* from) {
   let_next_kernel_start();
   to[threadIdx.x] = from[threadIdx.x] * from[threadIdx.x];
 }
-template <bool kWait>
+enum class Wait { kInTime, kTooLate, kNever };
+template <Wait kWait>
 __global__ void negate_kernel(float* to, const float* from) {
-  if (kWait) wait_for_previous_kernel();
-  to[threadIdx.x] = -from[threadIdx.x];
+  if (kWait == Wait::kInTime) wait_for_previous_kernel();
+  const float v = from[threadIdx.x];
+  if (kWait == Wait::kTooLate) wait_for_previous_kernel();
+  to[threadIdx.x] = -v;
+}
+
+// Warps that are not full, and lanes that leave early: only the others take part.
+__global__ void partial_warp_kernel(int* to) {
+  if (threadIdx.x == 5) return;
+  __syncwarp();
+  to[threadIdx.x] = int(__ballot_sync(0xffffffffu, 1));
 }
 
 // C = A Bᵀ, 16x8 by depth `k`, through swizzled shared memory: the path of a real kernel in small.
@@ -287,6 +297,42 @@ __global__ void two_shuffles_kernel(int* to) {
   to[threadIdx.x] = v;
 }
 
+__global__ void lost_update_kernel(int* count) { *writable(count) = *readable(count) + 1; }
+
+__global__ void unwritten_flag_kernel(int* to, int* flag) { to[threadIdx.x] = flag[0] ? 1 : 2; }
+
+__global__ void unwritten_minimum_kernel(float* to, float* least, const float* from) {
+  to[threadIdx.x] = fminf(least[threadIdx.x], from[threadIdx.x]);
+}
+
+__global__ void greedy_kernel(int* to) { to[threadIdx.x] = 0; }
+
+__global__ void matrix_in_global_kernel(uint32_t* to, const uint4* rows) {
+  uint32_t r[1];
+  load_matrices<1>(r, &rows[threadIdx.x]);
+  to[threadIdx.x] = r[0];
+}
+
+__global__ void two_types_kernel(int* to) {
+  if (threadIdx.x % 2)
+    to[threadIdx.x] = int(__shfl_xor_sync(0xffffffffu, 1.5, 1));
+  else
+    to[threadIdx.x] = __shfl_xor_sync(0xffffffffu, 7, 1);
+}
+
+__global__ void half_a_warp_kernel(int* to) {
+  if (threadIdx.x % 32 < 16) barrier_sync(1, 64);
+  to[threadIdx.x] = 0;
+}
+
+__global__ void long_copy_kernel(float* to, const float* from) {
+  FASTLORA_SHARED(tile, float[8]);
+  if (threadIdx.x == 0) copy_async<16>(tile, from, 20);
+  commit_copies();
+  wait_copies<0>();
+  to[threadIdx.x] = 0;
+}
+
 __global__ void crowded_barrier_kernel(int* to) {
   barrier_sync(1, threadIdx.x < 32 ? 64 : 96);
   to[threadIdx.x] = 0;
@@ -333,12 +379,15 @@ bool matrices(const Case& c) {
          c.run("store_4t", store_matrices_kernel<4, true>, 1, 32, q, registers);
 }
 
-bool dependent(const Case& c, bool waits) {
+bool dependent(const Case& c, Wait wait) {
   auto *middle = c.at<float>(1), *to = c.at<float>(0);
   launch("square", square_kernel, dim3(1), dim3(kThreads), 0, c.stream, middle,
          c.at<const float>(2));
-  launch_dependent("negate", waits ? negate_kernel<true> : negate_kernel<false>, dim3(1),
-                   dim3(kThreads), 0, c.stream, to, static_cast<const float*>(middle));
+  const auto kernel = wait == Wait::kInTime    ? negate_kernel<Wait::kInTime>
+                      : wait == Wait::kTooLate ? negate_kernel<Wait::kTooLate>
+                                               : negate_kernel<Wait::kNever>;
+  launch_dependent("negate", kernel, dim3(1), dim3(kThreads), 0, c.stream, to,
+                   static_cast<const float*>(middle));
   return true;
 }
 
@@ -360,8 +409,15 @@ void run_case(const Case& c) {
         c.run("swizzled", swizzled_kernel<8>, 1, 32, f0, h, g) ||
         c.run("wrong_swizzle", swizzled_kernel<4>, 1, 32, f0, h, g) ||
         c.run("halves", halves_kernel, n / 256, 256, f0, c.at<const __half>(1), c.at<__half>(2)) ||
-        (c.name == "dependent" && dependent(c, true)) ||
-        (c.name == "does_not_wait" && dependent(c, false));
+        (c.name == "dependent" && dependent(c, Wait::kInTime)) ||
+        (c.name == "waits_too_late" && dependent(c, Wait::kTooLate)) ||
+        (c.name == "does_not_wait" && dependent(c, Wait::kNever)) ||
+        c.run("unwritten_minimum", unwritten_minimum_kernel, 1, kThreads, f0, c.at<float>(1),
+              c.at<const float>(2));
+  }
+  if (c.name == "greedy") {
+    launch("greedy", greedy_kernel, dim3(1), dim3(32), 60 << 10, c.stream, i0);
+    found = true;
   }
   if (c.name == "reverse") {
     launch("reverse", reverse_kernel, dim3(1), dim3(unsigned(n)), size_t(n) * sizeof(int), c.stream,
@@ -399,6 +455,14 @@ void run_case(const Case& c) {
       c.run("two_barriers", two_barriers_kernel, 1, kThreads, i0) ||
       c.run("lonely_shuffle", lonely_shuffle_kernel, 1, 32, i0) ||
       c.run("two_shuffles", two_shuffles_kernel, 1, 32, i0) ||
+      c.run("partial_warp", partial_warp_kernel, 1, n, i0) ||
+      c.run("lost_update", lost_update_kernel, 1, kThreads, i0) ||
+      c.run("unwritten_flag", unwritten_flag_kernel, 1, kThreads, i0, const_cast<int*>(i1)) ||
+      c.run("matrix_in_global", matrix_in_global_kernel, 1, 32, c.at<uint32_t>(0),
+            reinterpret_cast<const uint4*>(i1)) ||
+      c.run("two_types", two_types_kernel, 1, 32, i0) ||
+      c.run("half_a_warp", half_a_warp_kernel, 1, kThreads, i0) ||
+      c.run("long_copy", long_copy_kernel, 1, 32, f0, f1) ||
       c.run("crowded_barrier", crowded_barrier_kernel, 1, kThreads, i0);
   if (!found) throw std::invalid_argument("no kernel is called " + c.name);
 }

@@ -132,10 +132,56 @@ def test_different_collectives(emulated):
 
 
 @SEEDS
-def test_dependent_kernel_that_does_not_wait(emulated, seed):
+def test_dependent_kernel_that_waits_too_late(emulated, seed):
     out, middle = (torch.zeros(128), OUT), (torch.zeros(128), SCRATCH)
-    message = fault(emulated, "does_not_wait", out, middle, (floats(128), IN), seed=seed)
+    message = fault(emulated, "waits_too_late", out, middle, (floats(128), IN), seed=seed)
     assert "depends on how it is executed" in message and "Kernels: square, negate" in message
+
+
+def test_dependent_kernel_that_never_waits(emulated):
+    out, middle = (torch.zeros(128), OUT), (torch.zeros(128), SCRATCH)
+    message = fault(emulated, "does_not_wait", out, middle, (floats(128), IN))
+    assert "kernel negate, block (0, 0, 0) never waits for the kernel before it" in message
+
+
+@SEEDS
+def test_update_that_is_not_atomic(emulated, seed):
+    """Through the helpers, which let other threads run in between. A raw one is not seen."""
+    count = torch.zeros(1, dtype=torch.int32)
+    assert "array 0[0]" in fault(emulated, "lost_update", (count, BOTH), seed=seed)
+
+
+def test_unwritten_values_that_only_decide(emulated):
+    flag = (torch.zeros(1, dtype=torch.int32), SCRATCH)
+    assert "depends on" in fault(emulated, "unwritten_flag", to(), flag)
+    least, out = (torch.zeros(128), SCRATCH), (torch.zeros(128), OUT)
+    x = floats(128).abs() + 1
+    assert "depends on" in fault(emulated, "unwritten_minimum", out, least, (x, IN))
+
+
+def test_much_shared_memory_has_to_be_allowed(emulated):
+    message = fault(emulated, "greedy", to(32))
+    assert "kernel greedy: 61440 bytes of dynamic shared memory" in message
+
+
+def test_matrices_are_loaded_from_shared_memory(emulated):
+    message = fault(emulated, "matrix_in_global", to(32), (ints(128), IN))
+    assert "in array 1, which is not in shared memory" in message
+
+
+def test_shuffles_of_different_types(emulated):
+    message = fault(emulated, "two_types", to(32))
+    assert "4 bytes" in message and "8 bytes" in message
+
+
+def test_named_barriers_take_whole_warps(emulated):
+    message = fault(emulated, "half_a_warp", to())
+    assert "barrier 1" in message and "half a warp" not in message
+
+
+def test_copy_of_more_than_there_is_room_for(emulated):
+    message = fault(emulated, "long_copy", (torch.zeros(32), OUT), (floats(8), IN))
+    assert "copies 20 of 16 bytes" in message and "thread (0, 0, 0)" in message
 
 
 def test_wrong_swizzle_gives_wrong_results(emulated):

@@ -163,6 +163,17 @@ def test_pipeline_of_copies(kernels, stages):
     assert torch.equal(to, x.view(stages, 512)[:, index].sum((0, 2)))
 
 
+def test_lanes_that_are_not_there_do_not_take_part(kernels):
+    """48 threads: a full warp without lane 5, which leaves early, and half a warp."""
+    to = torch.full((48,), -7, dtype=torch.int32)
+    kernels("partial_warp", (to, BOTH))
+    full, half = (1 << 32) - 1 - (1 << 5), (1 << 16) - 1
+    assert [v & 0xFFFFFFFF for v in to[:32].tolist()] == [
+        (1 << 32) - 7 if lane == 5 else full for lane in LANES
+    ]
+    assert to[32:].tolist() == [half] * 16
+
+
 def test_named_barriers(kernels):
     x, to = ints(6 * 64), torch.empty(6 * 64, dtype=torch.int32)
     kernels("named_barrier", (to, OUT), (x, IN))

@@ -1,7 +1,6 @@
 """What only a GPU can show: streams, graphs, devices, and the package's jobs as a whole."""
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,15 +12,6 @@ from tests.cases import fold_layer, linear_arguments
 from tests.devices import no_gpu
 
 pytestmark = [pytest.mark.gpu, no_gpu]
-
-
-@pytest.fixture(autouse=True)
-def exact_products() -> Iterator[None]:
-    """float32 products in float32, so that the CPU's results are comparable."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def adapted(rank: int = 4) -> nn.Module:

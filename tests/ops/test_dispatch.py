@@ -132,9 +132,45 @@ def test_kernels_refuse_a_foreign_device_or_dtype(args):
     y = torch.empty(2, 3, 8)
     with pytest.raises(ValueError, match="lora_linear: .* expected float32, got float64"):
         kernels.lora_linear(
-            y, *[a if a is None or i == 5 else a.double() for i, a in enumerate(args)], None
+            y, *[a if a is None or i == 5 else a.double() for i, a in enumerate(args)], None, 0
         )
     with pytest.raises(ValueError, match="lora_linear: x: expected a contiguous tensor"):
-        kernels.lora_linear(y, args[0].mT.contiguous().mT, *args[1:], None)
+        kernels.lora_linear(y, args[0].mT.contiguous().mT, *args[1:], None, 0)
     with pytest.raises(TypeError, match="expected a plain torch.Tensor"):
-        kernels.lora_linear(y, "x", *args[1:], None)
+        kernels.lora_linear(y, "x", *args[1:], None, 0)
+
+
+def test_emulated_blocks_nest_and_interleave():
+    """Their settings come back, whoever ends first; afterwards nothing is emulated."""
+    from fastlora.ops import _device
+
+    configured = []
+    with ops.emulated():
+        pass
+    original = _device._emulator.configure
+
+    class Recorder:
+        def __getattr__(self, name):
+            return getattr(emulator, name)
+
+        def configure(self, runs, seed):
+            original(runs, seed)
+            configured.append((runs, seed))
+
+    emulator, _device._emulator = _device._emulator, Recorder()
+    try:
+        with ops.emulated(runs=9, seed=5), ops.emulated(runs=1):
+            assert configured[-1] == (1, 0)
+        assert configured == [(9, 5), (1, 0), (9, 5)]
+        first, second = ops.emulated(), ops.emulated()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert _device.device_type(torch.zeros(1)) == "cuda"
+        second.__exit__(None, None, None)
+        assert _device.device_type(torch.zeros(1)) == "cpu"
+        with pytest.raises(ValueError, match="runs: expected at least 1, got 0"), ops.emulated(0):
+            pass
+        assert _device.device_type(torch.zeros(1)) == "cpu"
+    finally:
+        _device._emulator = emulator
