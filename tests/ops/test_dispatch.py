@@ -174,3 +174,33 @@ def test_emulated_blocks_nest_and_interleave():
         assert _device.device_type(torch.zeros(1)) == "cpu"
     finally:
         _device._emulator = emulator
+
+
+@pytest.mark.parametrize("name", sorted(ops.operators))
+def test_emulated_operators_run_on_the_emulator(name, monkeypatch):
+    """And nowhere else: the compiled CPU loops are not asked."""
+    from fastlora import _selfcheck
+    from fastlora.ops import _device
+
+    def data(*shape):
+        return torch.randn(shape)
+
+    operator, called = ops.operators[name], []
+    with ops.emulated():
+        emulator = _device._emulator
+
+        class Recorder:
+            def __getattr__(self, entry):
+                called.append(entry)
+                return getattr(emulator, entry)
+
+        monkeypatch.setattr(_device, "_emulator", Recorder())
+        operator.clear()  # plans hold the entries that they found
+        try:
+            operator(*_selfcheck.EXAMPLES[name](data, data, "cpu"))
+        finally:
+            operator.clear()
+    assert name in called
+    called.clear()
+    operator(*_selfcheck.EXAMPLES[name](data, data, "cpu"))
+    assert called == []
