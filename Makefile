@@ -12,7 +12,7 @@ cpp := find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.
 .PHONY: help environment demo test bench gpu sanitize cuda-check lint format doctor lock clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 environment:  ## make or update .venv: pinned packages, fastlora built in place
 	@"$(PYTHON)" tools/environment.py .venv
