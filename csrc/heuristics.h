@@ -31,6 +31,11 @@ struct LinearShape {
   int64_t tokens, in, out, rank;
 };
 
+// Below one large tile for each multiprocessor of a large GPU the loop takes small ones.
+inline bool takes_small_tiles(int64_t tokens, int64_t columns) {
+  return ((tokens + 127) / 128) * ((columns + 127) / 128) < 132;
+}
+
 // A tile of the loop, as in lora_linear.cu.
 struct TileCost {
   int64_t rows, columns;
@@ -73,7 +78,7 @@ inline double products_seconds(const Gpu& gpu, const LinearShape& s) {
 inline double extended_seconds(const Gpu& gpu, const LinearShape& s) {
   const double m = double(s.tokens), k = double(s.in), n = double(s.out), r = double(s.rank);
   const TileCost skinny = s.rank <= 16 ? TileCost{64, 16} : TileCost{64, 64};
-  const bool few = parts(s.tokens, 128) * parts(s.out, 128) < 132;
+  const bool few = takes_small_tiles(s.tokens, s.out);
   const TileCost main = few ? TileCost{64, 64} : TileCost{128, 128};
   const double h = loop_seconds(gpu, s.tokens, s.rank, s.in, 0, skinny, kElement * m * k);
   const double y = loop_seconds(gpu, s.tokens, s.out, s.in + s.rank, 0, main,
@@ -85,7 +90,7 @@ inline double extended_seconds(const Gpu& gpu, const LinearShape& s) {
 inline double appended_seconds(const Gpu& gpu, const LinearShape& s) {
   const double m = double(s.tokens), k = double(s.in), n = double(s.out);
   const int64_t extra = s.rank <= 16 ? 16 : 32;
-  const bool few = parts(s.tokens, 128) * parts(s.out, 128) < 132;
+  const bool few = takes_small_tiles(s.tokens, s.out);
   const TileCost tile = few ? TileCost{64, 64} : TileCost{128, 96};
   return loop_seconds(gpu, s.tokens, s.out, s.in + extra, extra, tile,
                       kElement * (m * k + k * n + m * n)) +

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "gemm_sm80.cuh"
+#include "heuristics.h"
 #include "launch.h"
 #include "lora_linear.h"
 #include "types.cuh"
@@ -147,18 +148,16 @@ void launch_product(const Problem<T>& p, void* stream) {
          dim3(kBlock), 0, stream, p);
 }
 
-// The last shapes of the tile, [rows x columns]: large, and for problems that would leave most of a
-// GPU idle.
+// Shapes of a tile, rows x columns; heuristics.h reckons with them.
 template <int kAppended>
 using Large = Shape<4, 2, kAppended ? 12 : 16, kAppended, 3>;  // 128 x 128, 96 beside h's sums
 template <int kAppended>
 using Small = Shape<4, 1, 8, kAppended, 3>;  // 64 x 64
 using Skinny = Shape<4, 1, 2, 0, 4>;         // 64 x 16
-constexpr int64_t kFewTiles = 132;           // of 128 x 128: less than one for each multiprocessor
 
 template <class T>
 bool few(const Problem<T>& p) {
-  return ((p.tokens + 127) / 128) * ((p.columns + 127) / 128) < kFewTiles;
+  return takes_small_tiles(p.tokens, p.columns);
 }
 
 template <class T>

@@ -30,7 +30,7 @@ def emulated(runs: int = 4, seed: int = 0) -> Iterator[None]:
     """Within it, operators on CPU tensors run the CUDA kernels, on an emulated GPU.
 
     Slow and strict: a kernel runs on copies of its tensors that lie between red zones, `runs`
-    times, with threads ascending, descending and in orders drawn from `seed`, over two patterns of
+    times, with threads ascending, descending and in orders drawn from `seed`, over four patterns of
     uninitialised memory, with asynchronous copies landing early, late and at any time. A kernel
     that reads or writes beside its memory, waits at a barrier that others never reach, or gives
     different bits in different executions raises KernelFault (a RuntimeError) with kernel, block,

@@ -176,7 +176,7 @@ def test_shuffles_of_different_types(emulated):
 
 def test_named_barriers_take_whole_warps(emulated):
     message = fault(emulated, "half_a_warp", to())
-    assert "barrier 1" in message and "half a warp" not in message
+    assert "waits for ever for barrier 1 at kernels.cu" in message and "has ended" in message
 
 
 def test_copy_of_more_than_there_is_room_for(emulated):

@@ -32,10 +32,10 @@ def test_floors_and_products_by_hand():
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
 @pytest.mark.parametrize("shape", [(8192, 320, 320, 16), (2, 1280, 320, 64), (512, 1280, 1280, 4)])
-def test_more_work_never_takes_less_time(shape, capability):
+def test_more_work_never_takes_the_library_less_time(shape, capability):
     tokens, features, out, rank = shape
     start = kernels.predict_lora_linear(*shape, capability, 100)
-    assert all(t >= start[0] for t in start[1:2]) and min(start) > 0
+    assert min(start) > 0 and start[1] > start[0]
     for more in (
         (2 * tokens, features, out, rank),
         (tokens, 2 * features, out, rank),
@@ -63,7 +63,7 @@ def test_the_plan_follows_the_prediction(monkeypatch):
     assert module.chosen_form(x, turned, down, up, 64) == module.TILED
 
 
-def test_large_problems_of_any_layout_go_to_the_library():
+def test_large_float32_problems_go_to_the_library():
     with ops.emulated():
         args = linear_arguments((2, 600), 96, 80, 8, dtype=torch.float32)
         assert module._plan(*args) is module._products

@@ -1,5 +1,9 @@
 """What must not reach the kernels: DLPack gives memory for things that have none."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -204,3 +208,17 @@ def test_emulated_operators_run_on_the_emulator(name, monkeypatch):
     called.clear()
     operator(*_selfcheck.EXAMPLES[name](data, data, "cpu"))
     assert called == []
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [("emulated", "cuda"), ("", "cpu"), ("tpu", "expected")]
+)
+def test_the_environment_variable_chooses_the_emulator(value, words):
+    program = "import torch; from fastlora.ops import _device; "
+    program += "print(_device.device_type(torch.zeros(1)))"
+    environment = {**os.environ, "FASTLORA_DEVICE": value}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert words in (done.stderr if value == "tpu" else done.stdout)
+    assert done.returncode == (1 if value == "tpu" else 0)
