@@ -1,51 +1,70 @@
 """What the cost model of `lora_linear` decides for real models: `python -m bench.decisions`.
 
-Predicted microseconds on an H200 in bf16 (csrc/heuristics.h), none of them measured. The table is
-kept in decisions.txt, so that a change of the model shows what it changes.
+Predicted microseconds (csrc/heuristics.h) on an H200 in bf16, none of them measured, and on two
+threads of a CPU with AVX-512 in fp32, whose rates were. The table is kept in decisions.txt, so that
+a change of the model shows what it changes.
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 from bench.shapes import MODELS, linears
 from fastlora.ops._define import kernels
+from fastlora.ops._routes import APPENDED_RANK, DTYPES, ISAS
 
 TABLE = Path(__file__).with_name("decisions.txt")
-FORMS = ("products", "extended", "appended")
-H200 = (90, 132)  # compute capability, multiprocessors
 RANKS = (16, 64, 128)
+H200 = (90, 132)  # compute capability, multiprocessors
+CPU = (DTYPES[torch.float32], ISAS["avx512"], 2)
+
+Times = dict[str, float]
 
 
-def predicted(tokens: int, features: int, out: int, rank: int) -> tuple[float, dict[str, float]]:
+def on_h200(tokens: int, features: int, out: int, rank: int) -> Times:
     """Seconds of the plain layer, and of each form that takes the rank."""
-    plain, *forms = kernels.predict_lora_linear(tokens, features, out, rank, *H200)
-    named = dict(zip(FORMS, forms, strict=True))
-    if rank > 32:
+    times = kernels.predict_lora_linear(tokens, features, out, rank, *H200)
+    named = dict(zip(("plain", "products", "extended", "appended"), times, strict=True))
+    if rank > APPENDED_RANK:
         del named["appended"]
-    return plain, named
+    return named
 
 
-def table() -> str:
-    lines = [f"{'tokens x in x out, rank':<30}{'plain':>9}" + "".join(f"{f:>11}" for f in FORMS)]
-    lines[0] += "   chosen, over plain"
+def on_cpu(tokens: int, features: int, out: int, rank: int) -> Times:
+    return kernels.predict_lora_linear_cpu(tokens, features, out, rank, *CPU)
+
+
+def part(title: str, predicted: Callable[..., Times], forms: tuple[str, ...]) -> list[str]:
+    """One device: every layer of every model, and the geometric mean over plain, by count."""
+    head = f"{'tokens x in x out, rank':<30}{'plain':>9}" + "".join(f"{f:>11}" for f in forms)
+    lines = [title, head + "   chosen, over plain"]
     for model in MODELS:
         for rank in RANKS:
             total = weight = 0.0
             rows = []
             for shape in linears(model):
                 size = (shape["tokens"], shape["inp"], shape["out"])
-                plain, forms = predicted(*size, rank)
-                best = min(forms, key=lambda form: forms[form])
+                times = predicted(*size, rank)
+                plain = times.pop("plain")
+                best = min(times, key=lambda form: times[form])
                 name = f"{size[0]}x{size[1]}x{size[2]}, {rank}"
                 row = f"{name:<30}{plain * 1e6:>9.1f}"
-                row += "".join(f"{forms[f] * 1e6:>11.1f}" if f in forms else " " * 11
-                               for f in FORMS)  # fmt: skip
-                rows.append(f"{row}   {best}, {forms[best] / plain:.2f}")
-                total += shape["count"] * math.log(forms[best] / plain)
+                row += "".join(f"{times[f] * 1e6:>11.1f}" if f in times else " " * 11
+                               for f in forms)  # fmt: skip
+                rows.append(f"{row}   {best}, {times[best] / plain:.2f}")
+                total += shape["count"] * math.log(times[best] / plain)
                 weight += shape["count"]
             lines += [f"{model}, rank {rank}: {math.exp(total / weight):.3f} of the plain layers"]
             lines += rows
-    return "\n".join(lines) + "\n"
+    return lines
+
+
+def table() -> str:
+    gpu = part("H200, bfloat16", on_h200, ("products", "extended", "appended"))
+    cpu = part("two threads, AVX-512, float32", on_cpu, ("loop", "around", "products"))
+    return "\n".join([*gpu, "", *cpu]) + "\n"
 
 
 if __name__ == "__main__":

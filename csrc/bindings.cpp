@@ -35,6 +35,19 @@ pybind11::tuple predict_lora_linear(int64_t tokens, int64_t in, int64_t out, int
                               extended_seconds(gpu, s), appended_seconds(gpu, s));
 }
 
+// Seconds of the plain layer and of every route on a CPU.
+pybind11::dict predict_lora_linear_cpu(int64_t tokens, int64_t in, int64_t out, int64_t rank,
+                                       int dtype, int isa, int threads) {
+  const Cpu cpu = cpu_of(static_cast<DType>(dtype), static_cast<Isa>(isa), threads);
+  const LinearShape s{tokens, in, out, rank};
+  pybind11::dict seconds;
+  seconds["plain"] = plain_seconds(cpu, s);
+  seconds["loop"] = loop_seconds(cpu, s);
+  seconds["around"] = around_seconds(cpu, s);
+  seconds["products"] = products_seconds(cpu, s);
+  return seconds;
+}
+
 }  // namespace
 }  // namespace fastlora
 
@@ -45,6 +58,7 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   bind_dispatcher(m);
   bind_tiny_calls(m);
   m.def("predict_lora_linear", &predict_lora_linear);
+  m.def("predict_lora_linear_cpu", &predict_lora_linear_cpu);
 
   m.def("lora_linear", &lora_linear);
   m.def("lora_add_", &lora_add_);

@@ -1,10 +1,13 @@
-// Which form of the low-rank linear layer a GPU computes fastest: a model of its time, not a
-// measurement. Every number of a GPU is a datasheet's or a published figure until `make gpu` has
-// run on one; what the model decides for the shapes of real models is a tested table
-// (bench/decisions.txt).
+// Which form of the low-rank linear layer a device computes fastest: a model of its time, not a
+// measurement; `fastlora.tune` measures. Every number of a GPU is a datasheet's or a published
+// figure until `make gpu` has run on one; those of a CPU were measured. What the model decides for
+// the shapes of real models is a tested table (bench/decisions.txt).
 #pragma once
 
 #include <cstdint>
+
+#include "cpu/isa.h"
+#include "tensor.h"
 
 namespace fastlora {
 
@@ -95,6 +98,88 @@ inline double appended_seconds(const Gpu& gpu, const LinearShape& s) {
   return loop_seconds(gpu, s.tokens, s.out, s.in + extra, extra, tile,
                       kElement * (m * k + k * n + m * n)) +
          gpu.launch;
+}
+
+// --- the CPU
+// --------------------------------------------------------------------------------------
+
+// Of one thread where not said otherwise, as measured on two cores of an AMD EPYC (Zen 4, AVX-512)
+// with PyTorch 2.13: MKL for float32 and float64, oneDNN for bfloat16, neither for float16.
+struct Cpu {
+  double library;  // operations per second of the library's product
+  double packing;  // seconds an element of W until the library has rearranged it; one thread does
+  double loop[3];  // seconds of our loop for an element of W's row and 1, 2, 4 tokens
+  double pass;     // operations per second of our pass over x and y
+  double bytes;    // of an element
+  int threads;
+};
+
+constexpr double kPassBandwidth = 60e9;    // bytes per second of all threads: our pass
+constexpr double kUpdateBandwidth = 30e9;  // the library's update of y, which comes later
+constexpr double kPassPacking = 1e-9;      // seconds an element of D or U
+constexpr double kLibraryCall = 3e-6;      // seconds of a call from Python
+constexpr double kPassCall = 2e-6;
+constexpr double kLoopCall = 1e-6;
+constexpr double kFork = 2e-6;           // until another thread works
+constexpr double kTileEnd = 40;          // further inputs for which our loop would have time
+constexpr int64_t kCachedInputs = 2048;  // four rows of W beside x; longer ones leave the cache
+constexpr double kUncached = 1.5;
+constexpr int64_t kThreadWork = 1 << 17;  // multiplications of our loop that deserve a thread
+
+inline Cpu cpu_of(DType dtype, Isa isa, int threads) {
+  Cpu cpu{98e9, 110e-12, {45e-12, 60e-12, 77e-12}, 85e9, 4, threads};
+  if (dtype == DType::kFloat64)
+    cpu = {49e9, 220e-12, {110e-12, 150e-12, 240e-12}, 42e9, 8, threads};
+  if (dtype == DType::kBFloat16) cpu = {190e9, 60e-12, {50e-12, 74e-12, 100e-12}, 80e9, 2, threads};
+  if (dtype == DType::kFloat16) cpu = {13e9, 0, {45e-12, 58e-12, 95e-12}, 80e9, 2, threads};
+  const double slower = isa == Isa::kAvx512 ? 1 : isa == Isa::kAvx2 ? 1.3 : 3;
+  for (double& seconds : cpu.loop) seconds *= slower;
+  cpu.pass /= slower;
+  return cpu;
+}
+
+// Seconds of a product of the library, [m, k] by [k, n], without its call.
+inline double library_seconds(const Cpu& cpu, int64_t m, int64_t k, int64_t n) {
+  const double weight = double(k) * double(n);
+  return cpu.packing * weight + 2 * double(m) * weight / (cpu.library * cpu.threads);
+}
+
+inline double plain_seconds(const Cpu& cpu, const LinearShape& s) {
+  return kLibraryCall + library_seconds(cpu, s.tokens, s.in, s.out);
+}
+
+// Ours, by rows of W: tokens go four, then two, then one at a time.
+inline double loop_seconds(const Cpu& cpu, const LinearShape& s) {
+  const double k = double(s.in), n = double(s.out), r = double(s.rank);
+  const double tokens = double(s.tokens / 4) * cpu.loop[2] +
+                        double(s.tokens % 4 / 2) * cpu.loop[1] + double(s.tokens % 2) * cpu.loop[0];
+  const double inputs = (k + r + kTileEnd) * n + (k + kTileEnd) * r;
+  const int64_t deserved = 1 + s.tokens * (s.in * s.out + s.rank * (s.in + s.out)) / kThreadWork;
+  const double threads = double(deserved < cpu.threads ? deserved : cpu.threads);
+  const double uncached = s.in > kCachedInputs && s.tokens > 4 ? kUncached : 1;
+  return kLoopCall + (threads > 1 ? kFork : 0) + tokens * inputs * uncached / threads;
+}
+
+// Our pass, y += ((x Dᵀ) ∘ g) Uᵀ. Its threads take 48 tokens at a time; without D, in = 0.
+inline double pass_seconds(const Cpu& cpu, const LinearShape& s) {
+  const double m = double(s.tokens), k = double(s.in), n = double(s.out), r = double(s.rank);
+  const double tasks = parts(s.tokens, 48), rounds = parts(int64_t(tasks), cpu.threads);
+  const double arithmetic = 2 * m * r * (k + n) / cpu.pass * rounds / tasks;
+  const double traffic = cpu.bytes * (m * k + 2 * m * n) / kPassBandwidth;
+  const double packing = kPassPacking * r * (k + n) / cpu.threads;
+  return kPassCall + (tasks > 1 && cpu.threads > 1 ? kFork : 0) + packing + arithmetic + traffic;
+}
+
+inline double around_seconds(const Cpu& cpu, const LinearShape& s) {
+  return plain_seconds(cpu, s) + pass_seconds(cpu, s);
+}
+
+// The library alone: both skinny products, the gate, and y once more through memory.
+inline double products_seconds(const Cpu& cpu, const LinearShape& s) {
+  const double down = s.in > 0 ? kLibraryCall + library_seconds(cpu, s.tokens, s.in, s.rank) : 0;
+  const double up = kLibraryCall + library_seconds(cpu, s.tokens, s.rank, s.out);
+  const double traffic = cpu.bytes * 2 * double(s.tokens) * double(s.out) / kUpdateBandwidth;
+  return plain_seconds(cpu, s) + down + kLibraryCall + up + traffic;
 }
 
 }  // namespace fastlora

@@ -5,10 +5,11 @@
 namespace fastlora {
 namespace {
 
-// Limits of the loop for tiny calls; see cpu/lora_linear.cpp.
+// Limits of the loop for tiny additions; see cpu/lora_add.cpp.
 constexpr int64_t kMaxRank = 1024;
 constexpr int64_t kMaxIn = 4096;
-constexpr int64_t kTinyWork = 1 << 12;  // multiplications; packing operands pays off beyond
+constexpr int64_t kBriefWork = 1 << 17;  // multiplications, a few microseconds: the GIL is kept
+constexpr int64_t kTinyWork = 1 << 12;   // multiplications; packing operands pays off beyond
 
 // A contiguous tensor [..., columns] as the matrix that it is.
 struct Flattened {
@@ -33,8 +34,8 @@ bool tiny(const LoraLinear& p) {
   return plain;
 }
 
-// `in_place`: strides and float32 factors are welcome.
-void check(const char* op, const LoraLinear& p, bool in_place) {
+// What memory, dtypes and devices have to be. D, U may be float32 beside 16 bits on the CPU.
+void check(const char* op, const LoraLinear& p) {
   const struct {
     const char* name;
     const TensorView& view;
@@ -49,19 +50,27 @@ void check(const char* op, const LoraLinear& p, bool in_place) {
   const DType wide = p.y.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
   for (const auto& a : arguments) {
     check_memory(op, a.name, a.view, p.y);
-    if (p.y.cpu() && !in_place) check_contiguous(op, a.name, a.view);
     FASTLORA_CHECK(!a.view.defined || a.view.dtype == p.y.dtype ||
-                       (in_place && a.factor && a.view.dtype == wide),
+                       (p.y.cpu() && a.factor && a.view.dtype == wide),
                    op, a.name, name_of(p.y.dtype), a.view);
   }
   check_memory(op, "h", p.h, p.y);
   check_memory(op, "gate", p.gate, p.y);
-  if (p.y.cpu() && !in_place) check_contiguous(op, "gate", p.gate);
   FASTLORA_CHECK(p.gate.dtype == wide, op, "gate", name_of(wide), p.gate);
-  if (p.y.cpu() && !in_place) {
-    FASTLORA_CHECK(p.rank <= kMaxRank, op, "up", "a rank of at most 1024 for the CPU loop", p.up);
-    FASTLORA_CHECK(p.in <= kMaxIn, op, "x", "at most 4096 inputs for the CPU loop", p.x);
-  }
+}
+
+// What the loop of lora_linear reads through pointers.
+void check_rows(const char* op, const LoraLinear& p) {
+  FASTLORA_CHECK(p.y.contiguous(), op, "y", "a contiguous tensor", p.y);
+  const struct {
+    const char* name;
+    const TensorView& view;
+  } matrices[] = {{"weight", p.weight}, {"down", p.down}, {"up", p.up}};
+  for (const auto& [name, view] : matrices)
+    FASTLORA_CHECK(view.defined && (view.strides[1] == 1 || view.shape[1] <= 1), op, name,
+                   "a matrix whose rows are contiguous", view);
+  check_contiguous(op, "bias", p.bias);
+  check_contiguous(op, "row_scale", p.row_scale);
 }
 
 // What the forms on tensor cores need; without it they would read and write beside the matrices.
@@ -84,8 +93,23 @@ void check_form(const char* op, const LoraLinear& p) {
                    p.up);
 }
 
+void linear_on_cpu(const LoraLinear& p) {
+  bool out_of_memory = false;
+  if (p.tokens * (p.in * p.out + p.rank * (p.in + p.out)) < kBriefWork) {
+    FASTLORA_CPU_CALL(lora_linear_loop, p, out_of_memory);
+  } else {
+    const WithoutGil others_may_run;
+    FASTLORA_CPU_CALL(lora_linear_loop, p, out_of_memory);
+  }
+  if (out_of_memory) throw std::bad_alloc();
+}
+
 void add_on_cpu(const LoraLinear& p) {
   if (p.rank == 0) return;
+  if (tiny(p)) {
+    FASTLORA_CPU_CALL(lora_add_tiny_loop, p);
+    return;
+  }
   bool out_of_memory = false;
   {
     const WithoutGil others_may_run;
@@ -104,16 +128,12 @@ void run(const char* op, LoraLinear& p) {
   Flattened y, x;
   y.apply(p.y);
   x.apply(p.x);
-  const bool in_place = p.y.cpu() && !p.weight.defined && !tiny(p);
-  check(op, p, in_place);
+  check(op, p);
   FASTLORA_CHECK(p.y.ndim == 2, op, "y", "a matrix, or contiguous memory", p.y);
   FASTLORA_CHECK(p.x.ndim == 2, op, "x", "a matrix, or contiguous memory", p.x);
+  if (p.y.cpu() && p.weight.defined) check_rows(op, p);
   if (p.tokens == 0 || p.out == 0) return;
-  if (in_place) return add_on_cpu(p);
-  if (p.y.cpu()) {
-    FASTLORA_CPU_CALL(lora_linear_loop, p);
-    return;
-  }
+  if (p.y.cpu()) return p.weight.defined ? linear_on_cpu(p) : add_on_cpu(p);
   check_form(op, p);
 #ifdef FASTLORA_CUDA
   launch_lora_linear(p, current_stream(p.y));

@@ -13,8 +13,8 @@ enum class Form : int64_t {
   kAppended   // D's rows ride along with W, and h is used from registers: ranks up to 32
 };
 
-// Operands of both operators. The loop for tiny calls wants contiguous matrices of one dtype; the
-// CUDA kernels and lora_add_ read x, D, U (and W) through their strides.
+// Operands of both operators. The CPU's lora_linear wants the elements of W's, D's and U's rows to
+// be neighbours; the CUDA kernels and lora_add_ read x, D, U (and W) through their strides.
 struct LoraLinear {
   TensorView y;          // [tokens, out], written (lora_add_: read and written)
   TensorView x;          // [tokens, in]; without `down`: [tokens, rank]
@@ -40,6 +40,6 @@ void lora_add_(TensorView y, TensorView x, TensorView down, TensorView up, Tenso
 
 }  // namespace fastlora
 
-// Tiny calls; and lora_add_ of every other size.
-FASTLORA_DECLARE_CPU(lora_linear_loop, const ::fastlora::LoraLinear& p)
+FASTLORA_DECLARE_CPU(lora_linear_loop, const ::fastlora::LoraLinear& p, bool& out_of_memory)
+FASTLORA_DECLARE_CPU(lora_add_tiny_loop, const ::fastlora::LoraLinear& p)
 FASTLORA_DECLARE_CPU(lora_add_loop, const ::fastlora::LoraLinear& p, bool& out_of_memory)

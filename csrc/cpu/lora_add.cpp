@@ -216,7 +216,39 @@ bool run(const LoraLinear& p) {
   return true;
 }
 
+template <class A, class T>
+static inline A dot(const A* a, const T* b, int64_t n) {
+  A sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += a[i] * A(load(b + i));
+  return sum;
+}
+
+// For shapes so small that packing would cost more than the arithmetic: contiguous matrices of one
+// dtype.
+template <class T>
+void run_tiny(const LoraLinear& p) {
+  using A = Acc<T>;
+  const T *x = p.x.ptr<const T>(), *down = p.down.ptr<const T>(), *up = p.up.ptr<const T>();
+  const A* gate = p.gate.ptr<const A>();
+  T* y = p.y.ptr<T>();
+  A row[4096];  // this token's x, widened once
+  A h[1024];    // this token's gated rank-r activation
+  for (int64_t token = 0; token < p.tokens; ++token) {
+    const A* g = gate + (p.gate.ndim == 2 ? token / p.tokens_per_row * p.rank : 0);
+    for (int64_t k = 0; k < p.in; ++k) row[k] = A(load(x + token * p.in + k));
+    for (int64_t r = 0; r < p.rank; ++r)
+      h[r] = g[r] * (p.down.defined ? dot(row, down + r * p.in, p.in) : row[r]);
+    for (int64_t n = 0; n < p.out; ++n) {
+      T* to = y + token * p.out + n;
+      store(to, A(load(to)) + dot(h, up + n * p.rank, p.rank));
+    }
+  }
+}
+
 }  // namespace
+
+void lora_add_tiny_loop(const LoraLinear& p) { FASTLORA_FLOAT_TYPES(p.y.dtype, T, run_tiny<T>(p)); }
 
 void lora_add_loop(const LoraLinear& p, bool& out_of_memory) {
   FASTLORA_FLOAT_TYPES(p.y.dtype, T, out_of_memory = !run<T>(p));

@@ -1,32 +1,12 @@
 """`lora_linear`: a linear layer with any number of gated low-rank adapters, unmerged."""
 
-from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora.ops._define import FLOATS, define_op, expect, expect_tensor, gate_dtype, kernels
-from fastlora.ops._device import device_type, kernels_of
-
-# Up to this many multiplications our own loop beats the library calls (each about 2 µs); it goes
-# through W for every token, so that more than FEW of them come sooner to the end of it.
-TINY, FEW = 1 << 15, 32
-# Numbers of tokens for which our pass over x and y, which serves all dtypes alike, is faster than
-# torch's two products: those have a price per call, and instructions for bfloat16 on some CPUs.
-LOOP_TOKENS = {
-    torch.float32: (FEW, 1 << 62),
-    torch.float64: (FEW, 1 << 62),
-    torch.float16: (0, 1 << 62),
-    torch.bfloat16: (0, 512),
-}
-LOOP_RANK = 256
-# The same for the CUDA kernels; a guess until it has been measured.
-TINY_CUDA = 1 << 22
-# The forms of the CUDA version (csrc/lora_linear.h); the last two need tensor cores.
-TILED, EXTENDED, APPENDED = 0, 1, 2
-APPENDED_RANK = 32
+from fastlora.ops._define import FLOATS, define_op, expect, expect_tensor, gate_dtype
+from fastlora.ops._routes import chosen
 
 
 def lora_linear(
@@ -122,126 +102,8 @@ def _fake(
     return x.new_empty((*x.shape[:-1], out))
 
 
-def _plan(x: Tensor, weight: Tensor, *rest: Any) -> Any:
-    _, down, up, gate, row_scale = rest
-    rank, (out, features) = up.shape[1], weight.shape
-    tokens = x.numel() // max(features, 1)
-    operands = (x, weight, *rest)
-    plain = all(
-        t is None or (t.is_contiguous() and (t is gate or t.dtype == x.dtype)) for t in operands
-    )
-    work = tokens * (out * features + rank * (out + features))
-    tiny = work <= (TINY if tokens < FEW else TINY // 4) and rank <= 1024 and features <= 4096
-    device = device_type(x)
-    if plain and tiny and device == "cpu":
-        return kernels.lora_linear_tiny
-    if device == "cuda" and x.dtype != torch.float64 and tokens > 0:
-        form = chosen_form(x, weight, down, up, tokens)
-        if form is not None:
-            return partial(_kernel, form=form)
-    if row_scale is None and tokens > 0:
-        if x.is_contiguous() and by_loop(x, tokens, rank):
-            return _around
-        if plain and x.dim() == 2 and gate.dim() == 1:
-            return _few
-    return _products
-
-
-def chosen_form(x: Tensor, weight: Tensor, down: Tensor, up: Tensor, tokens: int) -> int | None:
-    """The form that csrc/heuristics.h predicts to be fastest; None: the library's products."""
-    (out, features), rank = weight.shape, up.shape[1]
-    tiny = tokens * (out * features + rank * (out + features)) <= TINY_CUDA
-    capability, multiprocessors = gpu_of(x)
-    # Tensor cores want 16-bit elements, and neighbours of a sum to be neighbours in memory.
-    neighbours = all(t.stride(-1) == 1 or t.shape[-1] == 1 for t in (x, weight, down, up))
-    if x.element_size() != 2 or capability < 80 or rank == 0 or not neighbours:
-        return TILED if tiny else None
-    _, products, extended, appended = kernels.predict_lora_linear(
-        tokens, features, out, rank, capability, multiprocessors
-    )
-    forms = {None: products, EXTENDED: extended}
-    if rank <= APPENDED_RANK:
-        forms[APPENDED] = appended
-    return min(forms, key=lambda form: forms[form])
-
-
-def gpu_of(x: Tensor) -> tuple[int, int]:
-    """Compute capability (90 for 9.0) and multiprocessors; an emulated GPU is an H200."""
-    if not x.is_cuda:
-        return 90, 132
-    properties = torch.cuda.get_device_properties(x.device)
-    return 10 * properties.major + properties.minor, properties.multi_processor_count
-
-
-def _kernel(
-    x: Tensor,
-    weight: Tensor,
-    bias: Any,
-    down: Tensor,
-    up: Tensor,
-    gate: Tensor,
-    row_scale: Any,
-    form: int = TILED,
-) -> Tensor:
-    (out, features), dtype = weight.shape, x.dtype
-    x2 = x.reshape(-1, features)
-    y = x.new_empty(x2.shape[0], out)
-    h = None if form == APPENDED else x.new_empty(x2.shape[0], up.shape[1])
-    m = None if row_scale is None else row_scale.to(dtype)
-    kernels_of(x).lora_linear(y, x2, weight, bias, down.to(dtype), up.to(dtype), gate, m, h, form)
-    return y.view(*x.shape[:-1], out)
-
-
-def _around(
-    x: Tensor, weight: Tensor, bias: Any, down: Tensor, up: Tensor, gate: Tensor, _: None
-) -> Tensor:
-    y = F.linear(x, weight, bias)
-    kernels.lora_add_(y, x, down, up, gate, None)
-    return y
-
-
-def _few(
-    x: Tensor, weight: Tensor, bias: Any, down: Tensor, up: Tensor, gate: Tensor, _: None
-) -> Tensor:
-    y = F.linear(x, weight, bias)
-    return y.addmm_(torch.mm(x, down.t()).mul_(gate), up.t())
-
-
-def _products(
-    x: Tensor, weight: Tensor, bias: Any, down: Tensor, up: Tensor, gate: Tensor, row_scale: Any
-) -> Tensor:
-    """Torch's matrix products; around them one pass over h and, for DoRA, one over y."""
-    x2 = x.reshape(-1, x.shape[-1])
-    y = F.linear(x2, weight, bias if row_scale is None else None)
-    accumulate(y, x2, down, up, gate)
-    if row_scale is not None:
-        m = row_scale.to(y.dtype)
-        y = y.mul_(m) if bias is None else torch.addcmul(bias, y, m, out=y)
-    return y.view(*x.shape[:-1], weight.shape[0])
-
-
-def by_loop(like: Tensor, tokens: int, rank: int) -> bool:
-    """Whether our pass over x and y adds the low-rank part faster than torch's products."""
-    least, most = LOOP_TOKENS[like.dtype]
-    return device_type(like) == "cpu" and least <= tokens < most and 0 < rank <= LOOP_RANK
-
-
-def accumulate(y: Tensor, x: Tensor, down: Tensor | None, up: Tensor, gate: Tensor) -> None:
-    """`y += ((x Dᵀ) ∘ g) Uᵀ` on matrices `y [tokens, out]`, `x [tokens, in]`."""
-    tokens, dtype = y.shape[0], y.dtype
-    if tokens == 0:
-        return
-    if by_loop(y, tokens, up.shape[1]):
-        kernels.lora_add_(y, x, down, up, gate, None)
-        return
-    h = x if down is None else torch.mm(x, (down if down.dtype == dtype else down.to(dtype)).t())
-    if gate.dim() == 1:
-        h = h * gate if down is None else h.mul_(gate)
-    else:
-        rows = h.view(gate.shape[0], -1, gate.shape[1])
-        h = torch.mul(rows, gate[:, None], out=None if down is None else rows).view(h.shape)
-    up = up if up.dtype == dtype else up.to(dtype)
-    y.addmm_(h if h.dtype == dtype else h.to(dtype), up.t())
+def _plan(*args: Any) -> Any:
+    return chosen(*args)[1]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -1,15 +1,13 @@
 """Every form of the CUDA version of `lora_linear`, whatever the plan would choose."""
 
-import sys
-
 import pytest
 import torch
 
 from fastlora import ops
+from fastlora.ops import _routes as module
 from tests.cases import assert_twofold, identify, linear_arguments, strided, widened
 from tests.devices import DEVICES
 
-module = sys.modules["fastlora.ops.lora_linear"]
 TILED, EXTENDED, APPENDED = module.TILED, module.EXTENDED, module.APPENDED
 FORMS = pytest.mark.parametrize(
     "form", [EXTENDED, APPENDED, TILED], ids=["extended", "appended", "tiled"]
