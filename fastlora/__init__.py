@@ -28,6 +28,7 @@ from fastlora.adapters import (
 from fastlora.formats.files import FormatError
 from fastlora.ops import ContractError, emulated
 from fastlora.samplers import Schedule, ddim, noise, sample, sample_steps
+from fastlora.tuning import TuneReport, tune
 from fastlora.verify import VerifyReport, verify
 
 __version__ = "0.1.0"
@@ -40,6 +41,7 @@ __all__ = [
     "LoRA",
     "Schedule",
     "Spectral",
+    "TuneReport",
     "VerifyReport",
     "adapters",
     "ddim",
@@ -58,6 +60,7 @@ __all__ = [
     "save",
     "scaled",
     "set_scale",
+    "tune",
     "unfold",
     "verify",
 ]

@@ -6,6 +6,8 @@ the minimum of the predictions. All of them keep to the operator's contract and 
 differ in the order of roundings.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -32,13 +34,28 @@ ISAS = {"baseline": 0, "avx2": 1, "avx512": 2}
 Routes = dict[str, Any]  # name -> plan: a callable, or a native plan
 
 
+_watchers: list[Callable[..., None]] = []
+
+
+@contextmanager
+def watched(watch: Callable[..., None]) -> Iterator[None]:
+    """Within it, `watch` sees the arguments for which a plan is made."""
+    _watchers.append(watch)
+    try:
+        yield
+    finally:
+        _watchers.remove(watch)
+
+
 def chosen(*args: Any) -> tuple[str, Any]:
     """The name and the plan of the route for these arguments."""
+    for watch in _watchers:
+        watch(*args)
     possible = routes(*args)
     if len(possible) == 1:
         return next(iter(possible.items()))
     name = _tuned.lookup(*args)
-    if name not in possible:
+    if name is None or name not in possible:  # as a table made elsewhere may have it
         times = predicted(*args)
         name = min(possible, key=lambda route: times[route])
     return name, possible[name]
@@ -89,7 +106,8 @@ def predicted(
         return predicted_on_cpu(x.dtype, tokens, features, out, rank)
     capability, multiprocessors = gpu_of(x)
     times = kernels.predict_lora_linear(tokens, features, out, rank, capability, multiprocessors)
-    named = dict(zip(("plain", "products", "extended", "appended"), times, strict=True))
+    names = ("plain", "products", "extended", "appended")
+    named: dict[str, float] = dict(zip(names, times, strict=True))
     # Nobody has a rate for plain arithmetic yet; beside tensor cores it has never a chance.
     work = tokens * (out * features + rank * (out + features))
     beside = on_tensor_cores(x, weight, down, up)
