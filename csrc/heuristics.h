@@ -120,10 +120,10 @@ constexpr double kPassPacking = 1e-9;      // seconds an element of D or U
 constexpr double kLibraryCall = 3e-6;      // seconds of a call from Python
 constexpr double kPassCall = 2e-6;
 constexpr double kLoopCall = 1e-6;
-constexpr double kFork = 2e-6;           // until another thread works
-constexpr double kTileEnd = 40;          // further inputs for which our loop would have time
-constexpr int64_t kCachedInputs = 2048;  // four rows of W beside x; longer ones leave the cache
-constexpr double kUncached = 1.5;
+constexpr double kFork = 2e-6;   // until another thread works
+constexpr double kTileEnd = 40;  // further inputs for which our loop would have time
+constexpr int64_t kNear = 2560;  // inputs; rows of W that are longer come later
+constexpr double kFar = 1.15;
 constexpr int64_t kThreadWork = 1 << 17;  // multiplications of our loop that deserve a thread
 
 inline Cpu cpu_of(DType dtype, Isa isa, int threads) {
@@ -156,8 +156,8 @@ inline double loop_seconds(const Cpu& cpu, const LinearShape& s) {
   const double inputs = (k + r + kTileEnd) * n + (k + kTileEnd) * r;
   const int64_t deserved = 1 + s.tokens * (s.in * s.out + s.rank * (s.in + s.out)) / kThreadWork;
   const double threads = double(deserved < cpu.threads ? deserved : cpu.threads);
-  const double uncached = s.in > kCachedInputs && s.tokens > 4 ? kUncached : 1;
-  return kLoopCall + (threads > 1 ? kFork : 0) + tokens * inputs * uncached / threads;
+  const double far = s.in > kNear && s.tokens > 4 ? kFar : 1;
+  return kLoopCall + (threads > 1 ? kFork : 0) + tokens * inputs * far / threads;
 }
 
 // Our pass, y += ((x Dᵀ) ∘ g) Uᵀ. Its threads take 48 tokens at a time; without D, in = 0.

@@ -21,14 +21,16 @@ namespace {
 
 constexpr int64_t kBlockBytes = 1 << 18;  // of x: part of the second-level cache
 constexpr int64_t kMostTokens = 64;       // of a block
+// Inputs at a time of four rows of W that the first-level cache holds; more than kUncut are cut,
+// into pieces that fill half of its ways evenly also where rows are whole pages apart.
+constexpr int64_t kUncut = 1280, kInputs = 1024;
 constexpr int64_t kOuts = 32;             // rows of W of a task, at least
 constexpr int64_t kThreadWork = 1 << 17;  // multiplications that are worth waking a thread
 constexpr int64_t kStackBytes = 1 << 14;  // of scratch memory; more is allocated
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// --- vectors of float from any element type
-// -------------------------------------------------------
+// --- vectors of float from any element type ------------------------------------------------------
 
 typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t Shorts __attribute__((vector_size(kVectorBytes / 2)));
@@ -71,8 +73,7 @@ inline Vector<float> load_first<float>(const float* from, int64_t count) {
 }
 #endif
 
-// --- sums
-// ------------------------------------------------------------------------------------------
+// --- sums ----------------------------------------------------------------------------------------
 
 // Element i of the result is element index[i] of a and b, one after the other.
 template <class V, class Index>
@@ -170,6 +171,7 @@ struct Product {
   int64_t y_stride;
   const Y *bias, *row_scale;
   int64_t in, rank;
+  Vector<A>* partial;  // the sums of all tiles of a block, where inputs are cut
 };
 
 // What is done to the sums of a tile, in their order; the same for all tokens.
@@ -190,26 +192,41 @@ static inline Vector<A> for_tokens(const Y* values, int64_t valid, A otherwise) 
   return load_vector(line[0]);
 }
 
+// Some of the inputs, and where the sums over those before them are.
+template <class A>
+struct Inputs {
+  int64_t first, count;
+  bool last;
+  Vector<A>* partial;  // of the next tile
+};
+
 // M tokens from `token` on, the kLanes / M rows of W from `n` on, `valid` of which exist.
 template <int M, class A, class T, class F, class Y>
-static inline void tile(const Product<A, T, F, Y>& p, const Finish<A>& finish, int64_t token,
-                        int64_t n, int64_t valid) {
+static inline void tile(const Product<A, T, F, Y>& p, const Finish<A>& finish, Inputs<A>& inputs,
+                        int64_t token, int64_t n, int64_t valid) {
   constexpr int N = kLanes<A> / M;
   const T* w[N];
   const F* u[N];
 #pragma GCC unroll 16
   for (int i = 0; i < N; ++i) {
     const int64_t row = n + (i < valid ? i : valid - 1);  // the last again: nobody looks at it
-    w[i] = p.w.data + row * p.w.stride;
+    w[i] = p.w.data + row * p.w.stride + inputs.first;
     u[i] = p.u.data + row * p.u.stride;
   }
   Vector<A> sum[kLanes<A>];
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes<A>; ++i) sum[i] = Vector<A>{};
-  dots<A, M>({p.x.data + token * p.x.stride, p.x.stride}, w, p.in, sum);
-  if (p.rank > 0) dots<A, M>({p.h.data + token * p.h.stride, p.h.stride}, u, p.rank, sum);
+  dots<A, M>({p.x.data + token * p.x.stride + inputs.first, p.x.stride}, w, inputs.count, sum);
+  if (inputs.last && p.rank > 0)
+    dots<A, M>({p.h.data + token * p.h.stride, p.h.stride}, u, p.rank, sum);
+  Vector<A> total = totals<A>(sum);
+  if (inputs.partial != nullptr) {
+    if (inputs.first > 0) total += *inputs.partial;
+    *inputs.partial++ = total;
+    if (!inputs.last) return;
+  }
   A line[kLanes<A>];
-  store_vector(line, totals<A>(sum) * finish.scale + finish.bias);
+  store_vector(line, total * finish.scale + finish.bias);
   Y* y = p.y + token * p.y_stride + n;
   if (sizeof(Y) == sizeof(A) && valid >= N) {
 #pragma GCC unroll 16
@@ -223,8 +240,8 @@ static inline void tile(const Product<A, T, F, Y>& p, const Finish<A>& finish, i
 
 // M tokens at a time of first..end-1, and `rows` rows of W from `n` on.
 template <int M, class A, class T, class F, class Y>
-static void tiles_of(const Product<A, T, F, Y>& p, int64_t first, int64_t end, int64_t n,
-                     int64_t rows) {
+static void tiles_of(const Product<A, T, F, Y>& p, Inputs<A>& inputs, int64_t first, int64_t end,
+                     int64_t n, int64_t rows) {
   constexpr int N = kLanes<A> / M;
   for (int64_t part = 0; part < rows; part += N) {  // stays in the first-level cache
     const Y* scale = p.row_scale == nullptr ? nullptr : p.row_scale + n + part;
@@ -232,7 +249,7 @@ static void tiles_of(const Product<A, T, F, Y>& p, int64_t first, int64_t end, i
     const Finish<A> finish{for_tokens<M>(scale, rows - part, A(1)),
                            for_tokens<M>(bias, rows - part, A(0))};
     for (int64_t token = first; token < end; token += M)
-      tile<M>(p, finish, token, n + part, rows - part);
+      tile<M>(p, finish, inputs, token, n + part, rows - part);
   }
 }
 
@@ -242,16 +259,20 @@ static void block(const Product<A, T, F, Y>& p, int64_t first, int64_t end, int6
                   int64_t to) {
   constexpr int most = kLanes<A> >= 16 ? 4 : 2;  // tokens of a tile
   const int64_t whole = end - (end - first) % most, pairs = end - (end - first) % 2;
-  for (int64_t n = from; n < to; n += kLanes<A>) {
-    const int64_t rows = to - n < kLanes<A> ? to - n : kLanes<A>;
-    tiles_of<most>(p, first, whole, n, rows);
-    if constexpr (most > 2) tiles_of<2>(p, whole, pairs, n, rows);
-    tiles_of<1>(p, pairs, end, n, rows);
+  const int64_t piece = p.in <= kUncut ? kUncut : kInputs;
+  for (int64_t k = 0; k == 0 || k < p.in; k += piece) {
+    const bool last = p.in - k <= piece;
+    Inputs<A> inputs{k, last ? p.in - k : piece, last, p.partial};
+    for (int64_t n = from; n < to; n += kLanes<A>) {
+      const int64_t rows = to - n < kLanes<A> ? to - n : kLanes<A>;
+      tiles_of<most>(p, inputs, first, whole, n, rows);
+      if constexpr (most > 2) tiles_of<2>(p, inputs, whole, pairs, n, rows);
+      tiles_of<1>(p, inputs, pairs, end, n, rows);
+    }
   }
 }
 
-// --- the layer
-// -------------------------------------------------------------------------------------
+// --- the layer -----------------------------------------------------------------------------------
 
 template <class T>
 struct Layer {
@@ -261,6 +282,16 @@ struct Layer {
   A* h;
   int64_t h_stride;
   bool copied;
+  Vector<A>* partial;  // of all threads
+  int64_t per_thread;
+
+  Vector<A>* mine() const {
+#ifdef _OPENMP
+    return partial == nullptr ? nullptr : partial + omp_get_thread_num() * per_thread;
+#else
+    return partial;
+#endif
+  }
 
   void copy(int64_t first, int64_t end) const {
     const int64_t row_stride = p.x.strides[0], column_stride = p.x.strides[1];
@@ -280,7 +311,9 @@ struct Layer {
   template <class D>
   void down_of(int64_t first, int64_t end, int64_t from, int64_t to) const {
     const Rows<D> d{p.down.ptr<const D>(), p.down.strides[0]};
-    const Product<A, D, D, A> product{x, d, {}, d, h, h_stride, nullptr, nullptr, p.in, 0};
+    const Product<A, D, D, A> product{
+        x, d, {}, d, h, h_stride, nullptr, nullptr, p.in, 0, mine(),
+    };
     block(product, first, end, from, to);
   }
 
@@ -314,6 +347,7 @@ struct Layer {
         p.row_scale.ptr<const T>(),
         p.in,
         p.rank,
+        mine(),
     };
     block(product, first, end, from, to);
   }
@@ -341,24 +375,36 @@ bool run(const LoraLinear& p) {
   const int64_t work = p.tokens * (p.in * p.out + p.rank * (p.in + p.out));
   most = least(omp_get_max_threads(), 1 + work / kThreadWork);
 #endif
-  const bool copied = sizeof(T) != sizeof(A) || p.in % lanes != 0 || p.x.strides[1] != 1;
+  // Rows that are whole pages apart would share few sets of the cache among them and with W's.
+  const bool crowded = p.tokens > 4 && p.x.strides[0] * sizeof(A) % 4096 == 0;
+  const bool copied = sizeof(T) != sizeof(A) || p.in % lanes != 0 || p.x.strides[1] != 1 || crowded;
   const int64_t x_stride = copied ? odd_pitch<A>(p.in) : p.x.strides[0];
   const int64_t h_stride = round_up(p.rank, lanes);
   const int64_t x_size = copied ? p.tokens * x_stride : 0;
-  const int64_t size = (x_size + p.tokens * h_stride) * sizeof(A);
-  alignas(kLine) char small[kStackBytes];
-  char* memory = size <= kStackBytes ? small : static_cast<char*>(std::malloc(size + kLine));
-  if (memory == nullptr) return false;
-  A* scratch = reinterpret_cast<A*>(
-      memory == small ? small : memory + kLine - reinterpret_cast<uintptr_t>(memory) % kLine);
-  const Layer<T> layer{
-      p, {copied ? scratch : p.x.ptr<const A>(), x_stride}, scratch + x_size, h_stride, copied};
 
-  const int64_t fitting = kBlockBytes / int64_t((p.in + 1) * sizeof(A)) / 4 * 4;
-  const int64_t limit = fitting < 4 ? 4 : least(fitting, kMostTokens);
+  const int64_t row = (least(p.in, kUncut) + 1) * sizeof(A);
+  const int64_t limit = least(kBlockBytes / row / 4 * 4, kMostTokens);
   const int64_t even = (p.tokens + limit - 1) / limit;  // blocks, all of about the same size
   const int64_t tokens = round_up((p.tokens + even - 1) / even, 4);
   const int64_t blocks = (p.tokens + tokens - 1) / tokens;
+
+  // No more tiles than tokens for every register of outputs.
+  const int64_t widest = p.out > p.rank ? p.out : p.rank;
+  const int64_t per_thread = p.in > kUncut ? tokens * ((widest + lanes - 1) / lanes) : 0;
+  const int64_t size =
+      (x_size + p.tokens * h_stride) * sizeof(A) + most * per_thread * kVectorBytes;
+  alignas(kLine) char small[kStackBytes];
+  char* memory = size <= kStackBytes ? small : static_cast<char*>(std::malloc(size + kLine));
+  if (memory == nullptr) return false;
+  char* aligned = small;
+  if (memory != small) aligned = memory + kLine - reinterpret_cast<uintptr_t>(memory) % kLine;
+  auto* partial = reinterpret_cast<Vector<A>*>(aligned);
+  A* own_h = reinterpret_cast<A*>(partial + most * per_thread);
+  A* own_x = own_h + p.tokens * h_stride;
+  const Layer<T> layer{p,         {copied ? own_x : p.x.ptr<const A>(), x_stride},
+                       own_h,     h_stride,
+                       copied,    per_thread > 0 ? partial : nullptr,
+                       per_thread};
   if (most == 1) {
     for (int64_t b = 0; b < blocks; ++b) layer.all(b * tokens, least((b + 1) * tokens, p.tokens));
   } else if (blocks >= 8 * most) {  // enough for all threads: each keeps its x in its cache
@@ -381,7 +427,7 @@ bool run(const LoraLinear& p) {
         const int64_t first = i / ranks * tokens, from = i % ranks * lanes;
         layer.activation(first, least(first + tokens, p.tokens), from, least(from + lanes, p.rank));
       }
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
       for (int64_t i = 0; i < blocks * parts; ++i) {
         const int64_t first = i % blocks * tokens, from = i / blocks * outs;
         layer.output(first, least(first + tokens, p.tokens), from, least(from + outs, p.out));

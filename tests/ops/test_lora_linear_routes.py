@@ -55,7 +55,7 @@ def test_ranks(rank, dtype, route):
 @each_route
 @each_dtype
 @pytest.mark.parametrize(
-    "size", [(1, 1), (1, 40), (40, 1), (7, 129), (321, 15), (1283, 641)], ids=identify
+    "size", [(2600, 9), (1, 1), (1, 40), (40, 1), (7, 129), (321, 15), (1283, 641)], ids=identify
 )
 def test_inputs_and_outputs(size, dtype, route):
     features, out = size
@@ -82,10 +82,11 @@ def test_strided_arguments(dtype, route):
 
 
 @each_dtype
+@pytest.mark.parametrize("features", [77, 2085])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 70, 600])
-def test_a_sample_alone_is_what_it_is_in_a_batch_in_the_loop(tokens, dtype):
-    """Whatever tile, block or thread its tokens fall to."""
-    args = linear_arguments((3, tokens), 77, 130, 19, dtype, rows=True, scale=True)
+def test_a_sample_alone_is_what_it_is_in_a_batch_in_the_loop(tokens, features, dtype):
+    """Whatever tile, block or thread its tokens fall to; with inputs cut into pieces, too."""
+    args = linear_arguments((3, tokens), features, 130, 19, dtype, rows=True, scale=True)
     y = run("loop", args)
     for i in range(3):
         alone = [args[0][i : i + 1], *args[1:5], args[5][i : i + 1], args[6]]
