@@ -114,8 +114,8 @@ struct Cpu {
   int threads;
 };
 
-constexpr double kPassBandwidth = 60e9;    // bytes per second of all threads: our pass
-constexpr double kUpdateBandwidth = 30e9;  // the library's update of y, which comes later
+constexpr double kPassBandwidth = 25e9;    // bytes per second of a thread: our pass
+constexpr double kUpdateBandwidth = 12e9;  // the library's update of y, which comes later
 constexpr double kPassPacking = 1e-9;      // seconds an element of D or U
 constexpr double kLibraryCall = 3e-6;      // seconds of a call from Python
 constexpr double kPassCall = 2e-6;
@@ -165,7 +165,7 @@ inline double pass_seconds(const Cpu& cpu, const LinearShape& s) {
   const double m = double(s.tokens), k = double(s.in), n = double(s.out), r = double(s.rank);
   const double tasks = parts(s.tokens, 48), rounds = parts(int64_t(tasks), cpu.threads);
   const double arithmetic = 2 * m * r * (k + n) / cpu.pass * rounds / tasks;
-  const double traffic = cpu.bytes * (m * k + 2 * m * n) / kPassBandwidth;
+  const double traffic = cpu.bytes * (m * k + 2 * m * n) / (kPassBandwidth * cpu.threads);
   const double packing = kPassPacking * r * (k + n) / cpu.threads;
   return kPassCall + (tasks > 1 && cpu.threads > 1 ? kFork : 0) + packing + arithmetic + traffic;
 }
@@ -178,7 +178,8 @@ inline double around_seconds(const Cpu& cpu, const LinearShape& s) {
 inline double products_seconds(const Cpu& cpu, const LinearShape& s) {
   const double down = s.in > 0 ? kLibraryCall + library_seconds(cpu, s.tokens, s.in, s.rank) : 0;
   const double up = kLibraryCall + library_seconds(cpu, s.tokens, s.rank, s.out);
-  const double traffic = cpu.bytes * 2 * double(s.tokens) * double(s.out) / kUpdateBandwidth;
+  const double traffic =
+      cpu.bytes * 2 * double(s.tokens) * double(s.out) / (kUpdateBandwidth * cpu.threads);
   return plain_seconds(cpu, s) + down + kLibraryCall + up + traffic;
 }
 

@@ -19,8 +19,8 @@ namespace fastlora {
 namespace FASTLORA_ISA {
 namespace {
 
-constexpr int64_t kBlockBytes = 1 << 18;  // of x: part of the second-level cache
-constexpr int64_t kMostTokens = 64;       // of a block
+constexpr int64_t kBlockBytes = 1 << 19;  // of x: part of the second-level cache
+constexpr int64_t kMostTokens = 192;      // of a block
 // Inputs at a time of four rows of W that the first-level cache holds; more than kUncut are cut,
 // into pieces that fill half of its ways evenly also where rows are whole pages apart.
 constexpr int64_t kUncut = 1280, kInputs = 1024;
@@ -192,8 +192,8 @@ static inline Vector<A> for_tokens(const Y* values, int64_t valid, A otherwise) 
   return load_vector(line[0]);
 }
 
-// Some of the inputs, and where the sums over those before them are.
-template <class A>
+// Some of the inputs, and where the sums over those before them are. kCut: not all of them at once.
+template <class A, bool kCut>
 struct Inputs {
   int64_t first, count;
   bool last;
@@ -201,26 +201,27 @@ struct Inputs {
 };
 
 // M tokens from `token` on, the kLanes / M rows of W from `n` on, `valid` of which exist.
-template <int M, class A, class T, class F, class Y>
-static inline void tile(const Product<A, T, F, Y>& p, const Finish<A>& finish, Inputs<A>& inputs,
-                        int64_t token, int64_t n, int64_t valid) {
+template <int M, bool kCut, class A, class T, class F, class Y>
+static inline void tile(const Product<A, T, F, Y>& p, const Finish<A>& finish,
+                        Inputs<A, kCut>& inputs, int64_t token, int64_t n, int64_t valid) {
   constexpr int N = kLanes<A> / M;
   const T* w[N];
   const F* u[N];
 #pragma GCC unroll 16
   for (int i = 0; i < N; ++i) {
     const int64_t row = n + (i < valid ? i : valid - 1);  // the last again: nobody looks at it
-    w[i] = p.w.data + row * p.w.stride + inputs.first;
+    w[i] = p.w.data + row * p.w.stride + (kCut ? inputs.first : 0);
     u[i] = p.u.data + row * p.u.stride;
   }
   Vector<A> sum[kLanes<A>];
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes<A>; ++i) sum[i] = Vector<A>{};
-  dots<A, M>({p.x.data + token * p.x.stride + inputs.first, p.x.stride}, w, inputs.count, sum);
-  if (inputs.last && p.rank > 0)
+  const A* x = p.x.data + token * p.x.stride + (kCut ? inputs.first : 0);
+  dots<A, M>({x, p.x.stride}, w, kCut ? inputs.count : p.in, sum);
+  if ((!kCut || inputs.last) && p.rank > 0)
     dots<A, M>({p.h.data + token * p.h.stride, p.h.stride}, u, p.rank, sum);
   Vector<A> total = totals<A>(sum);
-  if (inputs.partial != nullptr) {
+  if constexpr (kCut) {
     if (inputs.first > 0) total += *inputs.partial;
     *inputs.partial++ = total;
     if (!inputs.last) return;
@@ -239,9 +240,9 @@ static inline void tile(const Product<A, T, F, Y>& p, const Finish<A>& finish, I
 }
 
 // M tokens at a time of first..end-1, and `rows` rows of W from `n` on.
-template <int M, class A, class T, class F, class Y>
-static void tiles_of(const Product<A, T, F, Y>& p, Inputs<A>& inputs, int64_t first, int64_t end,
-                     int64_t n, int64_t rows) {
+template <int M, bool kCut, class A, class T, class F, class Y>
+static void tiles_of(const Product<A, T, F, Y>& p, Inputs<A, kCut>& inputs, int64_t first,
+                     int64_t end, int64_t n, int64_t rows) {
   constexpr int N = kLanes<A> / M;
   for (int64_t part = 0; part < rows; part += N) {  // stays in the first-level cache
     const Y* scale = p.row_scale == nullptr ? nullptr : p.row_scale + n + part;
@@ -253,22 +254,28 @@ static void tiles_of(const Product<A, T, F, Y>& p, Inputs<A>& inputs, int64_t fi
   }
 }
 
-// The tokens first..end-1, the rows of W from..to-1.
+// The tokens first..end-1, the rows of W from..to-1, some of the inputs.
+template <bool kCut, class A, class T, class F, class Y>
+static void block_of(const Product<A, T, F, Y>& p, Inputs<A, kCut> inputs, int64_t first,
+                     int64_t end, int64_t from, int64_t to) {
+  constexpr int most = kLanes<A> >= 16 ? 4 : 2;  // tokens of a tile
+  const int64_t whole = end - (end - first) % most, pairs = end - (end - first) % 2;
+  for (int64_t n = from; n < to; n += kLanes<A>) {
+    const int64_t rows = to - n < kLanes<A> ? to - n : kLanes<A>;
+    tiles_of<most>(p, inputs, first, whole, n, rows);
+    if constexpr (most > 2) tiles_of<2>(p, inputs, whole, pairs, n, rows);
+    tiles_of<1>(p, inputs, pairs, end, n, rows);
+  }
+}
+
 template <class A, class T, class F, class Y>
 static void block(const Product<A, T, F, Y>& p, int64_t first, int64_t end, int64_t from,
                   int64_t to) {
-  constexpr int most = kLanes<A> >= 16 ? 4 : 2;  // tokens of a tile
-  const int64_t whole = end - (end - first) % most, pairs = end - (end - first) % 2;
-  const int64_t piece = p.in <= kUncut ? kUncut : kInputs;
-  for (int64_t k = 0; k == 0 || k < p.in; k += piece) {
-    const bool last = p.in - k <= piece;
-    Inputs<A> inputs{k, last ? p.in - k : piece, last, p.partial};
-    for (int64_t n = from; n < to; n += kLanes<A>) {
-      const int64_t rows = to - n < kLanes<A> ? to - n : kLanes<A>;
-      tiles_of<most>(p, inputs, first, whole, n, rows);
-      if constexpr (most > 2) tiles_of<2>(p, inputs, whole, pairs, n, rows);
-      tiles_of<1>(p, inputs, pairs, end, n, rows);
-    }
+  if (p.partial == nullptr)
+    return block_of(p, Inputs<A, false>{0, p.in, true, nullptr}, first, end, from, to);
+  for (int64_t k = 0; k < p.in; k += kInputs) {
+    const int64_t count = least(p.in - k, kInputs);
+    block_of(p, Inputs<A, true>{k, count, k + count == p.in, p.partial}, first, end, from, to);
   }
 }
 

@@ -97,7 +97,7 @@ def test_products_on_the_cpu_by_hand():
         return 3e-6 + 110e-12 * k * n + 2 * m * k * n / (2 * 98e9)
 
     assert times["plain"] == pytest.approx(library(m, k, n))
-    update = 3e-6 + 4 * 2 * m * n / 30e9
+    update = 3e-6 + 4 * 2 * m * n / (2 * 12e9)
     expected = library(m, k, n) + library(m, k, r) + library(m, r, n) + update
     assert times["products"] == pytest.approx(expected)
     inputs = (k + r + 40) * n + (k + 40) * r
