@@ -1,5 +1,5 @@
-// Native plans (dispatcher.h) for tensors so small that a Python frame costs as much as the
-// arithmetic: one call allocates the output and runs the CPU loop.
+// Native plans (dispatcher.h): one call allocates the output and runs the CPU loop. For tensors so
+// small that a Python frame would cost as much as the arithmetic, and for all others alike.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -100,7 +100,7 @@ def test_products_on_the_cpu_by_hand():
     update = 3e-6 + 4 * 2 * m * n / (2 * 12e9)
     expected = library(m, k, n) + library(m, k, r) + library(m, r, n) + update
     assert times["products"] == pytest.approx(expected)
-    inputs = (k + r + 40) * n + (k + 40) * r
+    inputs = (k + r + 44) * n + (k + 44) * r
     assert times["loop"] == pytest.approx(3e-6 + m / 4 * 77e-12 * inputs / 2)
 
 
