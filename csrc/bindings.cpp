@@ -8,6 +8,7 @@
 #include "heuristics.h"
 #include "lora_linear.h"
 #include "python_tensor.h"
+#include "same_children.h"
 #include "sampler_step.h"
 #include "spectral_weight.h"
 #include "tiny_call.h"
@@ -45,6 +46,7 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   bind_dispatcher(m);
   bind_tiny_calls(m);
   m.def("predict_lora_linear", &predict_lora_linear);
+  m.def("same_children", &same_children);
 
   m.def("lora_linear", &lora_linear);
   m.def("lora_add_", &lora_add_);

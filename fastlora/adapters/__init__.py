@@ -13,12 +13,14 @@ from fastlora.adapters.folding import fold, unfold
 from fastlora.adapters.inject import inject, remove
 from fastlora.adapters.io import load, save
 from fastlora.adapters.lookup import adapted_layers
+from fastlora.adapters.reserve import ReserveInfo, reserve
 from fastlora.adapters.specs import AdapterError, AdapterInfo, LoRA, Spectral
 
 __all__ = [
     "AdapterError",
     "AdapterInfo",
     "LoRA",
+    "ReserveInfo",
     "Spectral",
     "adapted_layers",
     "adapters",
@@ -29,6 +31,7 @@ __all__ = [
     "load",
     "parameters",
     "remove",
+    "reserve",
     "save",
     "scaled",
     "set_scale",

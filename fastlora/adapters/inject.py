@@ -40,11 +40,12 @@ from fastlora.adapters.specs import AdapterError, AdapterInfo, LoRA, Spectral
 from fastlora.adapters.surgery import (
     adapt,
     check_mergeable,
+    forget_walks,
     freeze_base,
     merge,
     restore,
     set_fused_encoders,
-    unfreeze_base,
+    thaw,
 )
 from fastlora.adapters.tensors import full_precision
 
@@ -124,6 +125,8 @@ def attach(
     check_strengths(folded_by(found), new)
     if scale is not None:
         require_finite(name, scale, max(abs(slot.ratio) for slot in slots.values()))
+    for path, slot in slots.items():
+        check_room(path, modules[path], slot)
     decompositions = {
         path: decomposition(path, modules[path])
         for path, slot in slots.items()
@@ -146,6 +149,8 @@ def attach(
                 holder = layer.fastlora
                 holder.svd_u, holder.svd_s, holder.svd_vh = found_factors
             layer.fastlora[name] = slot
+            if layer.fastlora.takes(slot):
+                layer.fastlora.enter(name)
             layer.fastlora.train(layer.training)
         arena.scales |= new
         arena.layout()
@@ -153,9 +158,20 @@ def attach(
     return adapters(model)[name]
 
 
+def check_room(path: str, module: nn.Module, slot: Slot) -> None:
+    """Raises AdapterError where the layer has a reserve and the slot does not fit into it."""
+    if isinstance(module, Adapted) and module.fastlora.takes(slot):
+        holder = module.fastlora
+        if slot.width > holder.room():
+            raise AdapterError(
+                f"{path}: its reserve of rank {holder.capacity} has room for {holder.room()} more "
+                f"and the adapter has rank {slot.width}; reserve more, or remove an adapter"
+            )
+
+
 def remove(model: nn.Module, name: str) -> None:
-    """Takes the adapter out. Layers without any adapter get their class back: the plain model, with
-    the same keys and the same bits. What injecting froze is given back once no adapter is left that
+    """Takes the adapter out. Layers without any adapter and reserve get their class back: the plain
+    model, with the same keys and the same bits. What injecting froze is given back once no adapter is left that
     was injected with `freeze`. Raises AdapterError for an unknown name."""
     model = unwrapped(model)
     require_known(model, name)
@@ -165,14 +181,17 @@ def remove(model: nn.Module, name: str) -> None:
         found = arenas(model)
         for layer in adapted_layers(model).values():
             if name in layer.fastlora:
+                if name in layer.fastlora.reserved_rows:
+                    layer.fastlora.leave(name)
                 del layer.fastlora[name]
-                if not len(layer.fastlora):
+                if not len(layer.fastlora) and not layer.fastlora.capacity:
                     restore(layer)
         for arena in found:
             arena.layout()
     set_fused_encoders(model)
-    if not adapted_layers(model) or not any(arena.froze for arena in found):
-        unfreeze_base(model)
+    thaw(model, found)
+    if not layers_of(model):
+        forget_walks(model)
 
 
 # --- selection ------------------------------------------------------------------------------------
@@ -301,7 +320,9 @@ def build(
     return LoRASlot(spec, down, up, magnitude(rows).to(**at) if spec.dora else None)
 
 
-def parameter_dtype(path: str, weight: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+def parameter_dtype(
+    path: str, weight: Tensor, dtype: torch.dtype | None, what: str = "inject"
+) -> torch.dtype:
     """The dtype of new parameters beside `weight`: what is asked for if the operators take it."""
     if dtype is None:
         low = not weight.is_floating_point() or weight.dtype in (torch.float16, torch.bfloat16)
@@ -309,7 +330,7 @@ def parameter_dtype(path: str, weight: Tensor, dtype: torch.dtype | None) -> tor
     fits = (weight.dtype,) if weight.dtype == torch.float64 else (weight.dtype, torch.float32)
     if not dtype.is_floating_point or (weight.is_floating_point() and dtype not in fits):
         names = " or ".join(map(str, dict.fromkeys(fits)))
-        raise AdapterError(f"inject: {path}: dtype: expected {names}, got {dtype}")
+        raise AdapterError(f"{what}: {path}: dtype: expected {names}, got {dtype}")
     return dtype
 
 
