@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastlora.adapters.adapted import Adapted, adapts, adapts_subclasses
 from fastlora.adapters.dora import row_scale
 from fastlora.adapters.slots import LoRASlot, in_place
+from fastlora.adapters.state import is_capturing
 from fastlora.ops import ContractError, lora_add_, lora_linear
 
 # Bound once: the shortest way through an adapted Linear looks up as little as it can.
@@ -28,7 +29,9 @@ class AdaptedLinear(Adapted, nn.Linear):
         if state.epoch != state.arena.epoch or (fast := state.fast) is None:
             return super().forward(input)
         slot, gate, own, pins = fast
-        if pins is not None and (torch.is_grad_enabled() or not in_place(pins)):
+        if pins is not None and (
+            is_capturing() or (pins and torch.is_grad_enabled()) or not in_place(pins)
+        ):
             return super().forward(input)
         try:
             weight, bias, down, up = own["weight"], own["bias"], slot["down"], slot["up"]
@@ -41,17 +44,17 @@ class AdaptedLinear(Adapted, nn.Linear):
             raise self.explained(error, input) from None
 
     def shortcut(self) -> Any:
-        """(D and U, gate, own parameters, pins of the reserve or None), where one LoRA is all that
-        is to compute. On a GPU somebody may capture the call, and an adapter that is off then, or
-        comes later into the reserve, would be missing: those take the long way."""
+        """(D and U, gate, own parameters, pins), where one LoRA is all that is to compute.
+
+        Pins are those of the reserve where its buffers are used: not with gradients. They are there,
+        and empty, where others are off; in a CUDA graph those have to be computed too. Else None.
+        """
         state, holder, own = self._state, self.fastlora, self._parameters
         names = [name for name, _ in state.active]
         packed = bool(names) and all(name in holder.reserved_rows for name in names)
         if state.merged or state.arena.learned or not (packed or len(names) == 1):
             return None
         if own.get("weight") is None or self.weight.dtype == torch.float64:
-            return None
-        if self.weight.is_cuda and (holder.capacity or len(holder) > 1):
             return None
         with torch.no_grad():  # the buffer itself, not a copy
             if packed and not holder.drops:
@@ -63,7 +66,7 @@ class AdaptedLinear(Adapted, nn.Linear):
                 return None
             if slot.spec.dora or slot.spec.dropout:
                 return None
-            return slot._parameters, self.gate(name), own, None
+            return slot._parameters, self.gate(name), own, None if len(holder) == 1 else ()
 
     def with_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)

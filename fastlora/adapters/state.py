@@ -9,7 +9,7 @@ from fastlora.adapters.arena import Arena
 from fastlora.adapters.slots import Packed
 
 _is_compiling = torch.compiler.is_compiling
-_is_capturing = (
+is_capturing = (
     torch.cuda.is_current_stream_capturing if torch.backends.cuda.is_built() else lambda: False
 )
 
@@ -17,7 +17,7 @@ _is_capturing = (
 def in_graph() -> bool:
     """Whether what runs now becomes a graph that is run again: compiled, or a CUDA graph. It has to
     follow strengths that change afterwards, so that adapters which are off now are computed too."""
-    return _is_compiling() or _is_capturing()
+    return _is_compiling() or is_capturing()
 
 
 class LayerState:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 import fastlora
 from fastlora.adapters import layers as layers_module
@@ -150,7 +151,8 @@ def test_a_graph_that_was_captured_follows_everything(monkeypatch: pytest.Monkey
     x, calls = torch.randn(4, 6), []
     real = layers_module.lora_linear
     with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr(sys.modules["fastlora.adapters.state"], "_is_capturing", lambda: True)
+        for module in ("state", "layers"):
+            patch.setattr(sys.modules[f"fastlora.adapters.{module}"], "is_capturing", lambda: True)
         patch.setattr(layers_module, "lora_linear", lambda *a: calls.append(a) or real(*a))
         model(x)  # nothing is there yet
     (call,) = calls
@@ -418,6 +420,24 @@ def test_saved_files_and_state_dicts_are_those_of_separate_adapters(tmp_path: Pa
     with torch.no_grad():
         torch.testing.assert_close(reserved(x), plain(x), rtol=1e-4, atol=1e-5)
     assert adapted_layers(reserved) == {} and fastlora.adapters(reserved) == {}
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_call_allocates_its_output_and_h(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96)).to(dtype)
+    fastlora.reserve(model, 16)
+    for name in "ab":
+        fastlora.inject(model, fastlora.LoRA(8), name=name, seed=0)
+    x = torch.randn(2, 40, 64, dtype=dtype)
+    with fastlora.emulated(runs=1), torch.no_grad():
+        model(x)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            y = model(x)
+    sizes = [e.self_cpu_memory_usage for e in seen.events() if e.self_cpu_memory_usage > 0]
+    h = 2 * 40 * 16 * dtype.itemsize
+    assert sum(sizes) in (y.nbytes, y.nbytes + h), sizes
 
 
 # --- finding what a strength belongs to -----------------------------------------------------------
