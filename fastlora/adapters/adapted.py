@@ -169,7 +169,7 @@ class Adapted(nn.Module):
             state.forget()
             self.refresh()
             packed = state.packed
-        slots = [
+        slots: list[tuple[Any, Tensor]] = [
             (s, self.gate(name))
             for name, s in state.outside
             if isinstance(s, LoRASlot) and (in_graph() or not state.arena.off(name))

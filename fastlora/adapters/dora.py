@@ -15,8 +15,9 @@ def row_scale(layer: Any, weight: Tensor, slot: LoRASlot, gate: Tensor) -> Tenso
     """`m / ‖W + U diag(g) D‖` per output row `[out]`, float32 (float64 beside float64).
 
     `‖W + UgD‖² = ‖W‖² + 2⟨W Dᵀ, Ug⟩ + ⟨Ug D Dᵀ, Ug⟩` row by row; W Dᵀ and D Dᵀ change only with W
-    and D and are kept, and where nothing of it trains so is the scale itself. The norm carries no gradient (the paper's section 4.3). A strength of
-    exactly zero means no adapter: the scale is one, not `m / ‖W‖`.
+    and D and are kept, and so is the scale itself where nothing of it trains. The norm carries no
+    gradient (the paper's section 4.3). A strength of exactly zero means no adapter: the scale is
+    one, not `m / ‖W‖`.
     """
     if gate.dim() == 2:
         raise AdapterError(
@@ -32,7 +33,7 @@ def row_scale(layer: Any, weight: Tensor, slot: LoRASlot, gate: Tensor) -> Tenso
 
 
 def ratio(layer: Any, weight: Tensor, slot: LoRASlot, gate: Tensor, own: bool) -> Tensor:
-    """The row scale; `own`: weight is the layer's own, not one that spectral shifts have changed."""
+    """The row scale; `own`: weight is the layer's, not one that spectral shifts have changed."""
     assert slot.magnitude is not None
     groups = getattr(layer, "groups", 1)
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32

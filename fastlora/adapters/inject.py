@@ -171,8 +171,8 @@ def check_room(path: str, module: nn.Module, slot: Slot) -> None:
 
 def remove(model: nn.Module, name: str) -> None:
     """Takes the adapter out. Layers without any adapter and reserve get their class back: the plain
-    model, with the same keys and the same bits. What injecting froze is given back once no adapter is left that
-    was injected with `freeze`. Raises AdapterError for an unknown name."""
+    model, with the same keys and the same bits. What injecting froze is given back once no adapter
+    is left that was injected with `freeze`. Raises AdapterError for an unknown name."""
     model = unwrapped(model)
     require_known(model, name)
     for layer in layers_of(model):

@@ -46,8 +46,8 @@ class AdaptedLinear(Adapted, nn.Linear):
     def shortcut(self) -> Any:
         """(D and U, gate, own parameters, pins), where one LoRA is all that is to compute.
 
-        Pins are those of the reserve where its buffers are used: not with gradients. They are there,
-        and empty, where others are off; in a CUDA graph those have to be computed too. Else None.
+        Pins are those of the reserve where its buffers are used: not with gradients. They are ()
+        where others are off, which have to be computed too in a CUDA graph. Else None.
         """
         state, holder, own = self._state, self.fastlora, self._parameters
         names = [name for name, _ in state.active]
@@ -57,7 +57,7 @@ class AdaptedLinear(Adapted, nn.Linear):
         if own.get("weight") is None or self.weight.dtype == torch.float64:
             return None
         with torch.no_grad():  # the buffer itself, not a copy
-            if packed and not holder.drops:
+            if packed and state.packed is not None and not holder.drops:
                 down, up, _ = state.packed
                 gate = self.gates(state.offset, len(down), state.rows)
                 return {"down": down, "up": up}, gate, own, state.pins

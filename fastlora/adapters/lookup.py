@@ -33,7 +33,8 @@ class Walk:
     children: tuple[Any, ...]  # and what they were, one after another
 
     def holds(self) -> bool:
-        return self.generation == Arena.generation and kernels.same_children(self.dicts, self.children)
+        same = self.generation == Arena.generation
+        return same and kernels.same_children(self.dicts, self.children)
 
     def require(self, *names: str) -> None:
         """Raises AdapterError for a name that no adapter of the model has."""

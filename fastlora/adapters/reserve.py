@@ -1,4 +1,4 @@
-"""`reserve`: room in a model's layers for adapters that come and go without anything else moving."""
+"""`reserve`: room in a model's layers for adapters that come and go while all else stays."""
 
 from dataclasses import dataclass
 from typing import Any

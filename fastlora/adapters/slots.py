@@ -5,7 +5,7 @@ A slot's protocol: `owned` (names of its parameters), `kind`, `width` (its entri
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -126,6 +126,11 @@ class Slots(nn.ModuleDict):
     reserved_down: Tensor | None  # [capacity, in], and as LoRASlot.down for other layers
     reserved_up: Tensor | None  # [out, capacity]
 
+    if TYPE_CHECKING:  # torch knows of modules only
+
+        def __getitem__(self, key: str) -> Any: ...
+        def items(self) -> Any: ...
+
     def __init__(self) -> None:
         super().__init__()
         for name in ("svd_u", "svd_s", "svd_vh", "folded_weight", "reserved_down", "reserved_up"):
@@ -216,7 +221,7 @@ class Slots(nn.ModuleDict):
         return Packed(self.reserved_down.narrow(0, 0, width), self.reserved_up.narrow(1, 0, width))
 
     def pins(self) -> tuple[tuple[dict[str, Any], int, int], ...]:
-        """Where the parameters in the reserve are; `in_place` looks whether they still are there."""
+        """Where the parameters in the reserve are; `in_place` looks whether they still are."""
         slots = [self[name] for name in self.reserved_rows]
         return tuple((s._parameters, s.down.data_ptr(), s.up.data_ptr()) for s in slots)
 

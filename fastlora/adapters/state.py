@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastlora.adapters.arena import Arena
 from fastlora.adapters.slots import Packed
@@ -44,7 +43,7 @@ class LayerState:
         self.active: tuple[tuple[str, Any], ...] = ()
         self.pins: tuple[Any, ...] = ()  # where the parameters in the reserve are
         self.packed: Packed | None = None  # the active ones of them as one LoRA
-        self.cache: dict[str, tuple[list[Tensor], Any]] = {}  # (made from, made)
+        self.cache: dict[str, tuple[list[Any], Any]] = {}  # (made from, made)
 
     def __getstate__(self) -> Any:
         kept = self.offset, self.offsets, self.outside, self.rows, self.merged, self.stale

@@ -71,9 +71,10 @@ def test_off_above_the_start(start: dict[str, int]) -> None:
 def test_steps_leave_the_model_as_it_was_between_them() -> None:
     model, x = network()
     for step in sample_steps(model, TABLE, x, start={"a": 500}):
+        images = step.x
         assert fastlora.adapters(model)["a"].enabled
     assert {t: on[0] for t, on in model.seen.items()} == {t: t <= 500 for t in model.seen}
-    torch.testing.assert_close(step.x, by_hand(model, x, {"a": 500}), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(images, by_hand(model, x, {"a": 500}), rtol=1e-4, atol=1e-5)
 
 
 def test_one_that_was_off_stays_off_and_strengths_per_sample_work() -> None:
