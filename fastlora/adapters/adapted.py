@@ -98,8 +98,6 @@ class Adapted(nn.Module):
         )
         state.cache = {}
         slots = self.fastlora
-        slots.settle()
-        state.pins = slots.pins()
         ends = [
             slots.reserved_rows[name] + slot.width
             for name, slot in state.active
@@ -152,10 +150,14 @@ class Adapted(nn.Module):
 
     def packs(self) -> bool:
         """Whether the adapters in the reserve are computed as one. With gradients they are not:
-        the buffers are nobody's parameters; and dropout is for each adapter's own input."""
-        if self.fastlora.reserved_down is None or torch.is_grad_enabled():
+        the buffers are nobody's parameters; dropout is for each adapter's own input; and who
+        exchanges parameters or their memory for a while is served from there."""
+        slots = self.fastlora
+        if slots.reserved_down is None or torch.is_grad_enabled():
             return False
-        return not (self.training and self.fastlora.drops)
+        if self.training and slots.drops:
+            return False
+        return torch.compiler.is_compiling() or in_place(slots.pins)
 
     def low_rank_slots(self, active: Any) -> list[tuple[Any, Tensor]]:
         """The low-rank parts to compute, LoRASlots or Packed ones, with their gates."""
@@ -165,10 +167,6 @@ class Adapted(nn.Module):
         packed = state.packed
         if in_graph():
             packed = self.fastlora.packed(self.fastlora.capacity)
-        elif not in_place(state.pins):
-            state.forget()
-            self.refresh()
-            packed = state.packed
         slots: list[tuple[Any, Tensor]] = [
             (s, self.gate(name))
             for name, s in state.outside

@@ -60,7 +60,7 @@ class AdaptedLinear(Adapted, nn.Linear):
             if packed and state.packed is not None and not holder.drops:
                 down, up, _ = state.packed
                 gate = self.gates(state.offset, len(down), state.rows)
-                return {"down": down, "up": up}, gate, own, state.pins
+                return {"down": down, "up": up}, gate, own, holder.pins
             name, slot = state.active[0]
             if len(names) > 1 or not isinstance(slot, LoRASlot):
                 return None

@@ -98,6 +98,10 @@ class SpectralSlot(Slot):
         return f"shifts={self.shift.numel()}, norms={self.spec.norms}"
 
 
+# Of each adapter: the parameters of its slot by name, D, its address, U, its address.
+Pins = tuple[tuple[dict[str, Any], nn.Parameter, int, nn.Parameter, int], ...]
+
+
 class Packed(NamedTuple):
     """The adapters in a layer's reserve as one LoRA: what `low_rank` takes for a slot."""
 
@@ -137,7 +141,8 @@ class Slots(nn.ModuleDict):
             self.register_buffer(name, None, persistent=False)
         self.reserved_rows: dict[str, int] = {}  # the first row of each adapter in the reserve
         self.drops = False  # one of them has dropout
-        self.register_load_state_dict_post_hook(settle)
+        self.pins: Pins = ()  # their parameters and where those are
+        self.register_load_state_dict_post_hook(take_in)
 
     # --- the reserve ------------------------------------------------------------------------------
 
@@ -197,6 +202,7 @@ class Slots(nn.ModuleDict):
             parameter.data = parameter.detach().clone(memory_format=torch.contiguous_format)
             view.zero_()
         self.drops = any(self[n].spec.dropout > 0 for n in self.reserved_rows)
+        self.pins = tuple(pin for pin in self.pins if pin[0] is not slot._parameters)
 
     def places(self, slot: Slot, row: int) -> tuple[Tensor, Tensor]:
         assert self.reserved_down is not None and self.reserved_up is not None
@@ -205,13 +211,18 @@ class Slots(nn.ModuleDict):
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Moves into the reserve what somebody has given other memory meanwhile."""
+        """Moves the parameters to their places. Whatever memory the buffers have had before may be
+        somebody's backup, so this is for buffers that nobody has seen yet."""
+        pins: list[tuple[dict[str, Any], nn.Parameter, int, nn.Parameter, int]] = []
         for name, row in self.reserved_rows.items():
             slot = self[name]
             for parameter, view in zip((slot.down, slot.up), self.places(slot, row), strict=True):
                 if not same_place(parameter, view):
                     view.copy_(parameter)
                     parameter.data = view
+            down, up = slot.down, slot.up
+            pins.append((slot._parameters, down, down.data_ptr(), up, up.data_ptr()))
+        self.pins = tuple(pins)
 
     def packed(self, width: int) -> Packed:
         """The first `width` rows of the reserve."""
@@ -220,10 +231,8 @@ class Slots(nn.ModuleDict):
             return Packed(self.reserved_down, self.reserved_up)
         return Packed(self.reserved_down.narrow(0, 0, width), self.reserved_up.narrow(1, 0, width))
 
-    def pins(self) -> tuple[tuple[dict[str, Any], int, int], ...]:
-        """Where the parameters in the reserve are; `in_place` looks whether they still are."""
-        slots = [self[name] for name in self.reserved_rows]
-        return tuple((s._parameters, s.down.data_ptr(), s.up.data_ptr()) for s in slots)
+    def __getstate__(self) -> Any:
+        return {**self.__dict__, "pins": ()}
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)
@@ -241,9 +250,10 @@ class Slots(nn.ModuleDict):
         self.svd_u, self.svd_s, self.svd_vh = factors(matrix)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        values = self.svd_s
+        values, buffer = self.svd_s, self.reserved_down
         result = super()._apply(fn, recurse)
-        self.settle()
+        if self.reserved_down is not buffer:
+            self.settle()
         if values is not None and self.svd_s is not None and self.svd_u is not None:
             # Like the gates, the singular values stay float32 beside 16-bit weights.
             wide = torch.float64 if self.svd_u.dtype == torch.float64 else torch.float32
@@ -252,9 +262,14 @@ class Slots(nn.ModuleDict):
         return result
 
 
-def settle(slots: Slots, incompatible_keys: Any) -> None:
-    """After load_state_dict, which may replace parameters (`assign=True`)."""
-    slots.settle()
+def take_in(slots: Slots, incompatible_keys: Any) -> None:
+    """After load_state_dict, which may have replaced parameters (`assign=True`): those go into new
+    buffers, for the state that was loaded before may be a backup of what is in the old ones."""
+    if not in_place(slots.pins):
+        assert slots.reserved_down is not None and slots.reserved_up is not None
+        slots.reserved_down = torch.zeros_like(slots.reserved_down)
+        slots.reserved_up = torch.zeros_like(slots.reserved_up)
+        slots.settle()
 
 
 def same_place(a: Tensor, b: Tensor) -> bool:
@@ -264,10 +279,12 @@ def same_place(a: Tensor, b: Tensor) -> bool:
     )  # fmt: skip
 
 
-def in_place(pins: tuple[tuple[dict[str, Any], int, int], ...]) -> bool:
-    """Whether the parameters of `Slots.pins` are where they were."""
-    for own, down, up in pins:
-        if own["down"].data_ptr() != down or own["up"].data_ptr() != up:
+def in_place(pins: Pins) -> bool:
+    """Whether the parameters of `Slots.pins` are the same ones and where they were."""
+    for own, down, down_place, up, up_place in pins:
+        if own.get("down") is not down or own.get("up") is not up:
+            return False
+        if down.data_ptr() != down_place or up.data_ptr() != up_place:
             return False
     return True
 

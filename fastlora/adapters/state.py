@@ -24,7 +24,7 @@ class LayerState:
 
     __slots__ = (
         "arena", "path", "offset", "offsets", "outside", "rows", "merged", "stale",
-        "epoch", "fast", "active", "pins", "packed", "cache",
+        "epoch", "fast", "active", "packed", "cache",
     )  # fmt: skip
 
     def __init__(self, arena: Arena, path: str) -> None:
@@ -41,7 +41,6 @@ class LayerState:
         self.epoch = -1
         self.fast: Any = None  # (parameters of the only slot, gate): the shortest way through
         self.active: tuple[tuple[str, Any], ...] = ()
-        self.pins: tuple[Any, ...] = ()  # where the parameters in the reserve are
         self.packed: Packed | None = None  # the active ones of them as one LoRA
         self.cache: dict[str, tuple[list[Any], Any]] = {}  # (made from, made)
 

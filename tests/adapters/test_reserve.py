@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 import fastlora
 from fastlora.adapters import layers as layers_module
 from fastlora.adapters.lookup import adapted_layers, arenas
+from fastlora.adapters.slots import in_place
 from tests.adapters.nets import Net
 from tests.adapters.oracles import assert_unchanged, randomise, snapshot
 
@@ -275,13 +276,40 @@ def test_load_state_dict_with_and_without_assign() -> None:
         target.load_state_dict({k: v.clone() for k, v in other.state_dict().items()}, assign=assign)
         start = addresses(target)
         close(target, other, x)
-        assert addresses(target) == start
+        assert addresses(target) == start and in_place(target.conv.fastlora.pins)
         down = target.conv.fastlora["b"].down
         assert down.data_ptr() != target.conv.fastlora.reserved_down.data_ptr()
         assert down.untyped_storage().data_ptr() == start["conv"][0]
 
 
-def test_a_replaced_parameter_is_taken_in() -> None:
+def test_who_exchanges_values_for_a_while_gets_the_old_ones_back() -> None:
+    reserved, plain, x = twins()
+    shadow = copy.deepcopy(plain)
+    randomise(shadow, seed=11, size=0.4)
+    shadows = {k: v.clone() for k, v in shadow.state_dict().items()}
+    # memory, as averages of weights do
+    theirs = [p.detach().clone() for p in fastlora.parameters(shadow)]
+    backup = [p.data for p in fastlora.parameters(reserved)]
+    for parameter, other in zip(fastlora.parameters(reserved), theirs, strict=True):
+        parameter.data = other
+    close(reserved, shadow, x)
+    for parameter, other in zip(fastlora.parameters(reserved), backup, strict=True):
+        parameter.data = other
+    close(reserved, plain, x)
+    # parameters
+    with torch.no_grad():
+        y = torch.func.functional_call(reserved, shadows, (x,))
+        torch.testing.assert_close(y, shadow(x), rtol=1e-4, atol=1e-5)
+    close(reserved, plain, x)
+    # a state, of which the backup is no copy
+    state = reserved.state_dict()
+    reserved.load_state_dict(shadows, assign=True)
+    close(reserved, shadow, x)
+    reserved.load_state_dict(state, assign=True)
+    close(reserved, plain, x)
+
+
+def test_a_replaced_parameter_is_seen() -> None:
     reserved, plain, x = twins()
     for model in (reserved, plain):
         model.inner[0].fastlora["a"].down = nn.Parameter(torch.full((4, 8), 0.2))
