@@ -57,8 +57,8 @@ def reserve(
     that what an optimiser or an average writes is seen. `.clone()` what `state_dict` gives before
     adapters are removed, for others will have the memory; safetensors wants it `.contiguous()`;
     fused optimisers refuse such parameters. With gradients the adapters are computed as without a
-    reserve, and so are parameters that somebody has exchanged for others. DoRA and spectral shifts stay outside of it, and grouped
-    convolutions have none.
+    reserve, and so are parameters that somebody has exchanged for others. DoRA and spectral shifts
+    stay outside of it, and grouped convolutions have none.
 
     `freeze` stops gradients of the model's own parameters, as `inject` does, so that bringing the
     first adapter changes nothing that a compiled graph looks at.
