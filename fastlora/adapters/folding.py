@@ -29,7 +29,7 @@ def fold(model: nn.Module, permanent: bool = False) -> None:
     (permanent) a weight is shared with another layer. The model is unchanged then.
     """
     layers = adapted_layers(model)
-    if not layers:
+    if not any(len(layer.fastlora) for layer in layers.values()):
         raise AdapterError("fold: the model has no adapters")
     for path, layer in layers.items():
         check_plain(path, layer)

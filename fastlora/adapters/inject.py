@@ -197,9 +197,11 @@ def remove(model: nn.Module, name: str) -> None:
 # --- selection ------------------------------------------------------------------------------------
 
 
-def select(model: nn.Module, spec: LoRA | Spectral, where: Where) -> dict[str, nn.Module]:
-    """The layers that `where` names, each of which `spec` can adapt."""
-    matches = matcher(where)
+def select(
+    model: nn.Module, spec: LoRA | Spectral, where: Where, what: str = "inject"
+) -> dict[str, nn.Module]:
+    """The layers that `where` names, each of which `spec` can adapt; `what` is for messages."""
+    matches = matcher(where, what)
     inside = {id(s) for layer in adapted_layers(model).values() for s in layer.fastlora.modules()}
     chosen: dict[str, nn.Module] = {}
     refused: list[str] = []
@@ -214,18 +216,18 @@ def select(model: nn.Module, spec: LoRA | Spectral, where: Where) -> dict[str, n
             refused.append(f"{path} ({type(module).__name__}): {reason}")
     if refused:
         raise AdapterError(
-            "inject: where selects layers that cannot be adapted: " + "; ".join(refused)
+            f"{what}: where selects layers that cannot be adapted: " + "; ".join(refused)
         )
     if not chosen:
         candidates = [p for p, m in model.named_modules() if unsuitable(m, spec) is None][:5]
         raise AdapterError(
-            f"inject: where: {where!r} matches no layer that {type(spec).__name__} can adapt; "
+            f"{what}: where: {where!r} matches no layer that {type(spec).__name__} can adapt; "
             f"this model has for example {candidates}"
         )
     meta = [p for p, m in chosen.items() if any(q.is_meta for q in m.parameters(recurse=False))]
     if meta:
         raise AdapterError(
-            f"inject: {meta[0]}: the model is on the meta device and has no weights to adapt; "
+            f"{what}: {meta[0]}: the model is on the meta device and has no weights to adapt; "
             "load it first (model.to_empty and load_state_dict)"
         )
     return chosen
@@ -237,20 +239,20 @@ def is_layer(module: nn.Module) -> bool:
     return leaf and any(t is not None for t in (*module._parameters.values(), *module.buffers()))
 
 
-def matcher(where: Where) -> Callable[[str, nn.Module], bool]:
+def matcher(where: Where, what: str) -> Callable[[str, nn.Module], bool]:
     if where is None:
         return lambda path, module: True
     if isinstance(where, str):
         try:
             pattern = re.compile(where)
         except re.error as error:
-            raise AdapterError(f"inject: where: {where!r} is not a regex: {error}") from None
+            raise AdapterError(f"{what}: where: {where!r} is not a regex: {error}") from None
         return lambda path, module: pattern.fullmatch(path) is not None
     if callable(where):
         return where
     if not isinstance(where, Iterable):
         raise AdapterError(
-            f"inject: where: expected a regex, suffixes, a predicate or None, got {where!r}"
+            f"{what}: where: expected a regex, suffixes, a predicate or None, got {where!r}"
         )
     suffixes = list(where)
     return lambda path, module: any(path == s or path.endswith("." + s) for s in suffixes)

@@ -70,7 +70,7 @@ def reserve(
     model = unwrapped(model)
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
         raise AdapterError(f"reserve: rank: expected an integer >= 0, got {rank!r}")
-    chosen = select(model, LoRA(max(rank, 1)), where)
+    chosen = select(model, LoRA(max(rank, 1)), where, "reserve")
     grouped = [p for p, m in chosen.items() if getattr(m, "groups", 1) != 1]
     if grouped and where is not None:
         raise AdapterError(f"reserve: where: {grouped[0]} is a grouped convolution and has none")

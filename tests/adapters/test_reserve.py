@@ -73,6 +73,9 @@ def test_a_reserve_alone_changes_no_bit() -> None:
     fastlora.remove(model, "a")
     assert not any(p.requires_grad for p in model.parameters())
     assert list(model.state_dict()) == before["keys"] and fastlora.adapters(model) == {}
+    for function in (fastlora.fold, lambda m: fastlora.set_scale(m, 1.0)):
+        with pytest.raises(fastlora.AdapterError, match="the model has no adapters"):
+            function(model)
     fastlora.reserve(model, 0)
     assert_unchanged(model, before)
 
@@ -219,7 +222,7 @@ def test_too_little_room_is_refused_and_nothing_changes(tmp_path: Path) -> None:
             fastlora.reserve(reserved, rank)  # type: ignore[arg-type]
     with pytest.raises(fastlora.AdapterError, match="grouped is a grouped convolution"):
         fastlora.reserve(reserved, 8, ["grouped"])
-    with pytest.raises(fastlora.AdapterError, match="cannot be adapted"):
+    with pytest.raises(fastlora.AdapterError, match="reserve: where selects .* cannot be adapted"):
         fastlora.reserve(reserved, 8, ["norm"])
     with pytest.raises(fastlora.AdapterError, match="reserve: embedding: dtype: expected"):
         fastlora.reserve(reserved, 8, dtype=torch.float16)
