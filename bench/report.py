@@ -58,11 +58,16 @@ def markdown(found: Iterable[Table]) -> str:
 
 def as_markdown(t: Table) -> list[str]:
     def shown(cells: Iterable[str]) -> str:
-        return f"| {' | '.join(cells)} |"
+        return f"| {' | '.join(cell.strip() for cell in cells)} |"
 
-    under = shown(["---"] + ["---:"] * (len(t.header) - 1))
+    def group(cells: list[str]) -> list[str]:
+        """The name of a group stands alone in its line."""
+        return cells if any(cells[1:]) else [f"**{cells[0]}**", *cells[1:]]
+
+    under = ["---"] + ["---" if title == "note" else "---:" for title in t.header[1:]]
     notes = [line for note in t.notes for line in ("", note)]
-    return [f"## {t.title}", "", shown(t.header), under, *map(shown, t.lines), *notes, ""]
+    lines = [shown(group(line)) for line in t.lines]
+    return [f"## {t.title}", "", shown(t.header), shown(under), *lines, *notes, ""]
 
 
 # --- layers ---------------------------------------------------------------------------------------
