@@ -12,6 +12,8 @@ import torch
 from bench.shapes import NAMES
 from bench.timing import DEVICE, ceilings
 
+LOAD = os.getloadavg()[0]  # before anything is measured
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     gpu = DEVICE == "cuda"
@@ -32,6 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
     machine_info["torch"] = torch.__version__
     machine_info["threads"] = torch.get_num_threads()
+    machine_info |= {"load": LOAD, "cores": os.cpu_count()}
     if DEVICE == "cuda":
         major, minor = torch.cuda.get_device_capability()
         machine_info["gpu"] = torch.cuda.get_device_name()

@@ -245,11 +245,20 @@ def peers_that_win(items: Items) -> Table:
 
 
 def targets(report: dict[str, Any]) -> Table:
-    found = rows(report)
+    found, machine = rows(report), report.get("machine_info", {})
+    load, cores = machine.get("load", 0.0), machine.get("cores", 1)
+    busy = load > cores / 2
     t = Table("Targets", ["measure", "target", "measured", "", "note"])
-    t.lines = [[r.measure, r.target, r.measured, VERDICTS[r.met], r.note] for r in found]
+    for r in found:
+        verdict = VERDICTS[r.met] + " (busy)" * (busy and r.met is False)
+        t.lines.append([r.measure, r.target, r.measured, verdict, r.note])
     met, missed = (sum(r.met is v for r in found) for v in (True, False))
     t.notes = [f"{met} met, {missed} missed, {len(found) - met - missed} not measured here."]
+    if busy:
+        t.notes.append(
+            f"The machine was busy before it began (load {load:.1f}, {cores} cores): times by the "
+            "host's clock may be those of something else."
+        )
     return t
 
 

@@ -132,6 +132,15 @@ def test_layers_as_a_table():
     assert "On 1 of 19 layers" in report.text(report.tables({"benchmarks": items}))
 
 
+def test_a_busy_machine_is_named():
+    items = whole(MODELS[:1], "fastlora", 1.09)
+    for load, busy in ((0.4, False), (1.6, True)):
+        machine = {"load": load, "cores": 2}
+        shown = report.text([report.targets({"benchmarks": items, "machine_info": machine})])
+        assert ("was busy" in shown) is busy and "MISSED" in shown
+        assert ("MISSED (busy)" in shown) is busy
+
+
 def test_where_peers_win():
     items = [layer(s, "fastlora", 1.2) for s in counts(MODELS[:1])]
     items += [layer(s, "addmm", 1.1 if s[0] == 2 else 1.3) for s in counts(MODELS[:1])]

@@ -274,7 +274,7 @@ def benchmark(run: Run, name: str, arguments: list[str]) -> None:
         report = json.loads(path.read_text()) if path.exists() and path.stat().st_size else {}
     run.found["benchmarks"][name] = [slim(item) for item in report.get("benchmarks", [])]
     about = report.get("machine_info", {})
-    kept = ("gpu", "capability", "ceilings", "torch", "threads")
+    kept = ("gpu", "capability", "ceilings", "torch", "threads", "cores")
     run.found["measured_on"] |= {key: about[key] for key in kept if key in about}
 
 
