@@ -77,8 +77,9 @@ def sharing(layer: nn.Linear) -> nn.Linear:
 
 
 def adapted(c: Case, x: Tensor) -> Run:
-    """The layer as users have it: injected adapters, computed as its plan chooses."""
+    """The layer as a service has it: adapters in a reserve, computed as its plan chooses."""
     layer = sharing(c.layer)
+    fastlora.reserve(layer, c.rank)
     for i, (down, up) in enumerate(zip(c.downs, c.ups, strict=True)):
         fastlora.inject(layer, fastlora.LoRA(len(down)), name=f"a{i}")
         with torch.no_grad():
