@@ -47,6 +47,7 @@ class Arena:
         self._owners = torch.empty(0, dtype=torch.long)
         self._index: dict[torch.device, tuple[Tensor, Tensor]] = {}  # owners and ratios there
         self._values: dict[torch.device, Tensor] = {}
+        self._writers: dict[torch.device, Any] = {}  # (values, a value per block, pieces of both)
 
     # --- layout ---------------------------------------------------------------------------------
 
@@ -105,6 +106,7 @@ class Arena:
         self._note()
         self._mark_rows()
         self._index.clear()
+        self._writers.clear()
         if total != before:
             self._values.clear()
         self.epoch += 1
@@ -180,13 +182,21 @@ class Arena:
                 self._values[device] = new
                 self.epoch += 1
 
+    @torch.no_grad()
     def _write_numbers(self, device: torch.device, values: Tensor) -> None:
         owners, ratios = self._indices(device)
-        blocks = torch.index_select(self._numbers(device), 0, owners).mul_(ratios)[:, None]
-        values = values.view(-1, self._block)
-        step = max(1, PIECE // self._block) if device.type == "cpu" else len(blocks)
-        for first in range(0, len(blocks), step):
-            values[first : first + step].copy_(blocks[first : first + step])
+        writer = self._writers.get(device)
+        if writer is None or writer[0] is not values:  # views cost as much as what they are for
+            step = max(1, PIECE // self._block) if device.type == "cpu" else len(ratios)
+            with torch.inference_mode(False):
+                blocks = torch.empty_like(ratios)
+                parts = (t.split(step) for t in (values.view(-1, self._block), blocks[:, None]))
+                writer = self._writers[device] = (values, blocks, list(zip(*parts, strict=True)))
+        _, blocks, pieces = writer
+        torch.index_select(self._numbers(device), 0, owners, out=blocks)
+        blocks.mul_(ratios)
+        for to, source in pieces:
+            to.copy_(source)
 
     def gate(self, device: torch.device, offset: int, width: int) -> Tensor:
         """The gates `[width]` or `[batch, width]` of a layer: a view of the buffer."""
@@ -255,7 +265,8 @@ class Arena:
             n: s.detach() if isinstance(s, Tensor) and not s.is_leaf else s
             for n, s in self.scales.items()
         }
-        return {**self.__dict__, "scales": scales, "_index": {}, "_values": {}, "_layers": {}}
+        rebuilt: dict[str, Any] = {"_index": {}, "_values": {}, "_writers": {}, "_layers": {}}
+        return {**self.__dict__, "scales": scales, **rebuilt}
 
 
 def checked(name: str, scale: Any) -> Scale:
