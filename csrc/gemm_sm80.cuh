@@ -9,8 +9,7 @@
 //
 // A block has kWarps warps, each with kRowTiles x 16 rows of the tile and all of its columns, so
 // that a warp has whole rows of the appended columns. Shared memory holds kStages steps of kDepth
-// inputs: rows of 64 bytes, whose 16-byte groups are permuted so that neither the copies nor
-// ldmatrix meet in a bank.
+// inputs, in rows of 64 bytes.
 #pragma once
 
 #include <type_traits>
@@ -63,11 +62,6 @@ struct Shape {
   static_assert(kColumnTiles % 2 == 0 && kAppended % 16 == 0 && kAppended <= kDepth, "pairs");
 };
 
-// The 16-byte group `group` of row `row` of a stage.
-__device__ __forceinline__ char* place(char* stage, int row, int group) {
-  return stage + row * 64 + ((group ^ (row >> 1 & 3)) << 4);
-}
-
 // kDepth elements from k0 on of one row, zeros beyond the edges; a thread copies one group.
 template <class T>
 __device__ __forceinline__ void copy_group(char* stage, int row, int group, const Operand<T>& p,
@@ -93,14 +87,6 @@ __device__ __forceinline__ void copy_group(char* stage, int row, int group, cons
 template <class T>
 __device__ __forceinline__ bool vectors_of(const Operand<T>& p) {
   return p.k_stride == 1 && p.row_stride % 8 == 0 && reinterpret_cast<uintptr_t>(p.data) % 16 == 0;
-}
-
-template <class T>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  Packet<T> packet;
-  narrow(low, &packet.elements[0]);
-  narrow(high, &packet.elements[1]);
-  return packet.bits.x;
 }
 
 template <class T, class S>

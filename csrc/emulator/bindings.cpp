@@ -1,6 +1,7 @@
 // fastlora._emulator: the entries of fastlora._C that launch kernels, on tensors in the CPU's
 // memory. Which argument has which Role is said here and nowhere else.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "../add_noise.h"
 #include "../fold.h"
@@ -51,6 +52,9 @@ PYBIND11_MODULE(_emulator, m) {
   using namespace fastlora::emulator;
   m.def("set_exchange_api", &set_exchange_api);
   m.def("configure", &configure);
+  m.def("launches", &launches);
+  m.def("capability", &capability);
+  m.def("set_capability", &set_capability);
   pybind11::register_exception<Fault>(m, "KernelFault", PyExc_RuntimeError);
 
   m.def("lora_linear", [](TensorView y, TensorView x, TensorView weight, TensorView bias,
