@@ -101,6 +101,13 @@ __global__ void __launch_bounds__(S::kThreads, S::kThreads <= 128 ? 2 : 1)
   const bool a1 = vectors_of(p.first.a), b1 = vectors_of(p.first.b), a2 = vectors_of(p.second.a);
   const bool b2 = vectors_of(p.second.b), d1 = vectors_of(p.appended);
   let_next_kernel_start();
+  if (p.add && p.y_stride[1] == 1) {  // y will be read after the arithmetic
+    constexpr int kLines = (S::kColumns + 63) / 64;
+    for (int e = thread; e < S::kRows * kLines; e += S::kThreads) {
+      const int64_t token = first_token + e / kLines, column = first_column + e % kLines * 64;
+      if (token < p.tokens && column < p.columns) prefetch(p.y + token * p.y_stride[0] + column);
+    }
+  }
 
   auto copy_step = [&](int step) {
     char* stage = memory + step % S::kStages * S::kStageBytes;
@@ -200,8 +207,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kThreads <= 128 ? 2 : 1)
   }
   wait_copies<0>();
 
-  const bool staged = !p.add && p.y_stride[1] == 1 && p.y_stride[0] % 8 == 0 &&
-                      reinterpret_cast<uintptr_t>(p.y) % 16 == 0;
+  const bool staged =
+      p.y_stride[1] == 1 && p.y_stride[0] % 8 == 0 && reinterpret_cast<uintptr_t>(p.y) % 16 == 0;
   T* const box = reinterpret_cast<T*>(memory);
   __syncthreads();  // the stages are no longer read
   // `put(row, column in the tile, value)` for every element of this thread, with gates of a product
@@ -247,23 +254,35 @@ __global__ void __launch_bounds__(S::kThreads, S::kThreads <= 128 ? 2 : 1)
     });
     return;
   }
+  // `move(to or from y, the box, how many)` for every eight columns of a row.
+  auto for_each_group = [&](auto move) {
+    for (int e = thread; e < S::kRows * S::kColumnTiles; e += S::kThreads) {
+      const int row = e / S::kColumnTiles, group = e % S::kColumnTiles * 8;
+      const int64_t token = first_token + row, column = first_column + group;
+      if (token >= p.tokens || column >= p.columns) continue;
+      const int64_t left = p.columns - column;
+      move(p.y + token * p.y_stride[0] + column, box + row * S::kPitch + group,
+           left < 8 ? int(left) : 8);
+    }
+  };
+  if (p.add) {  // y comes where the result will be: a thread adds to its own elements
+    for_each_group([&](const T* y, T* to, int count) {
+      *reinterpret_cast<uint4*>(writable(to, 8, 16)) = load_packet(y, 1, count).bits;
+    });
+    __syncthreads();
+  }
   finish([&](int row, int at, float v, float scale, float bias) {
-    narrow(scaled(v, scale, bias), box + row * S::kPitch + at);
+    T* to = box + row * S::kPitch + at;
+    if (p.add) v += widen(*to);
+    narrow(scaled(v, scale, bias), to);
   });
   __syncthreads();
-  for (int e = thread; e < S::kRows * S::kColumnTiles; e += S::kThreads) {
-    const int row = e / S::kColumnTiles, group = e % S::kColumnTiles * 8;
-    const int64_t token = first_token + row, column = first_column + group;
-    if (token >= p.tokens || column >= p.columns) continue;
-    const int64_t left = p.columns - column;
-    T* y = p.y + token * p.y_stride[0] + column;
-    const T* from = box + row * S::kPitch + group;
-    if (left >= 8) {
+  for_each_group([&](T* y, const T* from, int count) {
+    if (count == 8)
       *reinterpret_cast<uint4*>(writable(y, 8, 16)) = *reinterpret_cast<const uint4*>(from);
-    } else {
-      for (int i = 0; i < left; ++i) *writable(y + i) = from[i];
-    }
-  }
+    else
+      for (int i = 0; i < count; ++i) *writable(y + i) = from[i];
+  });
 }
 
 template <class T, class S>

@@ -49,7 +49,7 @@ struct DeviceLayer {
            ((int64_t(in) + kTileColumns - 1) / kTileColumns);
   }
 };
-static_assert(sizeof(DeviceLayer) == 96, "327 of them are one launch");
+static_assert(sizeof(DeviceLayer) == 96, "a model's fit into 32 KB");
 
 __device__ __forceinline__ float coefficient(const DeviceLayer& p, int64_t k) {
   return static_cast<const float*>(p.gate)[k * p.gate_stride];
@@ -58,11 +58,15 @@ __device__ __forceinline__ float coefficient(const DeviceLayer& p, int64_t k) {
 template <class Layer_, size_t kBytes>
 struct LayerGroup {
   using Layer = Layer_;
-  static constexpr int kCapacity = int((kBytes - 16) / (sizeof(Layer) + sizeof(int32_t))) - 1;
+  static constexpr int kCapacity = int((kBytes - 16) / (sizeof(Layer) + sizeof(int32_t)));
   Layer layers[kCapacity];
   int32_t first_tile[kCapacity + 1];
   int32_t count;
 };
+
+static_assert(LayerGroup<DeviceLayer, 32760>::kCapacity == 327 &&
+                  sizeof(LayerGroup<DeviceLayer, 32760>) <= 32760,
+              "what fold.h and the documentation say");
 
 // A block's part of W'.
 struct Tile {

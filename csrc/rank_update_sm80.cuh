@@ -3,13 +3,14 @@
 //
 // Only one rounding may show, that of W'. So U diag(c) is made in float32 and split into two
 // bfloat16 parts, high + low, which are off by 2^-18 of it at most; so is D, unless it is bfloat16
-// itself: (high + low) D then costs two products, else three (low · low is 2^-18 of the whole). The
-// parts are bfloat16 beside float16 weights too, because its range is that of float32.
+// itself: (high + low) D then costs two products, else three (low · low is 2^-18 of the whole).
+// The parts are bfloat16 beside float16 weights too, because its range is that of float32.
 //
 // A warp computes 16 x 64 of the tile. W' of one row lies in four lanes' sums, two neighbours each
 // eight columns; D's columns are put into shared memory in such an order that these neighbours make
-// up eight: W then goes from memory into the registers of those who add to it and back, 16 bytes at
-// a time, and is on its way during all of the arithmetic.
+// up eight: W then goes from memory to those who add to it and back, 16 bytes at a time. It is on
+// its way during all of the arithmetic, to a place of its thread's in shared memory: no register
+// waits for it, and no barrier is needed.
 #pragma once
 
 #include "layer_group.cuh"

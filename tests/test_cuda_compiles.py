@@ -137,5 +137,6 @@ def test_products_use_the_planned_instructions(nvcc, tmp_path):
             f"cp.async.wait_group {stages - 2};",
             "griddepcontrol.wait",
             "griddepcontrol.launch_dependents",
+            "prefetch.global.L2",  # y that is added to
         ):
             assert instruction in entry, instruction

@@ -73,7 +73,7 @@ PYBIND11_MODULE(_emulator, m) {
         [&] { fastlora::lora_linear(y, x, weight, bias, down, up, gate, row_scale, h, form); });
   });
   m.def("lora_add_", [](TensorView y, TensorView x, TensorView down, TensorView up, TensorView gate,
-                        TensorView h) {
+                        TensorView h, int64_t form) {
     run("lora_add_",
         {{"y", y, kInOut},
          {"x", x, kIn},
@@ -81,7 +81,7 @@ PYBIND11_MODULE(_emulator, m) {
          {"up", up, kIn},
          {"gate", gate, kIn},
          {"h", h, kScratch}},
-        [&] { fastlora::lora_add_(y, x, down, up, gate, h); });
+        [&] { fastlora::lora_add_(y, x, down, up, gate, h, form); });
   });
   m.def("fold", [](TensorViews weights, TensorViews downs, TensorViews ups, TensorViews gates,
                    TensorViews outs) {
