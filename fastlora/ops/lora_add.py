@@ -1,5 +1,6 @@
 """`lora_add_`: the low-rank part alone, added in place to what another kernel computed."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,7 +8,16 @@ from torch import Tensor
 
 from fastlora.ops._define import define_op, expect, expect_tensor, gate_dtype, kernels
 from fastlora.ops._device import device_type, kernels_of
-from fastlora.ops.lora_linear import TINY, TINY_CUDA, _rows, accumulate, check_low_rank
+from fastlora.ops.lora_linear import (
+    EXTENDED,
+    TILED,
+    TINY,
+    TINY_CUDA,
+    _rows,
+    accumulate,
+    check_low_rank,
+    gpu_of,
+)
 
 
 def lora_add_(
@@ -50,19 +60,46 @@ def _plan(y: Tensor, x: Tensor, down: Tensor | None, up: Tensor, gate: Tensor) -
     device = device_type(x)
     if plain and work <= TINY and rank <= 1024 and features <= 4096 and device == "cpu":
         return lambda *operands: kernels.lora_add_(*operands, None)
-    if work <= TINY_CUDA and device == "cuda" and x.dtype != torch.float64 and y.is_contiguous():
-        return _kernel
+    if device == "cuda" and x.dtype != torch.float64 and rows_of_a_matrix(y) and tokens > 0:
+        form = chosen_form(x, down, up, tokens, work <= TINY_CUDA)
+        if form is not None:
+            return partial(_kernel, form=form)
     if y.dim() >= 3 and not y.is_contiguous() and y.movedim(-1, 1).is_contiguous():
         return _channels_first
     return _products
 
 
-def _kernel(y: Tensor, x: Tensor, down: Tensor | None, up: Tensor, gate: Tensor) -> None:
+def rows_of_a_matrix(y: Tensor) -> bool:
+    """Whether the leading dimensions of y are one, and a row's elements neighbours in memory."""
+    shape, strides = y.shape, y.stride()
+    leading = [d for d in range(y.dim() - 1) if shape[d] > 1]
+    together = all(
+        strides[a] == strides[b] * shape[b] for a, b in zip(leading, leading[1:], strict=False)
+    )
+    return together and (strides[-1] == 1 or shape[-1] == 1)
+
+
+def chosen_form(x: Tensor, down: Tensor | None, up: Tensor, tokens: int, tiny: bool) -> int | None:
+    """The kernels that csrc/heuristics.h predicts to be fastest; None: the library's products."""
+    (out, rank), features = up.shape, 0 if down is None else x.shape[-1]
+    capability, multiprocessors = gpu_of(x)
+    neighbours = all(t is None or t.stride(-1) == 1 or t.shape[-1] == 1 for t in (x, down, up))
+    if x.element_size() != 2 or capability < 80 or rank == 0 or not neighbours:
+        return TILED if tiny else None
+    products, kernel = kernels.predict_lora_add(
+        tokens, features, out, rank, capability, multiprocessors
+    )
+    return EXTENDED if kernel <= products else None
+
+
+def _kernel(
+    y: Tensor, x: Tensor, down: Tensor | None, up: Tensor, gate: Tensor, form: int = TILED
+) -> None:
     x2 = x.reshape(-1, x.shape[-1])
     h = x.new_empty(x2.shape[0], up.shape[1])
     if down is not None:
         down = down.to(x.dtype)
-    kernels_of(x).lora_add_(y.view(-1, y.shape[-1]), x2, down, up.to(x.dtype), gate, h)
+    kernels_of(x).lora_add_(y.view(-1, y.shape[-1]), x2, down, up.to(x.dtype), gate, h, form)
 
 
 def _products(y: Tensor, x: Tensor, down: Tensor | None, up: Tensor, gate: Tensor) -> None:
