@@ -1,73 +1,64 @@
-"""`lora_linear` unmerged beside the plain layer, torch's own expression and PEFT; no gradients."""
+"""`lora_linear` unmerged, in every form, beside the plain layer, torch's own expression and PEFT.
 
-import copy
-from collections.abc import Callable
-from typing import Any
+The layers are those of SD 1.5, SDXL and FLUX, each kind once; no gradients.
+"""
+
+import functools
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-import fastlora
-from bench.shapes import linears
-from bench.timing import DEVICE, DTYPES, measure
+from bench.contenders import CONTENDERS, RANKS, case, forced, wanted
+from bench.shapes import NAMES, counts
+from bench.timing import DEVICE, Turns, copies_for, replay, take_turns
 
-RANK = 16
-CASES = [pytest.param(s, id=f"{s['tokens']}x{s['inp']}x{s['out']}") for s in linears()]
-
-
-def peft_layer(layer: torch.nn.Linear, rank: int) -> torch.nn.Module:
-    tuner = pytest.importorskip("peft.tuners.lora")
-    config = pytest.importorskip("peft").LoraConfig(r=rank, lora_alpha=rank)
-    wrapped = tuner.Linear(copy.deepcopy(layer), "default", config, r=rank, lora_alpha=rank)
-    return wrapped.eval()
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+NAME = str(DTYPE).removeprefix("torch.")
 
 
-def function(
-    layer: torch.nn.Linear, x: torch.Tensor, contender: str, rank: int
-) -> Callable[[], Any]:
-    weight, bias = layer.weight, layer.bias
-    at = {"device": DEVICE, "dtype": weight.dtype}
-    down = torch.randn(rank, layer.in_features, **at)
-    up = torch.randn(layer.out_features, rank, **at)
-    if contender == "floor":
-        return lambda: F.linear(x, weight, bias)
-    if contender == "addmm":
-        return lambda: F.linear(x, weight, bias).addmm_(x @ down.t(), up.t())
-    if contender == "peft":
-        wrapped = peft_layer(layer, rank)
-        return lambda: wrapped(x)
-    adapted = copy.deepcopy(layer)
-    fastlora.inject(adapted, fastlora.LoRA(rank))
-    with torch.no_grad():
-        fastlora.parameters(adapted)[1].copy_(up)
-    return lambda: adapted(x)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test for each layer, rank and contender that takes part."""
+    if "contender" not in metafunc.fixturenames:
+        return
+    models = [NAMES[m.strip()] for m in metafunc.config.getoption("--models").split(",")]
+    cases = []
+    for rank in map(int, metafunc.config.getoption("--ranks").split(",")):
+        for shape, weights in counts(models).items():
+            size = "x".join(map(str, shape))
+            cases += [
+                pytest.param((*shape, weights), rank, name, id=f"{size}-r{rank}-{name}")
+                for name in CONTENDERS
+                if wanted(name, *shape, rank, DEVICE == "cuda")
+            ]
+    metafunc.parametrize(("shape", "rank", "contender"), cases)
 
 
-@pytest.mark.parametrize("contender", ["floor", "fastlora", "addmm", "peft"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize("shape", CASES)
-def test_lora_linear(benchmark, shape, dtype, contender):
-    """Through the adapted layer. The floor is F.linear on the same shape."""
-    tokens, features, out = shape["tokens"], shape["inp"], shape["out"]
-    low = "" if dtype == torch.float32 else " " + str(dtype).removeprefix("torch.")
-    benchmark.group = f"lora_linear {tokens}x{features}x{out} r={RANK}{low}"
-    benchmark.extra_info["count"] = shape["count"]
+@pytest.mark.benchmark(timer=replay)
+def test_lora_linear(benchmark, shape, rank, contender):
+    """All contenders of a layer take turns; `over_floor` compares with F.linear."""
+    tokens, features, out, weights = shape
+    benchmark.group = f"lora_linear {tokens}x{features}x{out} r={rank} {NAME}"
+    benchmark.extra_info |= {
+        "layer": [tokens, features, out], "rank": rank, "dtype": NAME, "counts": weights,
+    }  # fmt: skip
+    found = turns(tokens, features, out, rank)[contender]
+    if isinstance(found, str):
+        pytest.skip(found)
+    replay.show(benchmark, found)
+
+
+@functools.lru_cache(maxsize=1)  # tests of one layer follow one another
+def turns(tokens: int, features: int, out: int, rank: int) -> dict[str, Turns | str]:
+    """What every contender took, or why it is not there."""
     torch.manual_seed(0)
-    layer = torch.nn.Linear(features, out, device=DEVICE, dtype=dtype)
-    x = torch.randn(tokens, features, device=DEVICE, dtype=dtype)
-    run = function(layer, x, contender, RANK)
-    work = tokens * features * out
-    iterations = max(1, int(2e8 / max(work, 1e6)))
-    size = (tokens * (features + out) + features * out) * dtype.itemsize
-    measure(benchmark, run, rounds=12, iterations=iterations, size=size, work=2 * work)
-
-
-@pytest.mark.parametrize("contender", ["linear", "fastlora", "peft"])
-def test_tiny_call(benchmark, contender):
-    """8x8 through modules: what a call costs when there is nothing to compute."""
-    benchmark.group = "lora_linear tiny call 8x8 r=4"
-    torch.manual_seed(0)
-    layer, x = torch.nn.Linear(8, 8, device=DEVICE), torch.randn(8, 8, device=DEVICE)
-    run = (lambda: layer(x)) if contender == "linear" else function(layer, x, contender, 4)
-    measure(benchmark, run, rounds=60, iterations=2000 if DEVICE == "cpu" else 20)
+    copies = copies_for(out * features * DTYPE.itemsize)
+    layers = [case(features, out, RANKS[rank], DTYPE, DEVICE) for _ in range(copies)]
+    x = torch.randn(tokens, features, device=DEVICE, dtype=DTYPE)
+    contenders, missing = {}, {}
+    for name, make in CONTENDERS.items():
+        if wanted(name, tokens, features, out, rank, DEVICE == "cuda"):
+            try:
+                contenders[name] = [make(layer, x) for layer in layers]
+            except pytest.skip.Exception as reason:
+                missing[name] = str(reason)
+    return {**take_turns(contenders, context=forced), **missing}

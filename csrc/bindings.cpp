@@ -8,6 +8,7 @@
 #include "heuristics.h"
 #include "lora_linear.h"
 #include "python_tensor.h"
+#include "same_children.h"
 #include "sampler_step.h"
 #include "spectral_weight.h"
 #include "tiny_call.h"
@@ -48,6 +49,14 @@ pybind11::dict predict_lora_linear_cpu(int64_t tokens, int64_t in, int64_t out, 
   return seconds;
 }
 
+// Seconds of lora_add_ by the library's products and by our kernels; in = 0: without down.
+pybind11::tuple predict_lora_add(int64_t tokens, int64_t in, int64_t out, int64_t rank,
+                                 int capability, int multiprocessors) {
+  const Gpu gpu = gpu_of(capability, multiprocessors);
+  const LinearShape s{tokens, in, out, rank};
+  return pybind11::make_tuple(add_products_seconds(gpu, s), add_kernels_seconds(gpu, s));
+}
+
 }  // namespace
 }  // namespace fastlora
 
@@ -59,9 +68,13 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   bind_tiny_calls(m);
   m.def("predict_lora_linear", &predict_lora_linear);
   m.def("predict_lora_linear_cpu", &predict_lora_linear_cpu);
+  m.def("predict_lora_add", &predict_lora_add);
+  m.def("same_children", &same_children);
 
   m.def("lora_linear", &lora_linear);
-  m.def("lora_add_", &lora_add_);
+  using pybind11::arg;
+  m.def("lora_add_", &lora_add_, arg("y"), arg("x"), arg("down"), arg("up"), arg("gate"), arg("h"),
+        arg("form") = 0);
   m.def("fold", &fold);
   m.def("spectral_weight", &spectral_weight);
   m.def("spectral_scale", &spectral_scale);

@@ -114,9 +114,20 @@ FoldLayer fold_layer(const char* op, const TensorView& weight, const TensorView&
   for (const TensorView* t : {&down, &up})
     FASTLORA_CHECK(t->dtype == weight.dtype || t->dtype == wide, op, "factor",
                    "the dtype of the weight or float32", *t);
-  constexpr int64_t kLimit = INT32_MAX;
+  constexpr int64_t kLimit = INT32_MAX - 256;  // a tile may reach beyond the edge
   FASTLORA_CHECK(weight.shape[0] <= kLimit && weight.shape[1] <= kLimit && up.shape[1] <= kLimit,
                  op, "weight", "dimensions below 2^31", weight);
+  const auto strides_fit = [&](const char* name, const TensorView& t) {
+    bool fit = true;
+    for (int32_t i = 0; i < t.ndim; ++i)
+      fit = fit && (t.shape[i] <= 1 || t.strides[i] <= INT32_MAX);
+    FASTLORA_CHECK(weight.cpu() || fit, op, name, "strides below 2^31 elements on CUDA", t);
+  };
+  strides_fit("weight", weight);
+  strides_fit("down", down);
+  strides_fit("up", up);
+  strides_fit("gate", gate);
+  strides_fit("out", result);
   FoldLayer p{};
   p.weight = weight.data;
   p.result = result.data;

@@ -30,7 +30,8 @@ struct FoldTasks {
   bool out_of_memory;         // set where the packed operands found no room
 };
 
-// Layers of one device; the descriptors travel as kernel parameters, some dozens a launch.
+// Layers of one device: a launch for each dtype, and for every 327 layers of it, as many as travel
+// as parameters of a kernel. (A table in device memory would be written by as many launches.)
 void launch_fold(const FoldLayer* layers, int64_t count, int device, void* stream);
 
 // Runs prepared CPU layers: shared with spectral_weight.

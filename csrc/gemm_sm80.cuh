@@ -9,8 +9,7 @@
 //
 // A block has kWarps warps, each with kRowTiles x 16 rows of the tile and all of its columns, so
 // that a warp has whole rows of the appended columns. Shared memory holds kStages steps of kDepth
-// inputs: rows of 64 bytes, whose 16-byte groups are permuted so that neither the copies nor
-// ldmatrix meet in a bank.
+// inputs, in rows of 64 bytes.
 #pragma once
 
 #include <type_traits>
@@ -63,11 +62,6 @@ struct Shape {
   static_assert(kColumnTiles % 2 == 0 && kAppended % 16 == 0 && kAppended <= kDepth, "pairs");
 };
 
-// The 16-byte group `group` of row `row` of a stage.
-__device__ __forceinline__ char* place(char* stage, int row, int group) {
-  return stage + row * 64 + ((group ^ (row >> 1 & 3)) << 4);
-}
-
 // kDepth elements from k0 on of one row, zeros beyond the edges; a thread copies one group.
 template <class T>
 __device__ __forceinline__ void copy_group(char* stage, int row, int group, const Operand<T>& p,
@@ -95,14 +89,6 @@ __device__ __forceinline__ bool vectors_of(const Operand<T>& p) {
   return p.k_stride == 1 && p.row_stride % 8 == 0 && reinterpret_cast<uintptr_t>(p.data) % 16 == 0;
 }
 
-template <class T>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  Packet<T> packet;
-  narrow(low, &packet.elements[0]);
-  narrow(high, &packet.elements[1]);
-  return packet.bits.x;
-}
-
 template <class T, class S>
 __global__ void __launch_bounds__(S::kThreads, S::kThreads <= 128 ? 2 : 1)
     gemm_kernel(const __grid_constant__ Problem<T> p) {
@@ -115,6 +101,13 @@ __global__ void __launch_bounds__(S::kThreads, S::kThreads <= 128 ? 2 : 1)
   const bool a1 = vectors_of(p.first.a), b1 = vectors_of(p.first.b), a2 = vectors_of(p.second.a);
   const bool b2 = vectors_of(p.second.b), d1 = vectors_of(p.appended);
   let_next_kernel_start();
+  if (p.add && p.y_stride[1] == 1) {  // y will be read after the arithmetic
+    constexpr int kLines = (S::kColumns + 63) / 64;
+    for (int e = thread; e < S::kRows * kLines; e += S::kThreads) {
+      const int64_t token = first_token + e / kLines, column = first_column + e % kLines * 64;
+      if (token < p.tokens && column < p.columns) prefetch(p.y + token * p.y_stride[0] + column);
+    }
+  }
 
   auto copy_step = [&](int step) {
     char* stage = memory + step % S::kStages * S::kStageBytes;
@@ -214,8 +207,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kThreads <= 128 ? 2 : 1)
   }
   wait_copies<0>();
 
-  const bool staged = !p.add && p.y_stride[1] == 1 && p.y_stride[0] % 8 == 0 &&
-                      reinterpret_cast<uintptr_t>(p.y) % 16 == 0;
+  const bool staged =
+      p.y_stride[1] == 1 && p.y_stride[0] % 8 == 0 && reinterpret_cast<uintptr_t>(p.y) % 16 == 0;
   T* const box = reinterpret_cast<T*>(memory);
   __syncthreads();  // the stages are no longer read
   // `put(row, column in the tile, value)` for every element of this thread, with gates of a product
@@ -261,23 +254,35 @@ __global__ void __launch_bounds__(S::kThreads, S::kThreads <= 128 ? 2 : 1)
     });
     return;
   }
+  // `move(to or from y, the box, how many)` for every eight columns of a row.
+  auto for_each_group = [&](auto move) {
+    for (int e = thread; e < S::kRows * S::kColumnTiles; e += S::kThreads) {
+      const int row = e / S::kColumnTiles, group = e % S::kColumnTiles * 8;
+      const int64_t token = first_token + row, column = first_column + group;
+      if (token >= p.tokens || column >= p.columns) continue;
+      const int64_t left = p.columns - column;
+      move(p.y + token * p.y_stride[0] + column, box + row * S::kPitch + group,
+           left < 8 ? int(left) : 8);
+    }
+  };
+  if (p.add) {  // y comes where the result will be: a thread adds to its own elements
+    for_each_group([&](const T* y, T* to, int count) {
+      *reinterpret_cast<uint4*>(writable(to, 8, 16)) = load_packet(y, 1, count).bits;
+    });
+    __syncthreads();
+  }
   finish([&](int row, int at, float v, float scale, float bias) {
-    narrow(scaled(v, scale, bias), box + row * S::kPitch + at);
+    T* to = box + row * S::kPitch + at;
+    if (p.add) v += widen(*to);
+    narrow(scaled(v, scale, bias), to);
   });
   __syncthreads();
-  for (int e = thread; e < S::kRows * S::kColumnTiles; e += S::kThreads) {
-    const int row = e / S::kColumnTiles, group = e % S::kColumnTiles * 8;
-    const int64_t token = first_token + row, column = first_column + group;
-    if (token >= p.tokens || column >= p.columns) continue;
-    const int64_t left = p.columns - column;
-    T* y = p.y + token * p.y_stride[0] + column;
-    const T* from = box + row * S::kPitch + group;
-    if (left >= 8) {
+  for_each_group([&](T* y, const T* from, int count) {
+    if (count == 8)
       *reinterpret_cast<uint4*>(writable(y, 8, 16)) = *reinterpret_cast<const uint4*>(from);
-    } else {
-      for (int i = 0; i < left; ++i) *writable(y + i) = from[i];
-    }
-  }
+    else
+      for (int i = 0; i < count; ++i) *writable(y + i) = from[i];
+  });
 }
 
 template <class T, class S>

@@ -100,6 +100,32 @@ inline double appended_seconds(const Gpu& gpu, const LinearShape& s) {
          gpu.launch;
 }
 
+// --- lora_add_ on a GPU: the low-rank part alone, into a y that is there; in = 0: without down ---
+
+// The library's skinny product, a pass over h for the gate, and the accumulation.
+inline double add_products_seconds(const Gpu& gpu, const LinearShape& s) {
+  const double m = double(s.tokens), k = double(s.in), n = double(s.out), r = double(s.rank);
+  const double skinny = longer(2 * m * k * r / gpu.library, kElement * m * k / gpu.bandwidth);
+  const double gate = kElement * 2 * m * r / gpu.bandwidth;
+  const double update = longer(2 * m * n * r / gpu.library, kElement * 2 * m * n / gpu.bandwidth);
+  return skinny + gate + update + (s.in > 0 ? 3 : 2) * gpu.launch;
+}
+
+// Our loop twice: a gated skinny product (or the gate alone), then over the rank with y read and
+// written.
+inline double add_kernels_seconds(const Gpu& gpu, const LinearShape& s) {
+  const double m = double(s.tokens), k = double(s.in), n = double(s.out), r = double(s.rank);
+  const TileCost skinny = s.rank <= 16 ? TileCost{64, 16} : TileCost{64, 64};
+  const bool few = takes_small_tiles(s.tokens, s.out);
+  const TileCost main = few ? TileCost{64, 64} : TileCost{128, 128};
+  const double h = s.in > 0 ? loop_seconds(gpu, s.tokens, s.rank, s.in, 0, skinny, kElement * m * k)
+                            : kElement * 2 * m * r / gpu.bandwidth;
+  const int64_t depth = (s.rank + 31) / 32 * 32;  // whole steps
+  const double y =
+      loop_seconds(gpu, s.tokens, s.out, depth, 0, main, kElement * (2 * m * n + m * r + n * r));
+  return h + y + 1.5 * gpu.launch;  // the second launch overlaps the end of the first
+}
+
 // --- the CPU
 // --------------------------------------------------------------------------------------
 

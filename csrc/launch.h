@@ -50,17 +50,19 @@ void allow_shared_memory(Kernel* kernel, int bytes) {
 
 namespace detail {
 
-// The architecture that a kernel's source was compiled for (80, 90, ...).
+// The architecture that a kernel's source was compiled for (80, 90, ...) on the current device.
 template <class Kernel>
 int compiled_for(Kernel* kernel) {
   static std::mutex mutex;
-  static std::map<const void*, int> known;
+  static std::map<std::pair<int, const void*>, int> known;
+  std::pair<int, const void*> key{0, reinterpret_cast<const void*>(kernel)};
+  check_cuda(cudaGetDevice(&key.first), "cudaGetDevice");
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = known.find(reinterpret_cast<const void*>(kernel));
+  const auto found = known.find(key);
   if (found != known.end()) return found->second;
   cudaFuncAttributes attributes{};
   check_cuda(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
-  return known[reinterpret_cast<const void*>(kernel)] = attributes.ptxVersion;
+  return known[key] = attributes.ptxVersion;
 }
 
 template <class... Parameters, class... Arguments>
@@ -82,6 +84,31 @@ void launch(const char* name, bool dependent, void (*kernel)(Parameters...), dim
 }
 
 }  // namespace detail
+
+// Whether a kernel that wants tensor cores and asynchronous copies (sm_80) has them on the current
+// device: code for an older GPU, which a newer one runs as well, is compiled without.
+template <class Kernel>
+bool has_tensor_cores(Kernel* kernel) {
+  return detail::compiled_for(kernel) >= 80;
+}
+
+// Bytes of parameters that every launch may have, and that one may have here: more since CUDA 12.1,
+// given a driver of that time (R530).
+constexpr size_t kParameterBytes = 4096;
+#if CUDART_VERSION >= 12010
+constexpr size_t kLargeParameterBytes = 32760;
+inline bool takes_large_parameters() {
+  static const bool taken = [] {
+    int version = 0;
+    check_cuda(cudaDriverGetVersion(&version), "cudaDriverGetVersion");
+    return version >= 12010;
+  }();
+  return taken;
+}
+#else
+constexpr size_t kLargeParameterBytes = kParameterBytes;
+inline bool takes_large_parameters() { return false; }
+#endif
 
 // `name` is for messages.
 template <class... Parameters, class... Arguments>

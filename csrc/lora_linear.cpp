@@ -84,8 +84,9 @@ void check_form(const char* op, const LoraLinear& p) {
   if (p.form == Form::kTiled) return;
   FASTLORA_CHECK(p.y.dtype == DType::kFloat16 || p.y.dtype == DType::kBFloat16, op, "x",
                  "float16 or bfloat16 for tensor cores", p.x);
-  FASTLORA_CHECK(p.weight.defined && p.down.defined, op, "weight", "a matrix for this form",
-                 p.weight);
+  const bool adds = !p.weight.defined && p.form == Form::kExtended;
+  FASTLORA_CHECK(adds || (p.weight.defined && p.down.defined), op, "weight",
+                 "a matrix for this form", p.weight);
   for (const TensorView* t : {&p.down, &p.up, &p.row_scale, &p.bias})
     FASTLORA_CHECK(!t->defined || t->dtype == p.y.dtype, op, "factor", name_of(p.y.dtype), *t);
   if (p.form == Form::kAppended)
@@ -152,8 +153,9 @@ void lora_linear(TensorView y, TensorView x, TensorView weight, TensorView bias,
 }
 
 void lora_add_(TensorView y, TensorView x, TensorView down, TensorView up, TensorView gate,
-               TensorView h) {
+               TensorView h, int64_t form) {
   LoraLinear p{y, x, {}, {}, down, up, gate, {}, h};
+  p.form = static_cast<Form>(form);
   run("lora_add_", p);
 }
 

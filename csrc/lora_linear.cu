@@ -162,11 +162,13 @@ bool few(const Problem<T>& p) {
 
 template <class T>
 struct OnTensorCores {
-  static void extended(Problem<T> p, const Operand<T>& x, const Operand<T>& down, T* h,
+  // `in` of x and D; 0: h is there already, written by the kernel before.
+  static void extended(Problem<T> p, const Operand<T>& x, const Operand<T>& down, int64_t in, T* h,
                        void* stream) {
-    if (p.second.k > 0) {
+    p.dependent = p.second.k > 0;
+    if (p.second.k > 0 && in > 0) {
       Problem<T> skinny{};
-      skinny.first = {x, down, x.data == nullptr ? 0 : p.first.k};
+      skinny.first = {x, down, in};
       skinny.y = h;
       skinny.tokens = p.tokens;
       skinny.columns = p.second.k;
@@ -180,7 +182,6 @@ struct OnTensorCores {
         launch_gemm<T, Skinny>("gated activation", skinny, stream);
       else
         launch_gemm<T, Small<0>>("gated activation", skinny, stream);
-      p.dependent = true;
     }
     p.gate = nullptr;
     if (few(p))
@@ -205,7 +206,8 @@ void run(const LoraLinear& v, void* stream) {
   const int64_t gate_row = gate_rows ? v.gate.strides[0] : 0;
   const int64_t gate_column = v.gate.strides[gate_rows ? 1 : 0];
   const bool tensor_cores = v.form != Form::kTiled;
-  if (tensor_cores) {
+  if (v.rank == 0 && !v.weight.defined) return;  // nothing is added
+  if (tensor_cores && v.down.defined) {
     // nothing: h is made by the other forms themselves
   } else if (v.rank > 0 && v.down.defined) {
     Problem<T> p{};
@@ -250,9 +252,11 @@ void run(const LoraLinear& v, void* stream) {
       p.gate_stride[0] = gate_row;
       p.gate_stride[1] = gate_column;
       p.tokens_per_row = v.tokens_per_row;
-      const Operand<T> x = operand<T>(v.x), down = operand<T>(v.down);
+      const Operand<T> x = operand<T>(v.x);
+      const Operand<T> down = v.down.defined ? operand<T>(v.down) : Operand<T>{};
       if (v.form == Form::kExtended)
-        return OnTensorCores<T>::extended(p, x, down, v.h.ptr<T>(), stream);
+        return OnTensorCores<T>::extended(p, x, down, v.down.defined ? v.in : 0, v.h.ptr<T>(),
+                                          stream);
       p.appended = down;
       p.second.a = {};
       return OnTensorCores<T>::appended(p, stream);

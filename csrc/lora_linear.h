@@ -36,7 +36,7 @@ void launch_lora_linear(const LoraLinear& p, void* stream);
 void lora_linear(TensorView y, TensorView x, TensorView weight, TensorView bias, TensorView down,
                  TensorView up, TensorView gate, TensorView row_scale, TensorView h, int64_t form);
 void lora_add_(TensorView y, TensorView x, TensorView down, TensorView up, TensorView gate,
-               TensorView h);
+               TensorView h, int64_t form);  // kTiled or kExtended
 
 }  // namespace fastlora
 

@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "device.cuh"
+#include "types.cuh"
 
 #ifdef FASTLORA_EMULATED
 #include "emulator/matrix.h"
@@ -95,7 +96,50 @@ __device__ __forceinline__ void barrier_arrive(int id, int threads, Here here = 
 #endif
 }
 
+// The same number, of which the compiler knows nothing: what it looks up with it is looked up again
+// instead of being kept in registers.
+__device__ __forceinline__ int32_t opaque(int32_t v) {
+#ifndef FASTLORA_EMULATED
+  asm volatile("" : "+r"(v));
+#endif
+  return v;
+}
+
+// Brings the 128 bytes around `p` towards the chip; nothing waits for them. Only memory that
+// exists.
+__device__ __forceinline__ void prefetch(const void* p) {
+#if defined(FASTLORA_EMULATED)
+  readable(static_cast<const char*>(p));
+#else
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#endif
+}
+
 // --- matrices in the registers of a warp ---------------------------------------------------------
+
+// Two numbers as one register of a fragment, each rounded to nearest; T is __half or __nv_bfloat16.
+template <class T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+#if !defined(FASTLORA_EMULATED) && FASTLORA_SM80
+  uint32_t bits;
+  if constexpr (std::is_same_v<T, __half>)
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+#else
+  Packet<T> packet;
+  narrow(low, &packet.elements[0]);
+  narrow(high, &packet.elements[1]);
+  return packet.bits.x;
+#endif
+}
+
+// Where the 16-byte group `group` of row `row` lies, in a matrix of 64-byte rows whose groups are
+// permuted so that neither copies nor matrix loads meet in a bank.
+__device__ __forceinline__ char* place(char* matrix, int row, int group) {
+  return matrix + row * 64 + ((group ^ (row >> 1 & 3)) << 4);
+}
 
 // kCount (1, 2 or 4) 8x8 matrices of 16-bit elements: lane 8 i + r gives the address of row r of
 // matrix i, every lane gets two neighbours of one row of each matrix (kTransposed: of one column).

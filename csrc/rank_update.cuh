@@ -1,42 +1,28 @@
-// W' = W + U diag(c) D for some dozens of layers in one launch; what c is, the kind of layer says.
-// Included by the .cu files that launch it.
+// W' = W + U diag(c) D for a group of layers in one launch; what c is, the kind of layer says. Here
+// by plain arithmetic, for float32 and GPUs without tensor cores. Included by .cu files only.
 #pragma once
 
-#include "fold.h"
-#include "launch.h"
-#include "types.cuh"
+#include "layer_group.cuh"
+#include "ptx.cuh"
+#include "rank_update_sm80.cuh"
 
 namespace fastlora {
 
-// A block computes a tile of W', a thread kTileThreadRows x kWidth of its elements.
-constexpr int kTileRows = 64, kTileColumns = 128, kTileThreadRows = 8;
+// A thread computes kTileThreadRows x kWidth elements of its block's tile.
+constexpr int kTileThreadRows = 8;
 constexpr int kTileThreads = kTileRows / kTileThreadRows * (kTileColumns / kWidth);
 constexpr int kTileRank = 16;  // components that are in shared memory at a time
 
-// Layers as one kernel parameter, of which there are 4 KB.
-template <class Layer>
-struct LayerGroup {
-  static constexpr int kCapacity = (4096 - 16) / (sizeof(Layer) + sizeof(int32_t)) - 1;
-  Layer layers[kCapacity];
-  int32_t first_tile[kCapacity + 1];
-  int32_t count;
-};
-
-__device__ __forceinline__ float coefficient(const FoldLayer& p, int64_t k) {
-  return static_cast<const float*>(p.gate)[k * p.gate_stride];
-}
-
 // Components with a zero coefficient are zeros, whatever U and D hold.
 template <class T, class Layer>
-__device__ __forceinline__ void load_down(const Layer& p, float c, int64_t k, int64_t column,
+__device__ __forceinline__ void load_down(const Layer& p, float c, int64_t k, int32_t column,
                                           float* to) {
   const int64_t at = k * p.down_stride[0] + column * p.down_stride[1];
-  const int64_t left = k < p.rank && c != 0.0f ? p.in - column : 0;
-  const int count = left < kWidth ? (left < 0 ? 0 : int(left)) : kWidth;
-  if (p.down_dtype == p.dtype)
-    load_strided(static_cast<const T*>(p.down) + at, p.down_stride[1], count, to);
-  else
+  const int count = k < p.rank && c != 0.0f ? elements_left(column, p.in) : 0;
+  if (p.down_wide)
     load_strided(static_cast<const float*>(p.down) + at, p.down_stride[1], count, to);
+  else
+    load_strided(static_cast<const T*>(p.down) + at, p.down_stride[1], count, to);
 }
 
 template <class T, class Layer>
@@ -44,40 +30,44 @@ __device__ __forceinline__ float load_factor(const Layer& p, int64_t row, int64_
   const float c = row < p.out && k < p.rank ? coefficient(p, k) : 0.0f;
   if (c == 0.0f) return 0.0f;
   const int64_t at = row * p.up_stride[0] + k * p.up_stride[1];
-  return c * (p.up_dtype == p.dtype ? widen(static_cast<const T*>(p.up)[at])
-                                    : static_cast<const float*>(p.up)[at]);
+  return c *
+         (p.up_wide ? static_cast<const float*>(p.up)[at] : widen(static_cast<const T*>(p.up)[at]));
 }
 
-template <class T, class Layer>
+template <class T, class Group>
 __global__ void __launch_bounds__(kTileThreads, 3)
-    rank_update_kernel(const __grid_constant__ LayerGroup<Layer> group) {
+    rank_update_kernel(const __grid_constant__ Group group) {
   FASTLORA_SHARED(down, float[kTileRank][kTileColumns]);
   FASTLORA_SHARED(factor, float[kTileRank][kTileRows + 4]);
 
-  int32_t i = 0;
-  while (i + 1 < group.count && group.first_tile[i + 1] <= int32_t(blockIdx.x)) ++i;
-  const Layer& p = group.layers[i];
-  const int32_t tile = int32_t(blockIdx.x) - group.first_tile[i];
-  const int32_t tiles_across = (p.in + kTileColumns - 1) / kTileColumns;
-  const int64_t first_row = int64_t(tile / tiles_across) * kTileRows;
-  const int64_t first_column = int64_t(tile % tiles_across) * kTileColumns;
-
+  const Tile tile = tile_of(group, int32_t(blockIdx.x));
+  const auto& p = group.layers[tile.layer];
   constexpr int kGroups = kTileColumns / kWidth;  // of columns, across the tile
   const int thread = int(threadIdx.x);
   const int my_row = thread / kGroups * kTileThreadRows, my_column = thread % kGroups * kWidth;
   float sum[kTileThreadRows][kWidth] = {};
+
+  // W will be read after the arithmetic: by then it is half way here.
+  const auto* weight = static_cast<const T*>(p.weight);
+  constexpr int kLine = 128 / int(sizeof(T));
+  for (int e = thread; e < kTileRows * kTileColumns / kLine; e += kTileThreads) {
+    const int32_t row = tile.row + e / (kTileColumns / kLine);
+    const int32_t column = tile.column + e % (kTileColumns / kLine) * kLine;
+    if (row < p.out && column < p.in)
+      prefetch(weight + int64_t(row) * p.weight_stride[0] + int64_t(column) * p.weight_stride[1]);
+  }
 
   for (int32_t k0 = 0; k0 < p.rank; k0 += kTileRank) {
     __syncthreads();  // the last components are no longer read
     for (int g = thread; g < kTileRank * kGroups; g += kTileThreads) {
       const int64_t k = k0 + g / kGroups;
       float* to = &down[g / kGroups][g % kGroups * kWidth];
-      load_down<T>(p, k < p.rank ? coefficient(p, k) : 0.0f, k, first_column + g % kGroups * kWidth,
+      load_down<T>(p, k < p.rank ? coefficient(p, k) : 0.0f, k, tile.column + g % kGroups * kWidth,
                    to);
     }
     for (int e = thread; e < kTileRank * kTileRows; e += kTileThreads)
       factor[e % kTileRank][e / kTileRank] =
-          load_factor<T>(p, first_row + e / kTileRank, k0 + e % kTileRank);
+          load_factor<T>(p, tile.row + e / kTileRank, k0 + e % kTileRank);
     __syncthreads();
 #pragma unroll
     for (int k = 0; k < kTileRank; ++k) {
@@ -97,58 +87,47 @@ __global__ void __launch_bounds__(kTileThreads, 3)
     }
   }
 
-  const int64_t column = first_column + my_column;
+  const int32_t column = tile.column + my_column;
   if (column >= p.in) return;
-  const int count = p.in - column < kWidth ? int(p.in - column) : kWidth;
+  const int count = elements_left(column, p.in);
 #pragma unroll
   for (int m = 0; m < kTileThreadRows; ++m) {
-    const int64_t row = first_row + my_row + m;
+    const int32_t row = tile.row + my_row + m;
     if (row >= p.out) return;
     float w[kWidth];
-    load_strided(
-        static_cast<const T*>(p.weight) + row * p.weight_stride[0] + column * p.weight_stride[1],
-        p.weight_stride[1], count, w);
+    load_strided(weight + int64_t(row) * p.weight_stride[0] + int64_t(column) * p.weight_stride[1],
+                 p.weight_stride[1], count, w);
 #pragma unroll
     for (int j = 0; j < kWidth; ++j)
       if (sum[m][j] != 0.0f) w[j] += sum[m][j];  // without a sum even -0 keeps its sign
-    store_strided(
-        static_cast<T*>(p.result) + row * p.result_stride[0] + column * p.result_stride[1],
-        p.result_stride[1], count, w);
+    store_strided(static_cast<T*>(p.result) + int64_t(row) * p.result_stride[0] +
+                      int64_t(column) * p.result_stride[1],
+                  p.result_stride[1], count, w);
   }
 }
 
-// Launches for layers of one dtype, a group at a time.
+// Layers of one dtype: one launch for as many as its parameters hold.
+template <class T, class Layer>
+void launch_rank_update(const std::vector<Layer>& layers, void* stream) {
+  for_each_group(layers, [&](const auto& group, dim3 tiles) {
+    using Group = std::decay_t<decltype(group)>;
+    if constexpr (sizeof(T) == 2) {
+      const auto kernel = rank_update_sm80_kernel<T, Group>;
+      if (has_tensor_cores(kernel))
+        return launch("rank_update_sm80", kernel, tiles, dim3(kTensorThreads), 0, stream, group);
+    }
+    launch("rank_update", rank_update_kernel<T, Group>, tiles, dim3(kTileThreads), 0, stream,
+           group);
+  });
+}
+
 template <class Layer>
-class RankUpdate {
- public:
-  RankUpdate(DType dtype, void* stream) : dtype_(dtype), stream_(stream) {}
-
-  void add(const Layer& p) {
-    const int64_t tiles = ((int64_t(p.out) + kTileRows - 1) / kTileRows) *
-                          ((int64_t(p.in) + kTileColumns - 1) / kTileColumns);
-    if (tiles == 0) return;
-    if (group_.count == group_.kCapacity || tiles > INT32_MAX - tiles_) finish();
-    if (tiles > INT32_MAX) throw std::invalid_argument("fold: a layer is too large for one launch");
-    group_.layers[group_.count] = p;
-    group_.first_tile[group_.count++] = int32_t(tiles_);
-    tiles_ += tiles;
+void launch_rank_update(const std::vector<Layer>& layers, DType dtype, void* stream) {
+  switch (dtype) {
+    case DType::kFloat16: return launch_rank_update<__half>(layers, stream);
+    case DType::kBFloat16: return launch_rank_update<__nv_bfloat16>(layers, stream);
+    default: return launch_rank_update<float>(layers, stream);
   }
-
-  void finish() {
-    if (group_.count == 0) return;
-    const auto kernel = dtype_ == DType::kFloat16    ? rank_update_kernel<__half, Layer>
-                        : dtype_ == DType::kBFloat16 ? rank_update_kernel<__nv_bfloat16, Layer>
-                                                     : rank_update_kernel<float, Layer>;
-    launch("rank_update", kernel, dim3(unsigned(tiles_)), dim3(kTileThreads), 0, stream_, group_);
-    group_.count = 0;
-    tiles_ = 0;
-  }
-
- private:
-  const DType dtype_;
-  void* const stream_;
-  LayerGroup<Layer> group_{};
-  int64_t tiles_ = 0;
-};
+}
 
 }  // namespace fastlora

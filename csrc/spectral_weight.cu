@@ -5,7 +5,16 @@
 
 namespace fastlora {
 
-__device__ __forceinline__ float coefficient(const SpectralLayer& p, int64_t k) {
+struct DeviceSpectral : DeviceLayer {
+  const void *s, *strength;
+  int64_t s_stride;
+
+  DeviceSpectral() = default;
+  explicit DeviceSpectral(const SpectralLayer& p)
+      : DeviceLayer(p), s(p.s), strength(p.strength), s_stride(p.s_stride) {}
+};
+
+__device__ __forceinline__ float coefficient(const DeviceSpectral& p, int64_t k) {
   const float shift = static_cast<const float*>(p.gate)[k * p.gate_stride];
   const float s = static_cast<const float*>(p.s)[k * p.s_stride];
   return spectral_coefficient(s, *static_cast<const float*>(p.strength) * shift);
@@ -45,9 +54,7 @@ __global__ void __launch_bounds__(kDotColumns* kDotRows) spectral_dots_kernel(Do
 
 void launch_spectral_weight(const SpectralLayer& layer, int device, void* stream) {
   const DeviceGuard guard(device);
-  RankUpdate<SpectralLayer> update(layer.dtype, stream);
-  update.add(layer);
-  update.finish();
+  launch_rank_update(std::vector<DeviceSpectral>{DeviceSpectral(layer)}, layer.dtype, stream);
 }
 
 void launch_spectral_dots(const SpectralDots& v, void* stream) {

@@ -97,6 +97,39 @@ __device__ __forceinline__ void store_strided(T* to, int64_t stride, int count, 
     if (i < count) narrow(from[i], writable(to + i * stride, 1, alignof(T), here));
 }
 
-inline bool aligned16(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+// Eight 16-bit elements as they lie in memory, zeros beyond `count`.
+template <class T>
+__device__ __forceinline__ Packet<T> load_packet(const T* from, int64_t stride, int count,
+                                                 Here here = Here::current()) {
+  static_assert(sizeof(T) == 2, "eight of them are a packet");
+  Packet<T> packet;
+  if (stride == 1 && count >= kWidth && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+    packet.bits = *reinterpret_cast<const uint4*>(readable(from, kWidth, 16, here));
+    return packet;
+  }
+  packet.bits = make_uint4(0, 0, 0, 0);
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i)
+    if (i < count) packet.elements[i] = *readable(from + i * stride, 1, alignof(T), here);
+  return packet;
+}
+
+// The way back, for what nobody reads soon: past the caches where whole packets fit.
+template <class T>
+__device__ __forceinline__ void store_packet(T* to, int64_t stride, int count,
+                                             const Packet<T>& packet, Here here = Here::current()) {
+  if (stride == 1 && count >= kWidth && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+    writable(to, kWidth, 16, here);
+    __stcs(reinterpret_cast<uint4*>(to), packet.bits);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i)
+    if (i < count) *writable(to + i * stride, 1, alignof(T), here) = packet.elements[i];
+}
+
+__host__ __device__ __forceinline__ bool aligned16(const void* data) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0;
+}
 
 }  // namespace fastlora

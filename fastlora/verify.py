@@ -76,7 +76,7 @@ def verify(model: nn.Module, *inputs: Any, **keywords: Any) -> VerifyReport:
     Costs memory for one float64 copy of the model. Raises AdapterError if there are no adapters.
     """
     layers = adapted_layers(model)
-    if not layers:
+    if not any(len(layer.fastlora) for layer in layers.values()):
         raise AdapterError("verify: the model has no adapters")
     training = {m: m.training for m in model.modules()}
     model.eval()  # dropout has no reference
@@ -101,7 +101,7 @@ def verify(model: nn.Module, *inputs: Any, **keywords: Any) -> VerifyReport:
 
 
 def layer_row(path: str, layer: Adapted, seen: tuple[Tensor, Tensor] | None) -> VerifyRow:
-    kinds = "+".join(dict.fromkeys(slot.kind for slot in layer.fastlora.values()))
+    kinds = "+".join(dict.fromkeys(slot.kind for slot in layer.fastlora.values())) or "reserve"
     if seen is None:
         note = "was not called: something reads its weight directly"
         return VerifyRow(path, kinds, float("nan"), float("nan"), 0.0, False, note)

@@ -95,14 +95,37 @@ def test_ptx_compiles_for_both_sides(nvcc, tmp_path):
         assert done.returncode == 0, done.stderr
 
 
-def test_products_use_the_planned_instructions(nvcc, tmp_path):
-    """Tensor cores, matrix loads, asynchronous copies of 16 bytes, and the wait of sm_90."""
-    source, to = ROOT / "csrc" / "lora_linear.cu", tmp_path / "kernels.ptx"
-    command = [nvcc, "-ptx", source, "-o", to, "-std=c++17", "-O3", "--expt-relaxed-constexpr"]
-    done = subprocess.run([str(c) for c in [*command, "-arch=sm_90a"]], capture_output=True)
+def ptx_of(nvcc: str, source: str, kernel: str, folder: Path) -> list[str]:
+    """The instructions of every instantiation of a kernel."""
+    to = folder / "kernels.ptx"
+    command = [nvcc, "-ptx", ROOT / "csrc" / source, "-o", to, "-std=c++17", "-O3"]
+    command += ["--expt-relaxed-constexpr", "-arch=sm_90a"]
+    done = subprocess.run([str(c) for c in command], capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     entries = re.split(r"\n\.visible \.entry |\n\.entry |\n\.weak \.entry ", to.read_text())[1:]
-    products = [e for e in entries if "gemm_kernel" in e.partition("(")[0]]
+    return [entry for entry in entries if kernel in entry.partition("(")[0]]
+
+
+def test_folds_use_the_planned_instructions(nvcc, tmp_path):
+    """Tensor cores and matrix loads; W by asynchronous copies, W' past the caches."""
+    kernels = ptx_of(nvcc, "fold.cu", "rank_update_sm80_kernel", tmp_path)
+    assert len(kernels) == 4  # two dtypes, few layers and many
+    for entry in kernels:
+        assert re.search(r"\.param .* \.b8 \S+\[(40|327)\d\d\]", entry)  # bytes of parameters
+        for instruction in (
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
+            "ldmatrix.sync.aligned.m8n8.x4.shared.b16",
+            "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16",
+            "cp.async.cg.shared.global",
+            "cvt.rn.bf16x2.f32",
+            "st.global.cs.v4.u32",
+        ):
+            assert instruction in entry, instruction
+
+
+def test_products_use_the_planned_instructions(nvcc, tmp_path):
+    """Tensor cores, matrix loads, asynchronous copies of 16 bytes, and the wait of sm_90."""
+    products = ptx_of(nvcc, "lora_linear.cu", "gemm_kernel", tmp_path)
     assert len(products) == 14  # seven shapes, two dtypes
     for entry in products:
         name = entry.partition("(")[0]
@@ -114,5 +137,6 @@ def test_products_use_the_planned_instructions(nvcc, tmp_path):
             f"cp.async.wait_group {stages - 2};",
             "griddepcontrol.wait",
             "griddepcontrol.launch_dependents",
+            "prefetch.global.L2",  # y that is added to
         ):
             assert instruction in entry, instruction

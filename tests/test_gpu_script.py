@@ -1,4 +1,4 @@
-"""`make gpu` as far as it goes without a GPU: collection, figures, reports."""
+"""`make gpu` as far as it goes without a GPU: collection, going on after a stop, reports."""
 
 import json
 import os
@@ -11,46 +11,6 @@ import pytest
 from tools import gpu
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def item(group: str, contender: str, seconds: float, **extra: object) -> dict:
-    stats = {"median": seconds, "min": seconds}
-    return {
-        "group": group,
-        "params": {"contender": contender},
-        "stats": stats,
-        "extra_info": {"bytes": None, "operations": None, **extra},
-    }
-
-
-def test_floors_are_the_longer_of_bytes_and_operations():
-    ceilings = {"bytes": 4e12, "bfloat16": 8e14, "float32": 5e13}
-    report = {
-        "benchmarks": [
-            item(
-                "a bfloat16", "fastlora", 1e-3, bytes=8_000_000, operations=800_000_000, eager=9.0
-            ),
-            item("a", "fastlora", 1e-3, bytes=4_000_000, operations=1_000_000_000),
-            item("b", "fastlora", 1e-3),
-        ]
-    }
-    rows = gpu.figures(report, ceilings)
-    assert [row["floor"] for row in rows] == pytest.approx([2.0, 20.0, None])
-    assert rows[0]["eager"] == 9.0 and rows[0]["host_clock"] == pytest.approx(1000)
-    assert [row["floor"] for row in gpu.figures(report, {})] == [None] * 3
-
-
-def test_table_compares_captured_times_and_says_where_it_cannot():
-    report = {
-        "benchmarks": [
-            item("step", "fastlora", 1.0, eager=8.0, captured=3.0, warm=2.0),
-            item("step", "addmm", 1.0, eager=20.0, captured=6.0, warm=5.0),
-            item("step", "diffusers", 1.0, eager=160.0, captured=None, why="synchronises"),
-        ]
-    }
-    lines = gpu.table(gpu.figures(report, {})).splitlines()
-    assert "| addmm | 6.00 | 5.00 | 20.0 | 1000000.0 |  | 0.50 |" in lines
-    assert "| diffusers |  |  | 160.0 | 1000000.0 |  | 0.05 (eager) |" in lines
 
 
 def test_counts_of_a_run(tmp_path):
@@ -71,17 +31,63 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_whole_way_without_a_gpu(tmp_path):
-    done = run("--no-gpu", "--no-build", "--only", "tiny_call", "--results", tmp_path)
+    arguments = ("--no-gpu", "--no-build", "--only", "tiny_call", "--results", tmp_path)
+    done = run(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = tmp_path.glob("*.json")
     found = json.loads(path.read_text())
     assert path.name.startswith("no-gpu-") and found["machine"]["gpu"] == "none"
     assert found["machine"]["versions"]["torch"] and found["commit"]
-    contenders = {row["contender"] for row in found["figures"]}
-    assert {"linear", "fastlora"} <= contenders
+    (items,) = found["benchmarks"].values()
+    assert {"nn.Linear", "fastlora"} <= {item["params"]["contender"] for item in items}
     page = path.with_suffix(".md").read_text()
-    assert "No speed of a GPU" in page and "tiny call 8x8" in page
+    assert "No speed of a GPU" in page and "tiny call 8x8" in page and "needs a GPU" in page
     assert page.strip() in done.stdout
+    again = run(*arguments)
+    assert again.returncode == 0 and again.stdout.count("done before") == 2
+    assert json.loads(path.read_text())["benchmarks"] == found["benchmarks"]
+
+
+def script(tmp_path: Path, *arguments: str) -> gpu.Run:
+    made = gpu.Run(gpu.parsed(["--results", str(tmp_path), *arguments]))
+    about = {"gpu": "Some GPU", "python": "3", "versions": {}}
+    made.found |= {"machine": about, "date": "2000-01-01", "commit": "c", "sources": "s"}
+    return made
+
+
+def test_another_call_goes_on_where_time_ran_out(tmp_path):
+    first = script(tmp_path)
+    assert first.due("tests") and first.step("tests", [sys.executable, "-c", ""])
+    assert first.due("breaks")
+    assert not first.step("breaks", [sys.executable, "-c", "raise SystemExit(1)"])
+    first.options.minutes = 0.0
+    assert not first.due("fold") and first.waiting == ["fold"]
+    page = gpu.write(first).with_suffix(".md").read_text()
+    assert "- tests: ok" in page and "- fold: not yet, for want of time" in page
+
+    second = script(tmp_path)
+    gpu.resume(second)
+    assert not second.due("tests") and second.due("breaks") and second.due("fold")
+    assert script(tmp_path).due("tests")  # nobody has looked for earlier results
+    again = script(tmp_path, "--again")
+    gpu.resume(again)
+    assert again.due("tests")
+    other = script(tmp_path)
+    other.found["sources"] = "other"
+    gpu.resume(other)
+    assert other.due("tests")
+
+
+def test_every_suite_is_a_step():
+    suites = {path.name for path in (ROOT / "bench").glob("bench_*.py")}
+    named = {Path(a).name for step in gpu.BENCHMARKS.values() for a in step if a.endswith(".py")}
+    assert named == suites
+
+
+def test_unknown_stages_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        gpu.parsed(["--stages", "build,paint"])
+    assert "paint" in capsys.readouterr().err
 
 
 def test_what_fails_is_kept(capsys):

@@ -1,6 +1,7 @@
 // fastlora._emulator: the entries of fastlora._C that launch kernels, on tensors in the CPU's
 // memory. Which argument has which Role is said here and nowhere else.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "../add_noise.h"
 #include "../fold.h"
@@ -51,6 +52,9 @@ PYBIND11_MODULE(_emulator, m) {
   using namespace fastlora::emulator;
   m.def("set_exchange_api", &set_exchange_api);
   m.def("configure", &configure);
+  m.def("launches", &launches);
+  m.def("capability", &capability);
+  m.def("set_capability", &set_capability);
   pybind11::register_exception<Fault>(m, "KernelFault", PyExc_RuntimeError);
 
   m.def("lora_linear", [](TensorView y, TensorView x, TensorView weight, TensorView bias,
@@ -69,7 +73,7 @@ PYBIND11_MODULE(_emulator, m) {
         [&] { fastlora::lora_linear(y, x, weight, bias, down, up, gate, row_scale, h, form); });
   });
   m.def("lora_add_", [](TensorView y, TensorView x, TensorView down, TensorView up, TensorView gate,
-                        TensorView h) {
+                        TensorView h, int64_t form) {
     run("lora_add_",
         {{"y", y, kInOut},
          {"x", x, kIn},
@@ -77,7 +81,7 @@ PYBIND11_MODULE(_emulator, m) {
          {"up", up, kIn},
          {"gate", gate, kIn},
          {"h", h, kScratch}},
-        [&] { fastlora::lora_add_(y, x, down, up, gate, h); });
+        [&] { fastlora::lora_add_(y, x, down, up, gate, h, form); });
   });
   m.def("fold", [](TensorViews weights, TensorViews downs, TensorViews ups, TensorViews gates,
                    TensorViews outs) {

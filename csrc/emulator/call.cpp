@@ -59,7 +59,13 @@ Call& current_call() {
 
 namespace {
 std::map<const void*, size_t> g_allowed;
-}
+std::vector<std::string> g_launches;
+int g_capability = 90;
+}  // namespace
+
+const std::vector<std::string>& launches() { return g_launches; }
+int capability() { return g_capability; }
+void set_capability(int value) { g_capability = value; }
 
 void allow_shared_memory(const void* kernel, size_t bytes) { g_allowed[kernel] = bytes; }
 
@@ -189,6 +195,7 @@ void Call::run(const std::function<void()>& entry) {
     throw;
   }
   restore();
+  g_launches = kernels_;
   for (Span& s : spans_)
     for (size_t i = 0; i < s.bytes; ++i)
       if (s.mine[i]) s.begin[i] = s.result[i];
@@ -236,7 +243,7 @@ void Call::launch(Launch& l, bool dependent) {
                       unsigned(b / l.grid.x / l.grid.y)};
     block().run(l, index, *run_, random());
   }
-  kernels_ += (kernels_.empty() ? "" : ", ") + std::string(l.name);
+  kernels_.push_back(l.name);
 }
 
 // Red zones, inputs and the gaps between elements are as they were.
@@ -276,11 +283,13 @@ void Call::differ(const Run& run, size_t span, size_t byte) {
     const std::string element = byte < offset ? "" : subscript(*a.view, byte - offset, a.element);
     if (!element.empty()) place = a.name + element;
   }
+  std::string kernels;
+  for (const std::string& name : kernels_) kernels += (kernels.empty() ? "" : ", ") + name;
   throw Fault(
       "emulator: " + op_ + ": " + place + " depends on how it is executed: other bits under " +
       describe(run) + " than under " + describe(runs_[0]) +
       ". Unwritten memory is read or kept, threads race, or a barrier is missing. Kernels: " +
-      kernels_);
+      kernels);
 }
 
 }  // namespace fastlora::emulator

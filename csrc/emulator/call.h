@@ -64,12 +64,19 @@ class Call {
   std::vector<Argument> arguments_;
   std::vector<Span> spans_;
   std::vector<std::vector<char>> before_;  // of the last kernel, for a dependent one after it
-  std::string kernels_;                    // launched in this run, in order
+  std::vector<std::string> kernels_;       // launched in this run, in order
   const Run* run_ = nullptr;
   uint64_t launches_ = 0;
 };
 
 Call& current_call();
+
+// The names of the kernels that the last call launched, in order.
+const std::vector<std::string>& launches();
+
+// The compute capability of the emulated GPU, 90 for 9.0.
+int capability();
+void set_capability(int value);
 
 // More than 48 KB of dynamic shared memory has to be allowed for a kernel before its launch.
 void allow_shared_memory(const void* kernel, size_t bytes);

@@ -17,6 +17,14 @@ class DeviceGuard {
 };
 
 template <class Kernel>
+bool has_tensor_cores(Kernel*) {
+  return emulator::capability() >= 80;
+}
+
+constexpr size_t kParameterBytes = 4096, kLargeParameterBytes = 32760;
+inline bool takes_large_parameters() { return true; }
+
+template <class Kernel>
 void allow_shared_memory(Kernel* kernel, int bytes) {
   emulator::allow_shared_memory(reinterpret_cast<const void*>(kernel), size_t(bytes));
 }

@@ -21,20 +21,27 @@ inline unsigned ballot(unsigned mask, bool vote, const char* kind, Here here) {
   return result;
 }
 
-// Every lane gets the value of lane `from(its own number)`, which must be in the mask.
+// A lane gets the value of lane `from(its own number)`, which must be in the mask. Every lane asks
+// for itself: its arguments may be others than its neighbours'.
 template <class T, class From>
 T shuffle(unsigned mask, T value, From from, const char* kind, Here here) {
+  struct Question {
+    T value;
+    unsigned source;
+  };
   T result{};
+  const Question mine{value, unsigned(from(int(block().current().lane()))) % kWarp};
   const std::string name = std::string(kind) + " of " + std::to_string(sizeof(T)) + " bytes";
-  block().collective(mask, name, here, &value, &result, [=](const Arrival* lanes) {
+  block().collective(mask, name, here, &mine, &result, [=](const Arrival* lanes) {
+    auto question = [&](unsigned lane) { return static_cast<const Question*>(lanes[lane].in); };
     for (unsigned i = 0; i < kWarp; ++i) {
       if (lanes[i].in == nullptr) continue;
-      const unsigned source = unsigned(from(int(i))) % kWarp;
+      const unsigned source = question(i)->source;
       if (lanes[source].in == nullptr)
         fail(name + " reads from lane " + std::to_string(source) +
                  ", which has ended, does not exist or is not in the mask",
              here);
-      *static_cast<T*>(lanes[i].out) = *static_cast<const T*>(lanes[source].in);
+      *static_cast<T*>(lanes[i].out) = question(source)->value;
     }
   });
   return result;

@@ -13,12 +13,15 @@ from fastlora.adapters.folding import fold, unfold
 from fastlora.adapters.inject import inject, remove
 from fastlora.adapters.io import load, save
 from fastlora.adapters.lookup import adapted_layers
+from fastlora.adapters.phases import phases
+from fastlora.adapters.reserve import ReserveInfo, reserve
 from fastlora.adapters.specs import AdapterError, AdapterInfo, LoRA, Spectral
 
 __all__ = [
     "AdapterError",
     "AdapterInfo",
     "LoRA",
+    "ReserveInfo",
     "Spectral",
     "adapted_layers",
     "adapters",
@@ -28,7 +31,9 @@ __all__ = [
     "inject",
     "load",
     "parameters",
+    "phases",
     "remove",
+    "reserve",
     "save",
     "scaled",
     "set_scale",

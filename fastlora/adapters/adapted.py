@@ -13,38 +13,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastlora.adapters.arena import Arena
 from fastlora.adapters.folded_weight import fold_layers
-from fastlora.adapters.slots import LoRASlot, SpectralSlot
+from fastlora.adapters.slots import LoRASlot, SpectralSlot, in_place
 from fastlora.adapters.specs import AdapterError
+from fastlora.adapters.state import LayerState, in_graph
 from fastlora.adapters.tensors import full_precision, memory, same_values
 from fastlora.ops import ContractError, spectral_weight
-
-
-class LayerState:
-    """What an adapted layer caches; rebuilt when the arena's epoch moves on."""
-
-    __slots__ = ("arena", "path", "offset", "merged", "stale", "epoch", "fast", "active", "cache")
-
-    def __init__(self, arena: Arena, path: str) -> None:
-        self.arena, self.path = arena, path
-        self.offset = 0
-        self.merged = False  # the folded weight is in use
-        self.stale = False  # and has to be written again first
-        self.forget()
-
-    def forget(self) -> None:
-        self.epoch = -1
-        self.fast: Any = None  # (parameters of the only slot, gate): the shortest way through
-        self.active: tuple[tuple[str, Any], ...] = ()
-        self.cache: dict[str, tuple[list[Tensor], Any]] = {}  # (made from, made)
-
-    def __getstate__(self) -> Any:
-        return self.arena, self.path, self.offset, self.merged, self.stale
-
-    def __setstate__(self, state: Any) -> None:
-        self.arena, self.path, self.offset, self.merged, self.stale = state
-        self.forget()
 
 
 class Adapted(nn.Module):
@@ -91,19 +65,20 @@ class Adapted(nn.Module):
         if self._state.merged:
             return self.with_weight(input, self.folded(), self.bias_or_none())
         active = self.active()
-        if not active:
+        slots = self.low_rank_slots(active)
+        if not active and not slots:
             return self.base(input)
         weight = self.spectral(active)
-        slots = self.low_rank_slots(active)
         if slots:
             return self.explaining(input, self.low_rank, input, weight, slots)
         assert weight is not None
         return self.with_weight(input, weight, self.bias_or_none())
 
     def active(self) -> tuple[tuple[str, Any], ...]:
-        """The slots to compute; in a compiled graph all of them, some with gates of zero."""
-        if torch.compiler.is_compiling():
-            return tuple(self.fastlora.items())
+        """The slots to compute; in a graph all of them, some with gates of zero, but for those in
+        the reserve where it is computed as one: they may come and go."""
+        if in_graph():
+            return self._state.outside if self.packs() else tuple(self.fastlora.items())
         self.refresh()
         return self._state.active
 
@@ -122,6 +97,13 @@ class Adapted(nn.Module):
             (name, slot) for name, slot in self.fastlora.items() if not state.arena.off(name)
         )
         state.cache = {}
+        slots = self.fastlora
+        ends = [
+            slots.reserved_rows[name] + slot.width
+            for name, slot in state.active
+            if name in slots.reserved_rows
+        ]
+        state.packed = slots.packed(max(ends)) if ends else None
         state.fast = self.shortcut()
         state.epoch = epoch  # last: another thread may be looking
 
@@ -158,23 +140,50 @@ class Adapted(nn.Module):
         return self._parameters.get("bias")
 
     def anchor(self) -> Tensor:
-        """A parameter of the adapters: all have its device, and are float64 if it is."""
+        """A tensor of the adapters: all have its device, and are float64 if it is."""
+        if self.fastlora.reserved_down is not None:
+            return self.fastlora.reserved_down
         slot = next(iter(self.fastlora._modules.values()))
         return next(iter(slot._parameters.values()))
 
     # --- gates ------------------------------------------------------------------------------------
 
-    def low_rank_slots(self, active: Any) -> list[tuple[LoRASlot, Tensor]]:
-        return [(s, self.gate(name)) for name, s in active if isinstance(s, LoRASlot)]
+    def packs(self) -> bool:
+        """Whether the adapters in the reserve are computed as one. With gradients they are not:
+        the buffers are nobody's parameters; dropout is for each adapter's own input; and who
+        exchanges parameters or their memory for a while is served from there."""
+        slots = self.fastlora
+        if slots.reserved_down is None or torch.is_grad_enabled():
+            return False
+        if self.training and slots.drops:
+            return False
+        return torch.compiler.is_compiling() or in_place(slots.pins)
+
+    def low_rank_slots(self, active: Any) -> list[tuple[Any, Tensor]]:
+        """The low-rank parts to compute, LoRASlots or Packed ones, with their gates."""
+        if not self.packs():
+            return [(s, self.gate(name)) for name, s in active if isinstance(s, LoRASlot)]
+        state = self._state
+        packed = state.packed
+        if in_graph():
+            packed = self.fastlora.packed(self.fastlora.capacity)
+        slots: list[tuple[Any, Tensor]] = [
+            (s, self.gate(name))
+            for name, s in state.outside
+            if isinstance(s, LoRASlot) and (in_graph() or not state.arena.off(name))
+        ]
+        if packed is not None:
+            slots.insert(0, (packed, self.gates(state.offset, packed.width, state.rows)))
+        return slots
 
     def gate(self, name: str) -> Tensor:
         """The gates of one slot: `[width]`, or `[batch, width]` where its scale is per sample."""
-        state, offset = self._state, self._state.offset
-        for other, slot in self.fastlora.items():
-            if other == name:
-                return self.gates(offset, slot.width, name in state.arena.per_sample)
-            offset += slot.width
-        raise AdapterError(f"{state.path}: no adapter named {name!r}; it has {list(self.fastlora)}")
+        state = self._state
+        if name not in state.offsets:
+            known = list(self.fastlora)
+            raise AdapterError(f"{state.path}: no adapter named {name!r}; it has {known}")
+        per_sample = name in state.arena.per_sample
+        return self.gates(state.offsets[name], self.fastlora[name].width, per_sample)
 
     def gates(self, offset: int, width: int, per_sample: bool) -> Tensor:
         """Gates of this layer out of the arena, float32, float64 beside float64.
@@ -228,17 +237,25 @@ class Adapted(nn.Module):
     def cached(self, name: str, small: list[Tensor], make: Callable[[], Any]) -> Any:
         """`make()`, kept while the weight and the tensors in `small` have the values that they had.
 
-        Values, not versions: a write through `.data`, as many averages of weights are copied,
-        leaves no trace in a version. It costs a copy of the weight, and a read of both at every
-        call; only on the CPU, for layers with DoRA or spectral shifts that are not folded. On an
-        accelerator a comparison would wait for the device (and a captured graph would never look
-        again), so there nothing is kept; nor under functorch, and for weights made in inference
-        mode.
+        What does not train is taken at its word: while its address and version stay, so do its
+        values. Of what does, values are compared: a write through `.data`, as averages of weights
+        are copied, leaves no trace in a version. That costs a copy of the weight, and a read of
+        both at every call; only on the CPU, for layers with DoRA or spectral shifts that are not
+        folded. On an accelerator a comparison would wait for the device, so there nothing is kept
+        while something trains; nor in a graph, which would never look again, under functorch, and
+        for weights made in inference mode.
         """
         weight = self.weight
-        if weight.device.type != "cpu" or memory(weight) is None:
-            return make()
         sources, found = [weight, *small], self._state.cache.get(name)
+        places = [memory(t) for t in sources]
+        if None in places or in_graph():
+            return make()
+        if not any(t.requires_grad for t in sources):
+            if found is None or found[0] != places:
+                self._state.cache[name] = found = (places, make())
+            return found[1]
+        if weight.device.type != "cpu":
+            return make()
         if found is not None and len(found[0]) == len(sources):
             if all(map(same_values, found[0], sources)):
                 return found[1]

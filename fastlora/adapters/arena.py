@@ -1,6 +1,7 @@
 """The gates of all adapters of a model in one flat float32 buffer: strength is data, not code."""
 
 import copy
+import math
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -11,16 +12,21 @@ from torch import Tensor
 from fastlora.adapters.specs import AdapterError, fits_float32
 
 Scale = float | Tensor
+PIECE = (1 << 15) - 1  # entries that torch writes without waking its threads, which takes longer
 
 
 class Arena:
     """Scales by adapter name, and the gate values `scale · α/r` of every layer's every rank.
 
-    A layer owns the entries `[offset, offset + width)`: those of its adapters one after another.
-    The values have shape `[total]`, or `[batch, total]` once a scale is a tensor with one strength
-    per sample. They are written in place, so their addresses stay as long as layout and batch do;
-    `epoch` rises whenever something that a layer may have cached changes.
+    A layer owns the entries `[offset, offset + width)`: those of its reserve, where adapters have
+    theirs and the rest is zero, then those of its other adapters one after another. The values have
+    shape `[total]`, or `[batch, total]` once a scale is a tensor with one strength per sample. They
+    are written in place, so their addresses stay as long as total and batch do, and those of
+    reserves come first; `epoch` rises whenever something that a layer may have cached changes.
+    Writing a number waits for no device.
     """
+
+    generation = 0  # how often any arena has been laid out: what a walk over a model found is valid
 
     def __init__(self) -> None:
         self.scales: dict[str, Scale] = {}
@@ -29,12 +35,19 @@ class Arena:
         self.copies = 1  # how often the batch is repeated (classifier-free guidance)
         self.per_sample: tuple[str, ...] = ()  # adapters that are on and whose scale is a tensor
         self.froze: set[str] = set()  # adapters whose injection asked for a frozen base
+        self.reserve_froze = False  # so did a reserve, which is there
         self.learned = False  # some scale requires a gradient
+        self.folded = False  # some layer may be
         self._layers: dict[int, weakref.ref[Any]] = {}
-        self._ratios = torch.empty(0)  # α/r per entry
+        self._total = 0  # entries
+        self._block = 1  # so many neighbours of each have its value: the gcd of all widths
+        self._ratios = torch.empty(0)  # α/r per block
         self._largest: dict[str, float] = {}  # the largest |α/r| of each adapter
-        self._owners = torch.empty(0, dtype=torch.long)  # per entry, which of `scales` is its
+        # Per block, which of `scales` is its; their number where it is nobody's.
+        self._owners = torch.empty(0, dtype=torch.long)
+        self._index: dict[torch.device, tuple[Tensor, Tensor]] = {}  # owners and ratios there
         self._values: dict[torch.device, Tensor] = {}
+        self._writers: dict[torch.device, Any] = {}  # (values, a value per block, pieces of both)
 
     # --- layout ---------------------------------------------------------------------------------
 
@@ -49,34 +62,56 @@ class Arena:
     def join(self, layer: Any) -> None:
         """Takes in a layer; `layout` gives it its entries."""
         self._layers[id(layer)] = weakref.ref(layer)
+        self.folded |= layer._state.merged
 
     @torch.inference_mode(False)
     def layout(self) -> None:
         """Gives every layer its entries. Adapters without a layer are forgotten."""
-        ratios: list[float] = []
-        owners: list[str] = []
-        layers = self.layers()
-        self._largest = {}
+        layers = sorted(self.layers(), key=lambda layer: not layer.fastlora.capacity)
         self._layers = {id(layer): weakref.ref(layer) for layer in layers}
+        self._largest = {}
+        spans: list[tuple[int, int, str, float]] = []  # (first entry, width, name, ratio)
+        before, total = self._total, 0
         for layer in layers:
-            layer._state.offset = len(owners)
-            layer._state.forget()
-            for name, slot in layer.fastlora.items():
-                owners += [name] * slot.width
-                ratios += [slot.ratio] * slot.width
+            holder, state = layer.fastlora, layer._state
+            state.forget()
+            state.offset, state.offsets, state.outside = total, {}, holder.outside()
+            total += holder.capacity
+            for name, slot in holder.items():
+                inside = name in holder.reserved_rows
+                at = state.offset + holder.reserved_rows[name] if inside else total
+                total += 0 if inside else slot.width
+                spans.append((at, slot.width, name, slot.ratio))
+                state.offsets[name] = at
                 self._largest[name] = max(self._largest.get(name, 0.0), abs(slot.ratio))
-        for name in dict.fromkeys(owners):
+        names = list(dict.fromkeys(name for _, _, name, _ in spans))
+        for name in names:
             self.scales.setdefault(name, 1.0)
             self.enabled.setdefault(name, True)
-        for name in set(self.scales) - set(owners):
+        for name in set(self.scales) - set(names):
             del self.scales[name], self.enabled[name]
-        self.froze &= set(owners)
+        self.froze &= set(names)
+        self.reserve_froze &= any(layer.fastlora.capacity for layer in layers)
         order = {name: i for i, name in enumerate(self.scales)}
-        self._owners = torch.tensor([order[name] for name in owners], dtype=torch.long)
+        edges = (edge for at, width, _, _ in spans for edge in (at, width))
+        self._total, self._block = total, math.gcd(total, *edges) or 1
+        block = self._block
+        owners, ratios = [len(order)] * (total // block), [0.0] * (total // block)
+        for at, width, name, ratio in spans:
+            first, end = at // block, (at + width) // block
+            owners[first:end] = [order[name]] * (end - first)
+            ratios[first:end] = [ratio] * (end - first)
+        self._owners = torch.tensor(owners, dtype=torch.long)
         self._ratios = torch.tensor(ratios, dtype=torch.float32)
         self._note()
-        self._values.clear()
+        self._mark_rows()
+        self._index.clear()
+        self._writers.clear()
+        if total != before:
+            self._values.clear()
         self.epoch += 1
+        Arena.generation += 1
+        self.write()
         for layer in layers:
             self.prepare(layer.anchor().device)
 
@@ -106,8 +141,11 @@ class Arena:
         self.scales.update(scales)
         self.enabled.update(enabled)
         self._note()
-        if self._pattern() != before:
+        now = self._pattern()
+        if now != before:
             self.epoch += 1
+            if now[0] != before[0]:
+                self._mark_rows()
         self.write()
 
     def off(self, name: str) -> bool:
@@ -116,25 +154,49 @@ class Arena:
         return not self.enabled[name] or (not isinstance(scale, Tensor) and scale == 0.0)
 
     def _note(self) -> None:
-        enabled = {n: s for n, s in self.scales.items() if self.enabled[n]}
-        tensors = {n: s for n, s in enabled.items() if isinstance(s, Tensor)}
-        self.per_sample = tuple(tensors)
-        self.learned = any(s.requires_grad for s in tensors.values())
+        tensors = {n: s for n, s in self.scales.items() if isinstance(s, Tensor)}
+        self.per_sample = tuple(name for name in tensors if self.enabled[name])
+        self.learned = any(tensors[name].requires_grad for name in self.per_sample)
+
+    def _mark_rows(self) -> None:
+        """Tells the layers whether a strength in their reserve is per sample."""
+        for layer in self.layers():
+            names = layer.fastlora.reserved_rows
+            layer._state.rows = any(name in names for name in self.per_sample)
 
     def _pattern(self) -> Any:
-        return self.per_sample, self.learned, tuple(self.off(n) for n in self.scales)
+        return self.per_sample, self.learned, [self.off(name) for name in self.scales]
 
     # --- values ---------------------------------------------------------------------------------
 
     def write(self) -> None:
         """Writes every device's gates, in place while the shape stays."""
         for device, old in self._values.items():
-            new = self._compute(device, 0, len(self._owners)).detach()
+            if self.batch is None and old.dim() == 1:
+                self._write_numbers(device, old)
+                continue
+            new = self._compute(device, 0, self._total).detach()
             if old.shape == new.shape:
                 old.copy_(new)
             else:
                 self._values[device] = new
                 self.epoch += 1
+
+    @torch.no_grad()
+    def _write_numbers(self, device: torch.device, values: Tensor) -> None:
+        owners, ratios = self._indices(device)
+        writer = self._writers.get(device)
+        if writer is None or writer[0] is not values:  # views cost as much as what they are for
+            step = max(1, PIECE // self._block) if device.type == "cpu" else len(ratios)
+            with torch.inference_mode(False):
+                blocks = torch.empty_like(ratios)
+                parts = (t.split(step) for t in (values.view(-1, self._block), blocks[:, None]))
+                writer = self._writers[device] = (values, blocks, list(zip(*parts, strict=True)))
+        _, blocks, pieces = writer
+        torch.index_select(self._numbers(device), 0, owners, out=blocks)
+        blocks.mul_(ratios)
+        for to, source in pieces:
+            to.copy_(source)
 
     def gate(self, device: torch.device, offset: int, width: int) -> Tensor:
         """The gates `[width]` or `[batch, width]` of a layer: a view of the buffer."""
@@ -145,25 +207,48 @@ class Arena:
 
     def prepare(self, device: torch.device) -> None:
         """Makes the gates exist on a device."""
-        if device not in self._values and len(self._owners):
-            values = self._compute(device, 0, len(self._owners)).detach()
+        if device not in self._values and self._total:
+            values = self._compute(device, 0, self._total).detach()
             self._values.setdefault(device, values)  # of two threads the first
 
     # Also when first called under inference mode, the buffer has to serve training later.
     @torch.inference_mode(False)
     def _compute(self, device: torch.device, offset: int, width: int) -> Tensor:
-        owners = self._owners[offset : offset + width]
+        first, count = offset // self._block, width // self._block
+        owners, ratios = (t.narrow(0, first, count) for t in self._indices(device))
+        if not self.per_sample:
+            values = self._numbers(device)[owners] * ratios
+            return values.repeat_interleave(self._block, output_size=width)
         columns: list[Tensor] = []
         for name, scale in self.scales.items():
-            scale = scale if self.enabled[name] else 0.0
-            if isinstance(scale, Tensor):
+            if self.enabled[name] and isinstance(scale, Tensor):
                 columns.append(scale.to(device, torch.float32))
             else:
-                column = torch.tensor(scale, dtype=torch.float32, device=device)
-                columns.append(column if self.batch is None else column.expand(self.batch))
-        ratios = self._ratios[offset : offset + width].to(device)
-        values = torch.stack(columns, -1)[..., owners.to(device)] * ratios
-        return values if self.batch is None else values.repeat(self.copies, 1)
+                number = 0.0 if isinstance(scale, Tensor) or not self.enabled[name] else scale
+                columns.append(torch.full((self.batch or 1,), number, device=device))
+        columns.append(torch.zeros_like(columns[0]))  # for entries that are nobody's
+        values = torch.stack(columns, -1)[:, owners] * ratios
+        values = values.repeat_interleave(self._block, 1, output_size=width)
+        return values.repeat(self.copies, 1)
+
+    def _indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Owners and ratios of all blocks on a device."""
+        found = self._index.get(device)
+        if found is None:
+            with torch.inference_mode(False):
+                found = self._owners.to(device), self._ratios.to(device)
+            self._index[device] = found
+        return found
+
+    def _numbers(self, device: torch.device) -> Tensor:
+        """The scales, which are numbers, in their order, and a zero for entries that are nobody's.
+        From pinned memory: a copy of what the host may change would wait for the device."""
+        on = [s if self.enabled[n] else 0.0 for n, s in self.scales.items()]
+        numbers = [s for s in on if not isinstance(s, Tensor)]
+        if device.type != "cuda":
+            return torch.tensor([*numbers, 0.0], dtype=torch.float32, device=device)
+        host = torch.tensor([*numbers, 0.0], dtype=torch.float32, pin_memory=True)
+        return host.to(device, non_blocking=True)
 
     # --- copies ---------------------------------------------------------------------------------
 
@@ -180,7 +265,8 @@ class Arena:
             n: s.detach() if isinstance(s, Tensor) and not s.is_leaf else s
             for n, s in self.scales.items()
         }
-        return {**self.__dict__, "scales": scales, "_values": {}, "_layers": {}}
+        rebuilt: dict[str, Any] = {"_index": {}, "_values": {}, "_writers": {}, "_layers": {}}
+        return {**self.__dict__, "scales": scales, **rebuilt}
 
 
 def checked(name: str, scale: Any) -> Scale:

@@ -10,7 +10,13 @@ from torch import nn
 from fastlora.adapters.arena import Arena, Scale, checked
 from fastlora.adapters.folded_weight import fold_layers
 from fastlora.adapters.folding import check_strengths, folded_by, unfold
-from fastlora.adapters.lookup import adapted_layers, arenas, known_names, require_known
+from fastlora.adapters.lookup import (
+    adapted_layers,
+    arenas,
+    known_names,
+    require_known,
+    walked,
+)
 from fastlora.adapters.slots import LoRASlot
 from fastlora.adapters.specs import AdapterError, AdapterInfo
 
@@ -171,7 +177,8 @@ def retile(found: Iterable[Arena], times: int, over: int) -> None:
 
 def apply(model: nn.Module, scales: Mapping[str, Any], enabled: Mapping[str, bool]) -> None:
     """Sets scales and switches in all arenas of a model, or raises and changes nothing."""
-    require_known(model, *scales, *enabled)
+    walk = walked(model)  # once: it is most of the time that changing a strength takes
+    walk.require(*scales, *enabled)
     scales = {name: checked(name, scale) for name, scale in scales.items()}
     changes: Changes = [
         (
@@ -179,7 +186,7 @@ def apply(model: nn.Module, scales: Mapping[str, Any], enabled: Mapping[str, boo
             {n: s for n, s in scales.items() if n in arena.scales},
             {n: e for n, e in enabled.items() if n in arena.scales},
         )
-        for arena in arenas(model)
+        for arena in walk.arenas
     ]
     for arena, new, _ in changes:
         arena.check_finite(new)
@@ -191,8 +198,10 @@ def write(changes: Changes) -> None:
     folded = []
     for arena, scales, enabled in changes:
         arena.check(scales)
-        folded += folded_by([arena])
-        check_strengths(folded_by([arena]), scales, enabled)
+        here = folded_by([arena])
+        check_strengths(here, scales, enabled)
+        folded += here
     for arena, scales, enabled in changes:
         arena.set(scales, enabled)
-    fold_layers(folded)
+    if folded:
+        fold_layers(folded)

@@ -32,6 +32,7 @@ def fold_layers(layers: Iterable[Any]) -> None:
         else:
             terms += parts(layer, weight, slots, out)
         layer._state.merged, layer._state.stale = True, False
+        layer._state.arena.folded = True
         layer._state.forget()
     if terms:
         ops.fold(*([t[i] for t in terms] for i in range(5)))

@@ -10,7 +10,7 @@ from fastlora.adapters.adapted import Adapted, adapted_class, base_class
 from fastlora.adapters.arena import Arena, Scale
 from fastlora.adapters.folded_weight import fold_layers
 from fastlora.adapters.layers import AdaptedLinearLike
-from fastlora.adapters.lookup import adapted_layers, layers_of, unwrapped
+from fastlora.adapters.lookup import adapted_layers, arenas, layers_of, unwrapped
 from fastlora.adapters.specs import AdapterError
 from fastlora.adapters.surgery import remove_all
 
@@ -29,7 +29,7 @@ def fold(model: nn.Module, permanent: bool = False) -> None:
     (permanent) a weight is shared with another layer. The model is unchanged then.
     """
     layers = adapted_layers(model)
-    if not layers:
+    if not any(len(layer.fastlora) for layer in layers.values()):
         raise AdapterError("fold: the model has no adapters")
     for path, layer in layers.items():
         check_plain(path, layer)
@@ -50,15 +50,18 @@ def unfold(model: nn.Module) -> None:
     for layer in layers_of(model):
         layer._state.merged = layer._state.stale = False
         layer._state.forget()
+    for arena in arenas(model):
+        arena.folded = any(layer._state.merged for layer in arena.layers())
 
 
 def is_folded(model: nn.Module) -> bool:
     return any(layer._state.merged for layer in layers_of(model))
 
 
-def folded_by(arenas: Iterable[Arena]) -> list[Adapted]:
+def folded_by(found: Iterable[Arena]) -> list[Adapted]:
     """The folded layers that take their gates from these arenas."""
-    return [layer for arena in arenas for layer in arena.layers() if layer._state.merged]
+    candidates = [layer for arena in found if arena.folded for layer in arena.layers()]
+    return [layer for layer in candidates if layer._state.merged]
 
 
 @contextmanager
@@ -67,8 +70,7 @@ def refolding(model: nn.Module) -> Iterator[None]:
     folded = is_folded(model)
     yield
     layers = layers_of(model)
-    arenas = {id(m._state.arena): m._state.arena for m in layers}
-    again = {id(m): m for m in (*folded_by(arenas.values()), *(layers if folded else ()))}
+    again = {id(m): m for m in (*folded_by(arenas(model)), *(layers if folded else ()))}
     fold_layers(again.values())
 
 

@@ -40,11 +40,12 @@ from fastlora.adapters.specs import AdapterError, AdapterInfo, LoRA, Spectral
 from fastlora.adapters.surgery import (
     adapt,
     check_mergeable,
+    forget_walks,
     freeze_base,
     merge,
     restore,
     set_fused_encoders,
-    unfreeze_base,
+    thaw,
 )
 from fastlora.adapters.tensors import full_precision
 
@@ -124,6 +125,8 @@ def attach(
     check_strengths(folded_by(found), new)
     if scale is not None:
         require_finite(name, scale, max(abs(slot.ratio) for slot in slots.values()))
+    for path, slot in slots.items():
+        check_room(path, modules[path], slot)
     decompositions = {
         path: decomposition(path, modules[path])
         for path, slot in slots.items()
@@ -146,6 +149,8 @@ def attach(
                 holder = layer.fastlora
                 holder.svd_u, holder.svd_s, holder.svd_vh = found_factors
             layer.fastlora[name] = slot
+            if layer.fastlora.takes(slot):
+                layer.fastlora.enter(name)
             layer.fastlora.train(layer.training)
         arena.scales |= new
         arena.layout()
@@ -153,10 +158,21 @@ def attach(
     return adapters(model)[name]
 
 
+def check_room(path: str, module: nn.Module, slot: Slot) -> None:
+    """Raises AdapterError where the layer has a reserve and the slot does not fit into it."""
+    if isinstance(module, Adapted) and module.fastlora.takes(slot):
+        holder = module.fastlora
+        if slot.width > holder.room():
+            raise AdapterError(
+                f"{path}: its reserve of rank {holder.capacity} has room for {holder.room()} more "
+                f"and the adapter has rank {slot.width}; reserve more, or remove an adapter"
+            )
+
+
 def remove(model: nn.Module, name: str) -> None:
-    """Takes the adapter out. Layers without any adapter get their class back: the plain model, with
-    the same keys and the same bits. What injecting froze is given back once no adapter is left that
-    was injected with `freeze`. Raises AdapterError for an unknown name."""
+    """Takes the adapter out. Layers without any adapter and reserve get their class back: the plain
+    model, with the same keys and the same bits. What injecting froze is given back once no adapter
+    is left that was injected with `freeze`. Raises AdapterError for an unknown name."""
     model = unwrapped(model)
     require_known(model, name)
     for layer in layers_of(model):
@@ -165,22 +181,27 @@ def remove(model: nn.Module, name: str) -> None:
         found = arenas(model)
         for layer in adapted_layers(model).values():
             if name in layer.fastlora:
+                if name in layer.fastlora.reserved_rows:
+                    layer.fastlora.leave(name)
                 del layer.fastlora[name]
-                if not len(layer.fastlora):
+                if not len(layer.fastlora) and not layer.fastlora.capacity:
                     restore(layer)
         for arena in found:
             arena.layout()
     set_fused_encoders(model)
-    if not adapted_layers(model) or not any(arena.froze for arena in found):
-        unfreeze_base(model)
+    thaw(model, found)
+    if not layers_of(model):
+        forget_walks(model)
 
 
 # --- selection ------------------------------------------------------------------------------------
 
 
-def select(model: nn.Module, spec: LoRA | Spectral, where: Where) -> dict[str, nn.Module]:
-    """The layers that `where` names, each of which `spec` can adapt."""
-    matches = matcher(where)
+def select(
+    model: nn.Module, spec: LoRA | Spectral, where: Where, what: str = "inject"
+) -> dict[str, nn.Module]:
+    """The layers that `where` names, each of which `spec` can adapt; `what` is for messages."""
+    matches = matcher(where, what)
     inside = {id(s) for layer in adapted_layers(model).values() for s in layer.fastlora.modules()}
     chosen: dict[str, nn.Module] = {}
     refused: list[str] = []
@@ -195,18 +216,18 @@ def select(model: nn.Module, spec: LoRA | Spectral, where: Where) -> dict[str, n
             refused.append(f"{path} ({type(module).__name__}): {reason}")
     if refused:
         raise AdapterError(
-            "inject: where selects layers that cannot be adapted: " + "; ".join(refused)
+            f"{what}: where selects layers that cannot be adapted: " + "; ".join(refused)
         )
     if not chosen:
         candidates = [p for p, m in model.named_modules() if unsuitable(m, spec) is None][:5]
         raise AdapterError(
-            f"inject: where: {where!r} matches no layer that {type(spec).__name__} can adapt; "
+            f"{what}: where: {where!r} matches no layer that {type(spec).__name__} can adapt; "
             f"this model has for example {candidates}"
         )
     meta = [p for p, m in chosen.items() if any(q.is_meta for q in m.parameters(recurse=False))]
     if meta:
         raise AdapterError(
-            f"inject: {meta[0]}: the model is on the meta device and has no weights to adapt; "
+            f"{what}: {meta[0]}: the model is on the meta device and has no weights to adapt; "
             "load it first (model.to_empty and load_state_dict)"
         )
     return chosen
@@ -218,20 +239,20 @@ def is_layer(module: nn.Module) -> bool:
     return leaf and any(t is not None for t in (*module._parameters.values(), *module.buffers()))
 
 
-def matcher(where: Where) -> Callable[[str, nn.Module], bool]:
+def matcher(where: Where, what: str) -> Callable[[str, nn.Module], bool]:
     if where is None:
         return lambda path, module: True
     if isinstance(where, str):
         try:
             pattern = re.compile(where)
         except re.error as error:
-            raise AdapterError(f"inject: where: {where!r} is not a regex: {error}") from None
+            raise AdapterError(f"{what}: where: {where!r} is not a regex: {error}") from None
         return lambda path, module: pattern.fullmatch(path) is not None
     if callable(where):
         return where
     if not isinstance(where, Iterable):
         raise AdapterError(
-            f"inject: where: expected a regex, suffixes, a predicate or None, got {where!r}"
+            f"{what}: where: expected a regex, suffixes, a predicate or None, got {where!r}"
         )
     suffixes = list(where)
     return lambda path, module: any(path == s or path.endswith("." + s) for s in suffixes)
@@ -301,7 +322,9 @@ def build(
     return LoRASlot(spec, down, up, magnitude(rows).to(**at) if spec.dora else None)
 
 
-def parameter_dtype(path: str, weight: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+def parameter_dtype(
+    path: str, weight: Tensor, dtype: torch.dtype | None, what: str = "inject"
+) -> torch.dtype:
     """The dtype of new parameters beside `weight`: what is asked for if the operators take it."""
     if dtype is None:
         low = not weight.is_floating_point() or weight.dtype in (torch.float16, torch.bfloat16)
@@ -309,7 +332,7 @@ def parameter_dtype(path: str, weight: Tensor, dtype: torch.dtype | None) -> tor
     fits = (weight.dtype,) if weight.dtype == torch.float64 else (weight.dtype, torch.float32)
     if not dtype.is_floating_point or (weight.is_floating_point() and dtype not in fits):
         names = " or ".join(map(str, dict.fromkeys(fits)))
-        raise AdapterError(f"inject: {path}: dtype: expected {names}, got {dtype}")
+        raise AdapterError(f"{what}: {path}: dtype: expected {names}, got {dtype}")
     return dtype
 
 

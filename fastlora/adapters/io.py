@@ -11,7 +11,7 @@ from fastlora.adapters.arena import checked
 from fastlora.adapters.control import some_names
 from fastlora.adapters.inject import NORMS, attach, check_name, parameter_dtype, unsuitable
 from fastlora.adapters.lookup import adapted_layers, require_known, unwrapped
-from fastlora.adapters.slots import LoRASlot, Slot, SpectralSlot
+from fastlora.adapters.slots import LoRASlot, Slot, SpectralSlot, shapes_lora
 from fastlora.adapters.specs import AdapterError, AdapterInfo, LoRA, Spectral, is_number
 from fastlora.formats import files, native
 from fastlora.formats.files import FormatError
@@ -142,26 +142,6 @@ def fitting_dtype(weight: Tensor, dtype: torch.dtype) -> torch.dtype:
     else:
         fits = dtype in (torch.float32, torch.float16, torch.bfloat16)
     return dtype if fits else parameter_dtype("", weight, None)
-
-
-def shapes_lora(target: nn.Module, weight: Tensor, spec: LoRA) -> dict[str, tuple[int, ...]]:
-    rank = spec.rank
-    if isinstance(target, nn.Embedding):
-        shapes: dict[str, tuple[int, ...]] = {
-            "down": (rank, weight.shape[0]),
-            "up": (weight.shape[1], rank),
-        }
-    elif isinstance(target, nn.Conv2d):
-        shapes = {
-            "down": (rank, *weight.shape[1:]),
-            "up": (weight.shape[0], rank // target.groups, 1, 1),
-        }
-    else:
-        assert isinstance(target, nn.Linear)
-        shapes = {"down": (rank, target.in_features), "up": (target.out_features, rank)}
-    if spec.dora:
-        shapes["magnitude"] = (shapes["up"][0],)
-    return shapes
 
 
 def shapes_spectral(target: nn.Module, weight: Tensor) -> list[tuple[int, ...]]:

@@ -9,14 +9,15 @@ from torch import Tensor, nn
 
 from fastlora.adapters.adapted import Adapted, adapts, adapts_subclasses
 from fastlora.adapters.dora import row_scale
-from fastlora.adapters.slots import LoRASlot
+from fastlora.adapters.slots import LoRASlot, in_place
+from fastlora.adapters.state import is_capturing
 from fastlora.ops import ContractError, lora_add_, lora_linear
 
 # Bound once: the shortest way through an adapted Linear looks up as little as it can.
 _lora_linear = lora_linear.eager  # type: ignore[attr-defined]
 _is_compiling = torch.compiler.is_compiling
 
-Gated = list[tuple[LoRASlot, Tensor]]  # slots with their gates
+Gated = list[tuple[Any, Tensor]]  # LoRASlots, or what a reserve holds as one, with their gates
 
 
 @adapts(nn.Linear)
@@ -27,7 +28,11 @@ class AdaptedLinear(Adapted, nn.Linear):
         state = self._state
         if state.epoch != state.arena.epoch or (fast := state.fast) is None:
             return super().forward(input)
-        slot, gate, own = fast
+        slot, gate, own, pins = fast
+        if pins is not None and (
+            is_capturing() or (pins and torch.is_grad_enabled()) or not in_place(pins)
+        ):
+            return super().forward(input)
         try:
             weight, bias, down, up = own["weight"], own["bias"], slot["down"], slot["up"]
         except KeyError:  # a parametrisation has taken one away since
@@ -39,16 +44,29 @@ class AdaptedLinear(Adapted, nn.Linear):
             raise self.explained(error, input) from None
 
     def shortcut(self) -> Any:
-        state = self._state
-        if len(state.active) != 1 or state.merged or state.arena.learned:
+        """(D and U, gate, own parameters, pins), where one LoRA is all that is to compute.
+
+        Pins are those of the reserve where its buffers are used: not with gradients. They are ()
+        where others are off, which have to be computed too in a CUDA graph. Else None.
+        """
+        state, holder, own = self._state, self.fastlora, self._parameters
+        names = [name for name, _ in state.active]
+        packed = bool(names) and all(name in holder.reserved_rows for name in names)
+        if state.merged or state.arena.learned or not (packed or len(names) == 1):
             return None
-        name, slot = state.active[0]
-        plain = isinstance(slot, LoRASlot) and not slot.spec.dora and slot.spec.dropout == 0.0
-        own = self._parameters
-        if not plain or own.get("weight") is None or self.weight.dtype == torch.float64:
+        if own.get("weight") is None or self.weight.dtype == torch.float64:
             return None
         with torch.no_grad():  # the buffer itself, not a copy
-            return slot._parameters, self.gate(name), own
+            if packed and state.packed is not None and not holder.drops:
+                down, up, _ = state.packed
+                gate = self.gates(state.offset, len(down), state.rows)
+                return {"down": down, "up": up}, gate, own, holder.pins
+            name, slot = state.active[0]
+            if len(names) > 1 or not isinstance(slot, LoRASlot):
+                return None
+            if slot.spec.dora or slot.spec.dropout:
+                return None
+            return slot._parameters, self.gate(name), own, None if len(holder) == 1 else ()
 
     def with_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
@@ -70,14 +88,14 @@ class AdaptedLinear(Adapted, nn.Linear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def packed(self, slots: Gated) -> tuple[Tensor, Tensor, Tensor]:
-        """D, U and g of all slots, concatenated along rank. Never kept: small beside the product,
-        and a kept copy would not see what an optimiser or an average writes."""
+        """D, U and g of all slots, concatenated along rank. Never kept: a kept copy would not see
+        what an optimiser or an average writes. `reserve` makes this one slot."""
         if len(slots) == 1:
             return slots[0][0].down, slots[0][0].up, slots[0][1]
         dtype = self.weight.dtype if self.weight.is_floating_point() else slots[0][0].down.dtype
         downs, ups = [s.down.to(dtype) for s, _ in slots], [s.up.to(dtype) for s, _ in slots]
         batches = [len(g) for _, g in slots if g.dim() == 2]
-        if len(slots) == len(self.fastlora):  # neighbours in the arena
+        if len(slots) == len(self.fastlora) and not self.fastlora.capacity:  # neighbours there
             width = sum(s.width for s, _ in slots)
             gate = self.gates(self._state.offset, width, per_sample=bool(batches))
         else:

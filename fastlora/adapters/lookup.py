@@ -1,10 +1,16 @@
 """Finding the adapted layers of a model, the arenas of their strengths, and adapters by name."""
 
+from dataclasses import dataclass
+from typing import Any
+
 from torch import nn
 
 from fastlora.adapters.adapted import Adapted
 from fastlora.adapters.arena import Arena
 from fastlora.adapters.specs import AdapterError
+from fastlora.ops._define import kernels
+
+WALK = "_fastlora_walk"  # in a model's __dict__: its latest walk
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
@@ -12,9 +18,43 @@ def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
     return {p: m for p, m in unwrapped(model).named_modules() if isinstance(m, Adapted)}
 
 
-def layers_of(model: nn.Module) -> list[Adapted]:
-    """The same layers without their paths, which cost more than all else in changing a strength."""
-    found: list[Adapted] = []
+@dataclass(frozen=True)
+class Walk:
+    """What a walk over a model found, and what it saw on its way, to know whether that still holds.
+
+    A walk over a model of thousands of modules costs more than all else in changing a strength.
+    """
+
+    layers: list[Adapted]
+    arenas: list[Arena]
+    names: list[str]
+    generation: int
+    dicts: tuple[dict[str, Any], ...]  # the children of every module that was not adapted
+    children: tuple[Any, ...]  # and what they were, one after another
+
+    def holds(self) -> bool:
+        same = self.generation == Arena.generation
+        return same and kernels.same_children(self.dicts, self.children)
+
+    def require(self, *names: str) -> None:
+        """Raises AdapterError for a name that no adapter of the model has."""
+        for name in names:
+            if name not in self.names:
+                raise AdapterError(
+                    f"no adapter named {name!r}; this model has {self.names or 'none'}"
+                )
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # a copy of the model is another model
+
+
+def walked(model: nn.Module) -> Walk:
+    """The latest walk over a model if nothing has changed since, else a new one."""
+    known = vars(model).get(WALK)
+    if known is not None and known.holds():
+        return known
+    found: dict[int, Adapted] = {}
+    dicts: list[dict[str, Any]] = []
     seen: set[int] = set()
     stack: list[nn.Module | None] = [model]
     while stack:
@@ -23,10 +63,29 @@ def layers_of(model: nn.Module) -> list[Adapted]:
             continue
         seen.add(id(module))
         if isinstance(module, Adapted):
-            found.append(module)
+            found[id(module)] = module
         else:
+            dicts.append(module._modules)
             stack.extend(reversed(module._modules.values()))
-    return found
+    layers = list(found.values())
+    walk = Walk(
+        layers,
+        list({id(m._state.arena): m._state.arena for m in layers}.values()),
+        sorted({name for layer in layers for name in layer.fastlora}),
+        Arena.generation,
+        tuple(dicts),
+        tuple(child for modules in dicts for child in modules.values()),
+    )
+    if layers and not isinstance(model, Adapted):
+        model.__dict__[WALK] = walk
+    else:
+        vars(model).pop(WALK, None)
+    return walk
+
+
+def layers_of(model: nn.Module) -> list[Adapted]:
+    """The same layers without their paths."""
+    return walked(model).layers
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -42,15 +101,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def arenas(model: nn.Module) -> list[Arena]:
     """The arenas of a model's adapted layers: one, unless its parts were adapted separately."""
-    return list({id(m._state.arena): m._state.arena for m in layers_of(model)}.values())
+    return walked(model).arenas
 
 
 def known_names(model: nn.Module) -> list[str]:
-    return sorted({name for layer in layers_of(model) for name in layer.fastlora})
+    return walked(model).names
 
 
 def require_known(model: nn.Module, *names: str) -> None:
-    known = known_names(model)
-    for name in names:
-        if name not in known:
-            raise AdapterError(f"no adapter named {name!r}; this model has {known or 'none'}")
+    walked(model).require(*names)

@@ -5,7 +5,7 @@ A slot's protocol: `owned` (names of its parameters), `kind`, `width` (its entri
 """
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -98,33 +98,216 @@ class SpectralSlot(Slot):
         return f"shifts={self.shift.numel()}, norms={self.spec.norms}"
 
 
+# Of each adapter: the parameters of its slot by name, D, its address, U, its address.
+Pins = tuple[tuple[dict[str, Any], nn.Parameter, int, nn.Parameter, int], ...]
+
+
+class Packed(NamedTuple):
+    """The adapters in a layer's reserve as one LoRA: what `low_rank` takes for a slot."""
+
+    down: Tensor  # [width, ...]
+    up: Tensor  # [out, width, ...]
+    spec: LoRA = LoRA()
+
+    @property
+    def width(self) -> int:
+        return self.down.shape[0]
+
+
 class Slots(nn.ModuleDict):
     """The slots of a layer by adapter name, with what they share, never part of a state dict:
-    the singular value decomposition of the base weight, and the folded weight."""
+    the singular value decomposition of the base weight, the folded weight, and the reserve.
+
+    The parameters of the adapters in the reserve are views of its buffers: one after another along
+    the rank, so that all of them are one LoRA of the reserve's rank, at addresses that stay when
+    adapters come and go. Rows that nobody has are zeros.
+    """
 
     svd_u: Tensor | None  # [out, rank]
     svd_s: Tensor | None  # [rank]
     svd_vh: Tensor | None  # [rank, in]
     folded_weight: Tensor | None
+    reserved_down: Tensor | None  # [capacity, in], and as LoRASlot.down for other layers
+    reserved_up: Tensor | None  # [out, capacity]
+
+    if TYPE_CHECKING:  # torch knows of modules only
+
+        def __getitem__(self, key: str) -> Any: ...
+        def items(self) -> Any: ...
 
     def __init__(self) -> None:
         super().__init__()
-        for name in ("svd_u", "svd_s", "svd_vh", "folded_weight"):
+        for name in ("svd_u", "svd_s", "svd_vh", "folded_weight", "reserved_down", "reserved_up"):
             self.register_buffer(name, None, persistent=False)
+        self.reserved_rows: dict[str, int] = {}  # the first row of each adapter in the reserve
+        self.drops = False  # one of them has dropout
+        self.pins: Pins = ()  # their parameters and where those are
+        self.register_load_state_dict_post_hook(take_in)
+
+    # --- the reserve ------------------------------------------------------------------------------
+
+    @property
+    def capacity(self) -> int:
+        """The rank of the reserve; 0 without one."""
+        return 0 if self.reserved_down is None else self.reserved_down.shape[0]
+
+    def takes(self, slot: Slot) -> bool:
+        """Whether such a slot belongs into the reserve."""
+        return self.reserved_down is not None and isinstance(slot, LoRASlot) and not slot.spec.dora
+
+    def outside(self) -> tuple[tuple[str, Slot], ...]:
+        """The slots that are not in the reserve."""
+        return tuple((n, s) for n, s in self.items() if n not in self.reserved_rows)
+
+    def room(self) -> int:
+        """Ranks of the reserve that no adapter has."""
+        return self.capacity - sum(self[name].width for name in self.reserved_rows)
+
+    @torch.no_grad()
+    def set_reserve(self, down: Tensor | None, up: Tensor | None) -> None:
+        """Other buffers (zeros, with room for all that belongs into them), or none."""
+        for name in list(self.reserved_rows):
+            self.leave(name)
+        self.reserved_down, self.reserved_up = down, up
+        for name, slot in self.items():
+            if self.takes(slot):
+                self.enter(name)
+
+    @torch.no_grad()
+    def enter(self, name: str) -> None:
+        """Moves a slot into the reserve, which has room for it."""
+        width, row = self[name].width, 0
+        taken = sorted((start, self[n].width) for n, start in self.reserved_rows.items())
+        for start, other in taken:
+            if start - row >= width:
+                break
+            row = start + other
+        if row + width > self.capacity:  # there is room, in pieces
+            others = list(self.reserved_rows)
+            for other in others:
+                self.leave(other)
+            for other in others:
+                self.enter(other)
+            row = self.capacity - self.room()
+        self.reserved_rows[name] = row
+        self.drops = any(self[n].spec.dropout > 0 for n in self.reserved_rows)
+        self.settle()
+
+    @torch.no_grad()
+    def leave(self, name: str) -> None:
+        """Gives a slot memory of its own again, and zeros its rows."""
+        slot = self[name]
+        views = self.places(slot, self.reserved_rows.pop(name))
+        for parameter, view in zip((slot.down, slot.up), views, strict=True):
+            parameter.data = parameter.detach().clone(memory_format=torch.contiguous_format)
+            view.zero_()
+        self.drops = any(self[n].spec.dropout > 0 for n in self.reserved_rows)
+        self.pins = tuple(pin for pin in self.pins if pin[0] is not slot._parameters)
+
+    def places(self, slot: Slot, row: int) -> tuple[Tensor, Tensor]:
+        assert self.reserved_down is not None and self.reserved_up is not None
+        down, up = self.reserved_down, self.reserved_up
+        return down.narrow(0, row, slot.width), up.narrow(1, row, slot.width)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Moves the parameters to their places. Whatever memory the buffers have had before may be
+        somebody's backup, so this is for buffers that nobody has seen yet."""
+        pins: list[tuple[dict[str, Any], nn.Parameter, int, nn.Parameter, int]] = []
+        for name, row in self.reserved_rows.items():
+            slot = self[name]
+            for parameter, view in zip((slot.down, slot.up), self.places(slot, row), strict=True):
+                if not same_place(parameter, view):
+                    view.copy_(parameter)
+                    parameter.data = view
+            down, up = slot.down, slot.up
+            pins.append((slot._parameters, down, down.data_ptr(), up, up.data_ptr()))
+        self.pins = tuple(pins)
+
+    def packed(self, width: int) -> Packed:
+        """The first `width` rows of the reserve."""
+        assert self.reserved_down is not None and self.reserved_up is not None
+        if width == self.capacity:
+            return Packed(self.reserved_down, self.reserved_up)
+        return Packed(self.reserved_down.narrow(0, 0, width), self.reserved_up.narrow(1, 0, width))
+
+    def __getstate__(self) -> Any:
+        return {**self.__dict__, "pins": ()}
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        self.settle()  # a copy's parameters have memory of their own
+
+    def extra_repr(self) -> str:
+        if not self.capacity:
+            return ""
+        return f"reserve of rank {self.capacity}, {self.room()} of it free"
+
+    # --- the decomposition ------------------------------------------------------------------------
 
     def decompose(self, matrix: Tensor) -> None:
         """Keeps the singular value decomposition of `matrix [out, in]`."""
         self.svd_u, self.svd_s, self.svd_vh = factors(matrix)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        values = self.svd_s
+        values, buffer = self.svd_s, self.reserved_down
         result = super()._apply(fn, recurse)
+        if self.reserved_down is not buffer:
+            self.settle()
         if values is not None and self.svd_s is not None and self.svd_u is not None:
             # Like the gates, the singular values stay float32 beside 16-bit weights.
             wide = torch.float64 if self.svd_u.dtype == torch.float64 else torch.float32
             if self.svd_s.dtype != wide:
                 self.svd_s = values.to(self.svd_s.device, wide)
         return result
+
+
+def take_in(slots: Slots, incompatible_keys: Any) -> None:
+    """After load_state_dict, which may have replaced parameters (`assign=True`): those go into new
+    buffers, for the state that was loaded before may be a backup of what is in the old ones."""
+    if not in_place(slots.pins):
+        assert slots.reserved_down is not None and slots.reserved_up is not None
+        slots.reserved_down = torch.zeros_like(slots.reserved_down)
+        slots.reserved_up = torch.zeros_like(slots.reserved_up)
+        slots.settle()
+
+
+def same_place(a: Tensor, b: Tensor) -> bool:
+    return (
+        (a.dtype, a.device, a.shape, a.stride()) == (b.dtype, b.device, b.shape, b.stride())
+        and a.data_ptr() == b.data_ptr()
+    )  # fmt: skip
+
+
+def in_place(pins: Pins) -> bool:
+    """Whether the parameters of `Slots.pins` are the same ones and where they were."""
+    for own, down, down_place, up, up_place in pins:
+        if own.get("down") is not down or own.get("up") is not up:
+            return False
+        if down.data_ptr() != down_place or up.data_ptr() != up_place:
+            return False
+    return True
+
+
+def shapes_lora(target: nn.Module, weight: Tensor, spec: LoRA) -> dict[str, tuple[int, ...]]:
+    """The shapes of a LoRASlot's parameters beside a layer."""
+    rank = spec.rank
+    if isinstance(target, nn.Embedding):
+        shapes: dict[str, tuple[int, ...]] = {
+            "down": (rank, weight.shape[0]),
+            "up": (weight.shape[1], rank),
+        }
+    elif isinstance(target, nn.Conv2d):
+        shapes = {
+            "down": (rank, *weight.shape[1:]),
+            "up": (weight.shape[0], rank // target.groups, 1, 1),
+        }
+    else:
+        assert isinstance(target, nn.Linear)
+        shapes = {"down": (rank, target.in_features), "up": (target.out_features, rank)}
+    if spec.dora:
+        shapes["magnitude"] = (shapes["up"][0],)
+    return shapes
 
 
 @torch.no_grad()

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.adapters.adapted import Adapted, LayerState, adapted_class, base_class
+from fastlora.adapters.adapted import Adapted, adapted_class, base_class
 from fastlora.adapters.arena import Arena, Scale
-from fastlora.adapters.lookup import adapted_layers, arenas, layers_of
+from fastlora.adapters.lookup import WALK, adapted_layers, arenas, layers_of
 from fastlora.adapters.slots import Slots
 from fastlora.adapters.specs import AdapterError
+from fastlora.adapters.state import LayerState
 
 log = logging.getLogger("fastlora")
 
@@ -48,6 +49,7 @@ def remove_all(model: nn.Module) -> None:
         arena.layout()
     set_fused_encoders(model)
     unfreeze_base(model)
+    forget_walks(model)
 
 
 def freeze_base(model: nn.Module) -> None:
@@ -64,12 +66,24 @@ def freeze_base(model: nn.Module) -> None:
         log.info("inject froze %d base parameters; remove gives them back", count)
 
 
+def thaw(model: nn.Module, found: list[Arena]) -> None:
+    """Gives back what was frozen, where nobody asks for a frozen base any more."""
+    if not adapted_layers(model) or not any(a.froze or a.reserve_froze for a in found):
+        unfreeze_base(model)
+
+
 def unfreeze_base(model: nn.Module) -> None:
     for module in model.modules():
         for name in vars(module).pop(FROZEN, ()):
             parameter = module._parameters.get(name)
             if parameter is not None:
                 parameter.requires_grad_(True)
+
+
+def forget_walks(model: nn.Module) -> None:
+    """Parts of a model that somebody has asked about keep what was found."""
+    for module in model.modules():
+        vars(module).pop(WALK, None)
 
 
 def check_mergeable(found: list[Arena], new: Mapping[str, Scale]) -> None:
@@ -98,6 +112,8 @@ def merge(found: list[Arena]) -> Arena:
         first.scales |= other.scales
         first.enabled |= other.enabled
         first.froze |= other.froze
+        first.reserve_froze |= other.reserve_froze
+        first.folded |= other.folded
         for layer in other.layers():
             layer._state.arena = first
             first.join(layer)

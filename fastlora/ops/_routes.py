@@ -47,6 +47,20 @@ def watched(watch: Callable[..., None]) -> Iterator[None]:
         _watchers.remove(watch)
 
 
+_forced: list[str] = []
+
+
+@contextmanager
+def forced(route: str) -> Iterator[None]:
+    """Plans that are made within it take `route` where it applies. For comparisons: plans stay, so
+    `lora_linear.clear()` goes before and after."""
+    _forced.append(route)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
 def chosen(*args: Any) -> tuple[str, Any]:
     """The name and the plan of the route for these arguments."""
     for watch in _watchers:
@@ -54,7 +68,7 @@ def chosen(*args: Any) -> tuple[str, Any]:
     possible = routes(*args)
     if len(possible) == 1:
         return next(iter(possible.items()))
-    name = _tuned.lookup(*args)
+    name = _forced[-1] if _forced else _tuned.lookup(*args)
     if name is None or name not in possible:  # as a table made elsewhere may have it
         times = predicted(*args)
         name = min(possible, key=lambda route: times[route])

@@ -8,7 +8,15 @@ from torch import Tensor
 
 from fastlora.ops._define import define_op, expect, expect_tensor, gate_dtype, kernels
 from fastlora.ops._device import device_type, kernels_of
-from fastlora.ops._routes import TINY_CUDA, accumulate, pass_is_faster
+from fastlora.ops._routes import (
+    EXTENDED,
+    TILED,
+    TINY_CUDA,
+    accumulate,
+    gpu_of,
+    neighbours,
+    pass_is_faster,
+)
 from fastlora.ops.lora_linear import _rows, check_low_rank
 
 # Up to this many multiplications the loop beats the library calls (each about 2 µs).
@@ -55,20 +63,48 @@ def _plan(y: Tensor, x: Tensor, down: Tensor | None, up: Tensor, gate: Tensor) -
     device = device_type(x)
     if plain and work <= TINY and rank <= 1024 and features <= 4096 and device == "cpu":
         return lambda *operands: kernels.lora_add_(*operands, None)
-    if work <= TINY_CUDA and device == "cuda" and x.dtype != torch.float64 and y.is_contiguous():
-        return _kernel
+    if device == "cuda" and x.dtype != torch.float64 and rows_of_a_matrix(y) and tokens > 0:
+        form = chosen_form(x, down, up, tokens, work <= TINY_CUDA)
+        if form is not None:
+            return partial(_kernel, form=form)
     if y.dim() >= 3 and not y.is_contiguous() and y.movedim(-1, 1).is_contiguous():
         return _channels_first
-    by_pass = pass_is_faster(y, tokens, 0 if down is None else features, out, rank)
-    return partial(_products, by_pass=by_pass)
+    if pass_is_faster(y, tokens, 0 if down is None else features, out, rank):
+        return partial(_products, by_pass=True)
+    return _products
 
 
-def _kernel(y: Tensor, x: Tensor, down: Tensor | None, up: Tensor, gate: Tensor) -> None:
+def rows_of_a_matrix(y: Tensor) -> bool:
+    """Whether the leading dimensions of y are one, and a row's elements neighbours in memory."""
+    shape, strides = y.shape, y.stride()
+    leading = [d for d in range(y.dim() - 1) if shape[d] > 1]
+    together = all(
+        strides[a] == strides[b] * shape[b] for a, b in zip(leading, leading[1:], strict=False)
+    )
+    return together and (strides[-1] == 1 or shape[-1] == 1)
+
+
+def chosen_form(x: Tensor, down: Tensor | None, up: Tensor, tokens: int, tiny: bool) -> int | None:
+    """The kernels that csrc/heuristics.h predicts to be fastest; None: the library's products."""
+    (out, rank), features = up.shape, 0 if down is None else x.shape[-1]
+    capability, multiprocessors = gpu_of(x)
+    along = neighbours(x, up) and (down is None or neighbours(down))
+    if x.element_size() != 2 or capability < 80 or rank == 0 or not along:
+        return TILED if tiny else None
+    products, kernel = kernels.predict_lora_add(
+        tokens, features, out, rank, capability, multiprocessors
+    )
+    return EXTENDED if kernel <= products else None
+
+
+def _kernel(
+    y: Tensor, x: Tensor, down: Tensor | None, up: Tensor, gate: Tensor, form: int = TILED
+) -> None:
     x2 = x.reshape(-1, x.shape[-1])
     h = x.new_empty(x2.shape[0], up.shape[1])
     if down is not None:
         down = down.to(x.dtype)
-    kernels_of(x).lora_add_(y.view(-1, y.shape[-1]), x2, down, up.to(x.dtype), gate, h)
+    kernels_of(x).lora_add_(y.view(-1, y.shape[-1]), x2, down, up.to(x.dtype), gate, h, form)
 
 
 def _products(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ def sample(
     guidance_scale: float | Tensor = 1.0,
     seeds: Sequence[int] | Tensor | None = None,
     progress: bool = True,
+    start: Mapping[str, float] | None = None,
 ) -> Tensor:
     """Samples [B, ...] from noise `x` [B, ...] by a solver's table; `sample_steps` has every step.
 
@@ -50,18 +51,30 @@ def sample(
     strengths of adapters inside `model` follow the doubling; for a function around a module use
     `fastlora.adapters.tiled` in it.
 
+    `start`: timesteps by adapter name. Such an adapter is off at steps whose timestep is above its,
+    so that a slider leaves the layout alone (Concept Sliders, Gandikota et al. 2023, arXiv
+    2311.12092); afterwards strengths and switches are what they were. A model that was folded
+    before is folded again at such a step where the cost model says that this takes less time than
+    the adapters in the steps that follow, and runs unmerged else; it is folded at the end.
+
     `seeds`, one int per sample, decide the noise of a stochastic table; None draws them from
     torch's generator. A sample does not depend on the rest of its batch. Raises TypeError for a
     model that cannot be called, a table that is no Table and seeds that are no sequence, ValueError
-    for all else that does not fit together.
+    for all else that does not fit together; AdapterError for a `start` that the model does not fit.
     """
     copies, arguments = _checked(model, table, x, cond, uncond, guidance_scale, seeds)
-    steps: Any = _steps(model, table, *arguments, around=nullcontext)
-    if progress:
-        from tqdm import tqdm
+    # Once: nobody looks at the model between steps.
+    with _tiled(model, copies), _phases(model, start, table.timesteps.tolist()) as switch:
 
-        steps = tqdm(steps, total=len(table), desc="sampling", unit="step")
-    with _tiled(model, copies):  # once: nobody looks at the model between steps
+        def around(timestep: int) -> AbstractContextManager[Any]:
+            switch(timestep)
+            return nullcontext()
+
+        steps: Any = _steps(model, table, *arguments, around=around)
+        if progress:
+            from tqdm import tqdm
+
+            steps = tqdm(steps, total=len(table), desc="sampling", unit="step")
         for step in steps:
             x = step.x
     return x
@@ -75,10 +88,21 @@ def sample_steps(
     uncond: Any = None,
     guidance_scale: float | Tensor = 1.0,
     seeds: Sequence[int] | Tensor | None = None,
+    start: Mapping[str, float] | None = None,
 ) -> Iterator[Step]:
-    """`sample` as an iterator: the model runs only as far as one looks."""
+    """`sample` as an iterator: the model runs only as far as one looks, and is as it was between
+    steps. Raises at once what `sample` raises before its first step."""
     copies, arguments = _checked(model, table, x, cond, uncond, guidance_scale, seeds)
-    return _steps(model, table, *arguments, around=lambda: _tiled(model, copies))
+    with _phases(model, start, []):
+        pass  # what does not fit is said now
+
+    @contextmanager
+    def around(timestep: int) -> Iterator[None]:
+        with _tiled(model, copies), _phases(model, start, [timestep]) as switch:
+            switch(timestep)
+            yield
+
+    return _steps(model, table, *arguments, around=around)
 
 
 sample.steps = sample_steps  # type: ignore[attr-defined]
@@ -126,7 +150,7 @@ def _steps(
     seeds: Tensor | None,  # [B]
     input_dtype: torch.dtype,
     *,
-    around: Callable[[], AbstractContextManager[Any]],  # each call of the model
+    around: Callable[[int], AbstractContextManager[Any]],  # each call of the model, by timestep
 ) -> Iterator[Step]:
     copies, steps = weights.shape[1], len(table)
     coefficients = table.coefficients.to(x.device, x.dtype)
@@ -135,7 +159,7 @@ def _steps(
     history = torch.zeros_like(x) if table.remembers else None
     model_input = x.to(input_dtype).repeat(copies, *[1] * (x.dim() - 1))
     for index, timestep in enumerate(table.timesteps.tolist()):
-        with around():
+        with around(timestep):
             prediction = model(model_input, times[index], cond)
         if not isinstance(prediction, Tensor) or prediction.shape != model_input.shape:
             raise ValueError(
@@ -164,6 +188,21 @@ def _tiled(model: Model, copies: int) -> AbstractContextManager[Any]:
     from fastlora.adapters import tiled  # a sibling: samplers do not need adapters until here
 
     return tiled(model, copies)
+
+
+def _phases(
+    model: Model, start: Mapping[str, float] | None, timesteps: Sequence[int]
+) -> AbstractContextManager[Callable[[int], None]]:
+    """A function that switches the adapters in `start` for a timestep."""
+    if start is None:
+        return nullcontext(lambda timestep: None)
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"sample: start: expected a module with adapters as the model, got {describe(model)}"
+        )
+    from fastlora.adapters import phases
+
+    return phases(model, start, timesteps)
 
 
 def _guidance(scale: float | Tensor, guided: bool, batch: int) -> Tensor:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastlora.adapters.lookup import WALK
+
 LOW = (torch.float16, torch.bfloat16)
 
 
@@ -145,7 +147,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         "values": {k: v.detach().clone() for k, v in model.state_dict().items()},
         "ids": {k: id(p) for k, p in model.named_parameters()},
         "grad": {k: p.requires_grad for k, p in model.named_parameters()},
-        "own": {path: set(vars(m)) for path, m in model.named_modules()},
+        "own": {path: set(vars(m)) - {WALK} for path, m in model.named_modules()},
         "buffers": [k for k, _ in model.named_buffers()],
     }
 

@@ -140,3 +140,49 @@ def test_the_default_backend() -> None:
         for scale in (1.0, -0.5, 0.0):
             fastlora.set_scale(model, scale)
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_come_and_go_in_one_graph() -> None:
+    """With a reserve: from no adapter to several and back, other ranks, other layers."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Net().eval()
+    x = torch.randint(0, 12, (5, 4))
+    fastlora.reserve(model, 8)
+    twin = copy.deepcopy(model)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    where = ["embedding", "conv", "inner.0", "inner.2"]
+
+    def swap(m: nn.Module, old: str, rank: int, layers: list[str], new: str) -> None:
+        if old:
+            fastlora.remove(m, old)
+        fastlora.inject(m, fastlora.LoRA(rank), layers, new, seed=rank)
+        randomise(m, seed=rank, size=0.5)
+
+    with torch.no_grad():
+        plain = compiled(x)
+        torch.testing.assert_close(plain, twin(x), rtol=1e-4, atol=1e-5)
+        seen = [plain]
+        for change in (
+            lambda m: swap(m, "", 2, where, "a"),
+            lambda m: swap(m, "", 4, ["conv", "inner.0"], "b"),
+            lambda m: fastlora.set_scale(m, {"a": 0.5, "b": -2.0}),
+            lambda m: fastlora.set_scale(m, {"a": 0.0}),
+            lambda m: fastlora.disable(m),
+            lambda m: fastlora.enable(m, "b"),
+            lambda m: swap(m, "a", 6, ["embedding", "inner.2"], "c"),
+            lambda m: swap(m, "b", 2, where, "d"),
+            lambda m: (fastlora.remove(m, "c"), fastlora.remove(m, "d")),
+            lambda m: swap(m, "", 8, where, "e"),
+        ):
+            for m in (model, twin):
+                change(m)
+            seen.append(compiled(x))
+            torch.testing.assert_close(seen[-1], twin(x), rtol=1e-4, atol=1e-5)
+        assert counter.frame_count == 1, counter.frame_count
+        fastlora.reserve(model, 0)  # and without one another
+        torch.testing.assert_close(compiled(x), twin(x), rtol=1e-4, atol=1e-5)
+        assert counter.frame_count == 2
+    assert torch.equal(seen[5], plain)  # disabled
+    assert not any(torch.equal(a, b) for a, b in zip(seen, seen[1:], strict=False))

@@ -175,7 +175,7 @@ def test_a_replaced_layer_leaves_its_arena() -> None:
     randomise(model)
     assert model(x).isfinite().all()
     total = sum(s.width for m in adapted_layers(model).values() for s in m.fastlora.values())
-    assert len(arenas(model)[0]._owners) == total
+    assert arenas(model)[0]._total == total
 
 
 def test_functional_call_and_state_swapping_see_other_values() -> None:

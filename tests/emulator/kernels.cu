@@ -78,7 +78,7 @@ __global__ void warp_kernel(int* to, const int* from) {
   const int lane = int(threadIdx.x), v = from[lane];
   constexpr unsigned all = 0xffffffffu;
   int* mine = to + lane * 10;
-  mine[0] = __shfl_sync(all, v, 5);
+  mine[0] = __shfl_sync(all, v, lane * 7 + 5);  // every lane asks another one
   mine[1] = __shfl_sync(all, v, 3, 8);
   mine[2] = __shfl_xor_sync(all, v, 9);
   mine[3] = __shfl_up_sync(all, v, 3);

@@ -144,7 +144,7 @@ def test_shuffles_and_votes(kernels):
     to = torch.zeros(321, dtype=torch.int32)
     kernels("warp", (to, BOTH), (x, IN))
     v, got = x.tolist(), to[:320].view(32, 10).T.tolist()
-    assert got[0] == [v[5]] * 32
+    assert got[0] == [v[(lane * 7 + 5) % 32] for lane in LANES]
     assert got[1] == [v[lane // 8 * 8 + 3] for lane in LANES]
     assert got[2] == [v[lane ^ 9] for lane in LANES]
     assert got[3] == [v[lane - 3] if lane >= 3 else v[lane] for lane in LANES]

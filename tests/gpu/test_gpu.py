@@ -82,6 +82,28 @@ def test_a_captured_model_follows_its_strengths():
             close(y, other(x.cpu()))
 
 
+def test_new_strengths_wait_for_nothing():
+    """Also while the device is busy; from then on they count."""
+    model, x = adapted(), torch.randn(5, 48, device="cuda")
+    fastlora.inject(model, fastlora.LoRA(4), name="b", seed=1)
+    fastlora.set_scale(model, {"a": 0.5, "b": 1.0})  # memory that is made once is there
+    with torch.no_grad():
+        model(x)
+        torch.cuda.synchronize()
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            busy()
+            fastlora.set_scale(model, {"a": 0.25, "b": -1.5})
+            waited = torch.cuda.current_stream().query()  # True: the device has nothing to do
+            y = model(x)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        assert not waited
+        other = copy.deepcopy(model).cpu()
+        close(y, other(x.cpu()))
+
+
 def test_a_captured_sampling_loop():
     """Every step of it in one graph: nothing waits for the host."""
     table = fastlora.ddim(fastlora.Schedule.cosine(100), steps=5, prediction="v", eta=1.0)

@@ -1,8 +1,13 @@
+import importlib
+import sys
+
 import pytest
 import torch
 from torch.autograd import gradcheck
 
 from fastlora import ops
+from fastlora.ops._define import kernels
+from fastlora.ops._device import kernels_of
 from tests.cases import (
     DTYPES,
     LINEAR_SHAPES,
@@ -13,7 +18,7 @@ from tests.cases import (
     strided,
     widened,
 )
-from tests.devices import on_devices
+from tests.devices import DEVICES, on_devices
 
 op = ops.lora_add_
 
@@ -136,3 +141,156 @@ def test_broken_contract_is_an_error_that_names_it(case):
         op(*args)
     assert str(caught.value).startswith("lora_add_: ") and message in str(caught.value)
     assert torch.equal(args[0], before)
+
+
+# --- CUDA -----------------------------------------------------------------------------------------
+
+module = sys.modules["fastlora.ops.lora_add"]
+EXTENDED, TILED = module.EXTENDED, module.TILED
+on_cuda = pytest.mark.parametrize("device", DEVICES[1:], indirect=True)
+LOW = [torch.bfloat16, torch.float16]
+
+# (leading shape, in, out, rank): tails in every dimension, one and more tiles of each
+SHAPES = [
+    ((1,), 1, 1, 1),
+    ((5,), 8, 8, 3),
+    ((2, 33), 40, 24, 16),
+    ((2, 65), 129, 151, 5),
+    ((64,), 64, 64, 16),
+    ((3, 50), 96, 136, 17),
+    ((2, 70), 72, 200, 64),
+    ((129,), 33, 130, 200),
+    ((7,), 24, 72, 1024),
+]
+
+
+def check(args, form=EXTENDED):
+    exact = by_hand(*widened(args))
+    low = args[0].clone()
+    op.reference(low, *args[1:])
+    module._kernel(*args, form=form)
+    assert_twofold(args[0], exact, low)
+
+
+@on_cuda
+@pytest.mark.parametrize("down", [True, False], ids=["down", "activation"])
+@pytest.mark.parametrize("rows", [False, True], ids=["gate", "gate-rows"])
+@pytest.mark.parametrize("dtype", LOW, ids=identify)
+@pytest.mark.parametrize("shape", SHAPES, ids=identify)
+def test_tensor_cores_against_float64(device, shape, dtype, rows, down):
+    check(arguments(shape, dtype, rows, down))
+
+
+@on_cuda
+@pytest.mark.parametrize("form", [EXTENDED, TILED], ids=["extended", "tiled"])
+@pytest.mark.parametrize("dtype", LOW, ids=identify)
+def test_rows_apart_and_elements_apart(device, dtype, form):
+    """Slices of wider tensors, aligned or not; transposed factors; y with gaps between elements."""
+    args = arguments(((70,), 48, 56, 8), dtype)
+
+    def inside(t, left, width):
+        wide = t.new_zeros(*t.shape[:-1], width)
+        view = wide[..., left : left + t.shape[-1]]
+        view.copy_(t)
+        return view
+
+    turned = [t.t().contiguous().t() for t in args[2:4]]
+    for y, x, down, up, gate in (
+        [inside(args[0], 8, 72), inside(args[1], 16, 80), *args[2:]],
+        [inside(args[0], 3, 71), inside(args[1], 1, 67), *args[2:]],
+        [args[0].clone(), args[1], *turned, args[4]],
+        [strided(t) for t in args],
+    ):
+        exact, low = by_hand(*widened([y, x, down, up, gate])), y.clone()
+        op.reference(low, x, down, up, gate)
+        h = x.new_empty(x.shape[0], up.shape[1])
+        kernels_of(x).lora_add_(y, x, down, up, gate, h, form)
+        assert_twofold(y, exact, low)
+
+
+@on_cuda
+def test_many_tiles(device):
+    """More than the small shape is for."""
+    check(arguments(((128 * 12,), 32, 128 * 11, 8), torch.bfloat16))
+
+
+@on_cuda
+@pytest.mark.parametrize("dtype", LOW, ids=identify)
+def test_rounds_once_and_in_equal_bits(device, dtype):
+    """h is rounded, the sum is not before it is added to y."""
+    y, x, _, up, gate = arguments(((40,), 8, 72, 4), dtype, down=False)
+    gate = torch.full_like(gate, 0.5)  # h has the bits of x
+    exact = y.double() + (x.double() * 0.5) @ up.double().t()
+    first, second = y.clone(), y.clone()
+    module._kernel(first, x, None, up, gate, form=EXTENDED)
+    module._kernel(second, x, None, up, gate, form=EXTENDED)
+    assert torch.equal(first, second)
+    assert (first == exact.to(dtype)).float().mean() > 0.995  # ties that float32 decides
+
+
+@on_cuda
+def test_gates_of_zero_and_no_components_leave_y(device):
+    y, x, down, up, gate = arguments(((2, 40), 64, 72, 16), torch.bfloat16)
+    before = y.clone()
+    module._kernel(y, x, down, up, torch.zeros_like(gate), form=EXTENDED)
+    assert torch.equal(y, before)
+    y[0, 0, 0] = -0.0
+    module._kernel(y, x, down[:0], up[:, :0], gate[:0], form=EXTENDED)
+    assert torch.equal(y[0, 0, 1:], before[0, 0, 1:]) and y[0, 0, 0].signbit()
+
+
+@on_cuda
+def test_what_tensor_cores_cannot_do_is_refused(device):
+    y, x, down, up, gate = arguments(((4,), 8, 8, 4))
+    h = x.new_empty(4, 4)
+    with pytest.raises(ValueError, match="float16 or bfloat16 for tensor cores"):
+        kernels_of(x).lora_add_(y, x, down, up, gate, h, EXTENDED)
+    args = [t.to(torch.bfloat16) for t in (y, x, down, up)]
+    with pytest.raises(ValueError, match="weight: expected a matrix for this form"):
+        kernels_of(x).lora_add_(*args, gate, h.to(torch.bfloat16), module.EXTENDED + 1)
+
+
+@pytest.mark.parametrize("device", DEVICES[1:2], indirect=True)
+def test_which_route_a_call_takes(device):
+    """The emulated GPU is an H200; a library's products are no launches of ours."""
+
+    def launched(args):
+        plan = module._plan(*args)
+        plan(*args)
+        route = getattr(plan, "func", plan)
+        return (route, importlib.import_module("fastlora._emulator").launches())
+
+    low = torch.bfloat16
+    args = arguments(((2, 40), 64, 72, 16), low)
+    assert launched(args) == (module._kernel, ["gated activation", "extended product"])
+    args = arguments(((2, 40), 64, 72, 16), low, down=False)
+    assert launched(args) == (module._kernel, ["gate", "extended product"])
+    args = arguments(((2, 40), 64, 72, 16))
+    assert launched(args) == (module._kernel, ["lora_linear", "lora_linear"])
+    y, *rest = arguments(((2, 40), 64, 72, 16), low)
+    wide = y.new_zeros(2, 40, 100)
+    assert module._plan(wide[..., 8:80], *rest).func is module._kernel
+    assert module._plan(strided(y), *rest) is module._products
+    image = y.view(2, 5, 8, 72).movedim(-1, 1).contiguous().movedim(1, -1)
+    x = rest[0].view(2, 5, 8, 64)
+    assert module._plan(image, x, *rest[1:]) is module._channels_first
+    channels_last = y.view(2, 5, 8, 72)
+    assert module._plan(channels_last, x, *rest[1:]).func is module._kernel
+    assert module._plan(*arguments(((2, 0), 64, 72, 16), low)) is module._products
+
+
+def test_predicted_seconds_by_hand():
+    """8192 tokens, 320 -> 2560, rank 16 on an H200: 132 x 6 TFLOP/s, 4.3 TB/s, 1 us a launch."""
+    m, k, n, r = 8192, 320, 2560, 16
+    products, ours = kernels.predict_lora_add(m, k, n, r, 90, 132)
+    update, skinny, gate = 2 * 2 * m * n / 4.3e12, 2 * m * k / 4.3e12, 2 * 2 * m * r / 4.3e12
+    assert products == pytest.approx(update + skinny + gate + 3e-6)
+    assert ours == pytest.approx(update + 2 * (m * r + n * r) / 4.3e12 + skinny + 1.5e-6, rel=0.1)
+    assert ours < products
+    without = kernels.predict_lora_add(m, 0, n, r, 90, 132)
+    assert without[0] == pytest.approx(update + gate + 2e-6) and without[1] < ours
+    # a product with as many operations as a layer's is the library's on a GPU with wgmma
+    assert (
+        kernels.predict_lora_add(8192, 4096, 4096, 1024, 90, 132)[1]
+        > (kernels.predict_lora_add(8192, 4096, 4096, 1024, 90, 132)[0])
+    )

@@ -5,6 +5,7 @@ import torch
 
 from fastlora import ops
 from fastlora.ops import _routes as module
+from fastlora.ops._device import kernels_of
 from tests.cases import assert_twofold, identify, linear_arguments, strided, widened
 from tests.devices import DEVICES
 
@@ -71,6 +72,22 @@ def test_strided_operands(device, dtype, form):
     ):  # fmt: skip
         assert torch.equal(variant[0], x)
         check(variant, form)
+
+
+@FORMS
+@pytest.mark.parametrize("turned", range(1, 16))
+def test_operands_that_are_read_the_other_way(device, form, turned):
+    """x, W, D, U with the neighbours of a sum apart, as a backward has them; every combination."""
+    args = linear_arguments((40,), 40, 72, 8, torch.bfloat16)
+    for bit, i in enumerate((0, 1, 3, 4)):
+        if turned >> bit & 1:
+            args[i] = args[i].t().contiguous().t()
+    exact = ops.lora_linear.reference(*widened(args))
+    y = args[0].new_empty(40, 72)
+    h = None if form == APPENDED else args[0].new_empty(40, 8)
+    x, weight, bias, down, up, gate, scale = args
+    kernels_of(x).lora_linear(y, x, weight, bias, down, up, gate, scale, h, form)
+    assert_twofold(y, exact, ops.lora_linear.reference(*args))
 
 
 @FORMS

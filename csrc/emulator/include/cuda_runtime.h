@@ -146,3 +146,12 @@ template <class T>
 T __ldg(const T* at, FASTLORA_EMULATED_HERE) {
   return *::fastlora::emulator::readable(at, 1, alignof(T), here);
 }
+// What is read or written once only: the same here.
+template <class T>
+T __ldcs(const T* at, FASTLORA_EMULATED_HERE) {
+  return *::fastlora::emulator::readable(at, 1, alignof(T), here);
+}
+template <class T>
+void __stcs(T* at, T value, FASTLORA_EMULATED_HERE) {
+  *::fastlora::emulator::writable(at, 1, alignof(T), here) = value;
+}

@@ -1,0 +1,224 @@
+"""What fastlora sets out to reach, row by row, beside what a run has measured.
+
+Works on the benchmarks of pytest-benchmark's JSON reports; knows nothing of torch.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from bench.shapes import MODELS, counts, geometric_mean
+
+Items = list[dict[str, Any]]
+# Over the plain layers, by rank: the target, and what the roofline of the best form allows.
+FORWARD = {16: (1.10, 1.048), 64: (1.20, 1.106), 128: (1.35, 1.159)}
+CPU, CPU_FLOOR = 1.07, 1.053
+PEFT, COMPILED = 2.5, 1.05
+# The share of the library's rate that the main loop is to reach, by compute capability.
+LOOP = {80: 0.90, 90: 0.55}
+GEMM = [4096, 4096, 4096]
+
+
+@dataclass(frozen=True)
+class Row:
+    measure: str
+    target: str
+    measured: str
+    met: bool | None  # None: not measured, or not all of it
+    note: str = ""
+
+
+def rows(report: dict[str, Any]) -> list[Row]:
+    """Every row of the table of targets for a report of pytest-benchmark."""
+    items, machine = report["benchmarks"], report.get("machine_info", {})
+    on_gpu, on_cpu = of_device(items, "cuda"), of_device(items, "cpu")
+    gpu = "gpu" in machine
+    found = [forward(on_gpu, rank, gpu) for rank in FORWARD]
+    found += [against_peft(on_gpu, gpu), against_compiled(on_gpu, gpu)]
+    for form, name, most in (("appended", "F2", 5.0), ("extended", "F1", 8.0)):
+        value = first(i["extra_info"].get("host") for i in named(on_gpu, "lora_linear call", form))
+        found.append(
+            row(f"eager call, {name} ({form}), host time", "<=", most, value, gpu, microseconds)
+        )
+    found.append(loop(on_gpu, machine, gpu))
+    found += folding(on_gpu, machine, gpu)
+    strengths = [i for i in items if i["extra_info"].get("strengths")]
+    value = first(i["extra_info"].get("host") for i in named(strengths, "set_scale", "fastlora"))
+    where = "" if gpu else ", on the CPU"
+    found.append(
+        row(f"new strengths of 3 adapters, SDXL-shaped{where}", "<=", 50.0, value, True,
+            microseconds, "that nothing waits for the device: tests/gpu")
+    )  # fmt: skip
+    found.append(cpu_forward(on_cpu, gpu))
+    return found
+
+
+def row(
+    measure: str,
+    sign: str,
+    target: float,
+    value: float | None,
+    possible: bool,
+    show: Callable[[float], str],
+    note: str = "",
+    complete: bool = True,
+) -> Row:
+    """`possible`: this run could have measured it."""
+    wanted = f"{sign} {show(target)}"
+    if value is None:
+        return Row(measure, wanted, "not run" if possible else "needs a GPU", None)
+    met = value <= target if sign == "<=" else value >= target
+    return Row(measure, wanted, show(value), met if complete else None, note)
+
+
+def times(value: float) -> str:
+    return f"{value:.2f}x" if value < 10 else f"{value:.0f}x"
+
+
+def exact_times(value: float) -> str:
+    return f"{value:.3f}x"
+
+
+def microseconds(value: float) -> str:
+    return f"{value:.1f} µs" if value < 100 else f"{value:,.0f} µs"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.0f} %"
+
+
+def some(missing: int) -> str:
+    return f"{missing} layers missing" if missing else ""
+
+
+def joined(notes: Iterable[str]) -> str:
+    return ", ".join(note for note in notes if note)
+
+
+def forward(items: Items, rank: int, gpu: bool) -> Row:
+    target, roofline = FORWARD[rank]
+    value, missing = mean_over_floor(items, "fastlora", rank, "bfloat16", MODELS)
+    notes = [f"roofline {roofline}", some(missing)]
+    stacked = " (8 stacked)" if rank == 128 else ""
+    return row(f"forward r={rank}{stacked}, bf16, CUDA graph, over F.linear", "<=", target, value,
+               gpu, exact_times, joined(notes), not missing)  # fmt: skip
+
+
+def cpu_forward(items: Items, gpu: bool) -> Row:
+    value, missing = mean_over_floor(items, "fastlora", 16, "float32", MODELS[:1])
+    fastest, _ = mean_over_floor(items, "fastlora", 16, "float32", MODELS[:1], "fastest")
+    measure = "forward r=16, fp32, CPU, SD 1.5, over F.linear"
+    if value is None and gpu:
+        return Row(measure, f"<= {CPU:.3f}x", "needs a run without a GPU", None)
+    torch, _ = mean_over_floor(items, "addmm", 16, "float32", MODELS[:1])
+    notes = [
+        "" if fastest is None else f"fastest rounds {exact_times(fastest)}",
+        "" if torch is None else f"addmm_ {exact_times(torch)}",
+        f"FLOP floor {CPU_FLOOR}",
+        some(missing),
+    ]
+    return row(measure, "<=", CPU, value, True, exact_times, joined(notes), not missing)
+
+
+def against_peft(items: Items, gpu: bool) -> Row:
+    value, missing = mean_between(items, "peft", "eager", 16, MODELS)
+    return row("layer r=16 against PEFT, both eager", ">=", PEFT, value, gpu, times,
+               some(missing), not missing)  # fmt: skip
+
+
+def against_compiled(items: Items, gpu: bool) -> Row:
+    value, missing = mean_between(items, "peft + compile", "captured", 16, MODELS)
+    return row("layer r=16 against PEFT + torch.compile, both in a CUDA graph", ">=", COMPILED,
+               value, gpu, times, some(missing), not missing)  # fmt: skip
+
+
+def loop(items: Items, machine: dict[str, Any], gpu: bool) -> Row:
+    found = [
+        i for i in items
+        if i["extra_info"].get("gemm") == GEMM and i["extra_info"]["dtype"] == "bfloat16"
+    ]  # fmt: skip
+    ours = first(i["extra_info"].get("over_floor") for i in named(found, "gemm", "fastlora"))
+    share = None if not ours else 1 / ours
+    measure = "main loop alone, 4096^3 bf16, of cuBLAS's rate"
+    capability = machine.get("capability")
+    if gpu and capability not in LOOP:
+        shown = "not run" if share is None else percent(share)
+        return Row(measure, "none for this GPU", shown, None)
+    return row(measure, ">=", LOOP.get(capability or 90, 0), share, gpu, percent)
+
+
+def folding(items: Items, machine: dict[str, Any], gpu: bool) -> list[Row]:
+    """In microseconds of a graph beside bytes over copy bandwidth; in wall time beside PEFT."""
+    found = {i["params"]["contender"]: i for i in items if i["extra_info"].get("fold") == "SD 1.5"}
+    bandwidth = machine.get("ceilings", {}).get("bytes")
+    over = faster = floor = None
+    if "fastlora" in found:
+        ours = found["fastlora"]["extra_info"]
+        if bandwidth and ours.get("captured"):
+            floor = ours["bytes"] / bandwidth * 1e6
+            over = ours["captured"] / floor
+        if "peft" in found:
+            faster = found["peft"]["stats"]["median"] / found["fastlora"]["stats"]["median"]
+    note = "" if floor is None else f"{floor / 1e3:.2f} ms"
+    return [
+        row("fold of SD 1.5, bf16, over copy bandwidth", "<=", 1.3, over, gpu, times, note),
+        row("fold of SD 1.5, bf16, against PEFT's merge", ">=", 50.0, faster, gpu, times),
+    ]
+
+
+# --- picking and averaging ------------------------------------------------------------------------
+
+
+def first(values: Iterable[float | None]) -> float | None:
+    return next((v for v in values if v is not None), None)
+
+
+def of_device(items: Items, device: str) -> Items:
+    return [i for i in items if i["extra_info"].get("device") == device]
+
+
+def named(items: Items, group: str, contender: str) -> Items:
+    return [
+        i for i in items
+        if i["group"].startswith(group) and i["params"]["contender"] == contender
+    ]  # fmt: skip
+
+
+def layers(items: Items, contender: str, rank: int, dtype: str) -> dict[tuple[int, ...], Any]:
+    """`extra_info` of a contender's layers by (tokens, in, out)."""
+    return {
+        tuple(i["extra_info"]["layer"]): i["extra_info"]
+        for i in items
+        if "layer" in i["extra_info"]
+        and i["params"]["contender"] == contender
+        and i["extra_info"]["rank"] == rank
+        and i["extra_info"]["dtype"] == dtype
+    }
+
+
+def mean(ratios: dict[tuple[int, ...], float], models: Iterable[str]) -> tuple[float | None, int]:
+    """Geometric mean over the layers of models, weighted by count, and how many are missing."""
+    shapes: dict[Any, dict[str, int]] = counts(models)
+    pairs = [(sum(shapes[s].values()), ratio) for s, ratio in ratios.items() if s in shapes]
+    return geometric_mean(pairs) if pairs else None, len(shapes) - len(pairs)
+
+
+def mean_over_floor(
+    items: Items,
+    contender: str,
+    rank: int,
+    dtype: str,
+    models: Iterable[str],
+    key: str = "over_floor",
+) -> tuple[float | None, int]:
+    found = layers(items, contender, rank, dtype)
+    return mean({s: e[key] for s, e in found.items() if key in e}, models)
+
+
+def mean_between(
+    items: Items, peer: str, key: str, rank: int, models: Iterable[str]
+) -> tuple[float | None, int]:
+    """How many times as long as fastlora a peer takes."""
+    ours, theirs = (layers(items, c, rank, "bfloat16") for c in ("fastlora", peer))
+    both = {s for s in ours.keys() & theirs.keys() if ours[s].get(key) and theirs[s].get(key)}
+    return mean({s: theirs[s][key] / ours[s][key] for s in both}, models)

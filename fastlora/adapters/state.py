@@ -1,0 +1,54 @@
+"""What an adapted layer remembers between calls, and whether a call becomes a graph."""
+
+from typing import Any
+
+import torch
+
+from fastlora.adapters.arena import Arena
+from fastlora.adapters.slots import Packed
+
+_is_compiling = torch.compiler.is_compiling
+is_capturing = (
+    torch.cuda.is_current_stream_capturing if torch.backends.cuda.is_built() else lambda: False
+)
+
+
+def in_graph() -> bool:
+    """Whether what runs now becomes a graph that is run again: compiled, or a CUDA graph. It has to
+    follow strengths that change afterwards, so that adapters which are off now are computed too."""
+    return _is_compiling() or is_capturing()
+
+
+class LayerState:
+    """What an adapted layer caches; rebuilt when the arena's epoch moves on."""
+
+    __slots__ = (
+        "arena", "path", "offset", "offsets", "outside", "rows", "merged", "stale",
+        "epoch", "fast", "active", "packed", "cache",
+    )  # fmt: skip
+
+    def __init__(self, arena: Arena, path: str) -> None:
+        self.arena, self.path = arena, path
+        self.offset = 0  # of the layer's gates in the arena
+        self.offsets: dict[str, int] = {}  # of each adapter's
+        self.outside: tuple[tuple[str, Any], ...] = ()  # the slots that are not in the reserve
+        self.rows = False  # a strength in the reserve is per sample
+        self.merged = False  # the folded weight is in use
+        self.stale = False  # and has to be written again first
+        self.forget()
+
+    def forget(self) -> None:
+        self.epoch = -1
+        self.fast: Any = None  # (parameters of the only slot, gate): the shortest way through
+        self.active: tuple[tuple[str, Any], ...] = ()
+        self.packed: Packed | None = None  # the active ones of them as one LoRA
+        self.cache: dict[str, tuple[list[Any], Any]] = {}  # (made from, made)
+
+    def __getstate__(self) -> Any:
+        kept = self.offset, self.offsets, self.outside, self.rows, self.merged, self.stale
+        return self.arena, self.path, *kept
+
+    def __setstate__(self, state: Any) -> None:
+        self.arena, self.path, *kept = state
+        self.offset, self.offsets, self.outside, self.rows, self.merged, self.stale = kept
+        self.forget()

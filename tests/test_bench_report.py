@@ -1,0 +1,173 @@
+"""What the benchmarks' report makes of made-up measurements."""
+
+from typing import Any
+
+import pytest
+
+from bench import report, targets
+from bench.shapes import MODELS, counts, geometric_mean, weights
+
+
+def item(group: str, contender: str, seconds: float = 1e-3, **extra: Any) -> dict[str, Any]:
+    return {
+        "group": group,
+        "params": {"contender": contender},
+        "stats": {"min": seconds, "median": seconds, "iqr": 0.0, "rounds": 3},
+        "extra_info": {"device": "cpu", **extra},
+    }
+
+
+def layer(shape: tuple[int, ...], contender: str, ratio: float, rank: int = 16, **extra: Any):
+    """A measured layer; its floor takes a millisecond."""
+    known: dict[Any, dict[str, int]] = counts(MODELS)
+    dtype = extra.pop("dtype", "float32")
+    group = f"lora_linear {'x'.join(map(str, shape))} r={rank} {dtype}"
+    info = {"layer": list(shape), "rank": rank, "dtype": dtype, "counts": known[shape]}
+    spread = {"over_floor": ratio, "low": ratio - 0.01, "high": ratio + 0.03, "fastest": ratio}
+    return item(group, contender, ratio * 1e-3, **{**info, **spread, **extra})
+
+
+def whole(models: tuple[str, ...], contender: str, ratio: float, **extra: Any) -> list[Any]:
+    return [layer(shape, contender, ratio, **extra) for shape in counts(models)]
+
+
+def by_measure(items: list[Any], **machine: Any) -> dict[str, targets.Row]:
+    found = targets.rows({"benchmarks": items, "machine_info": machine})
+    assert len(found) == 12
+    return {row.measure: row for row in found}
+
+
+def test_geometric_means_by_hand():
+    assert geometric_mean([(1, 2.0), (1, 8.0)]) == pytest.approx(4.0)
+    assert geometric_mean([(3, 2.0), (1, 32.0)]) == pytest.approx(4.0)  # (8 * 32) ** (1 / 4)
+
+
+def test_means_weigh_a_layer_by_its_calls_in_every_model():
+    shared = (2, 1280, 1280)  # 13 calls in SD 1.5, 9 in SDXL
+    alone = (8192, 320, 320)  # 30 calls in SD 1.5
+    value, missing = targets.mean({shared: 2.0, alone: 1.0}, MODELS[:1])
+    assert value == pytest.approx(2 ** (13 / 43)) and missing == 17
+    value, missing = targets.mean({shared: 2.0, alone: 1.0}, MODELS)
+    assert value == pytest.approx(2 ** (22 / 52)) and missing == 44
+    assert targets.mean({}, MODELS) == (None, 46)
+
+
+def test_shapes_of_whole_models():
+    assert sum(sum(c.values()) for c in counts(MODELS).values()) == 184 + 743 + 504
+    numbers = sum(out * features for out, features in weights(MODELS[0], convolutions=True))
+    assert numbers == pytest.approx(859_520_964, rel=0.002)  # all but biases and norms
+
+
+@pytest.mark.parametrize(("ratio", "met"), [(1.069, True), (1.071, False)])
+def test_the_target_of_the_cpu(ratio, met):
+    items = whole(MODELS[:1], "fastlora", ratio) + whole(MODELS[:1], "addmm", 1.08)
+    row = by_measure(items)["forward r=16, fp32, CPU, SD 1.5, over F.linear"]
+    assert row.met is met and row.measured == f"{ratio:.3f}x" and "addmm_ 1.080x" in row.note
+
+
+def test_a_part_of_the_layers_meets_no_target():
+    items = whole(MODELS[:1], "fastlora", 1.0)[1:]
+    row = by_measure(items)["forward r=16, fp32, CPU, SD 1.5, over F.linear"]
+    assert row.met is None and row.measured == "1.000x" and "1 layers missing" in row.note
+
+
+def test_without_a_gpu_its_rows_say_so():
+    found = by_measure(whole(MODELS[:1], "fastlora", 1.0))
+    assert sum(row.measured == "needs a GPU" for row in found.values()) == 10
+    assert all(row.met is None for row in found.values() if row.measured == "needs a GPU")
+
+
+def test_rows_of_a_gpu():
+    on_gpu: dict[str, Any] = {"device": "cuda", "dtype": "bfloat16"}
+    items = whole(MODELS, "fastlora", 1.09, eager=20.0, captured=5.0, **on_gpu)
+    items += whole(MODELS, "fastlora", 1.21, rank=64, **on_gpu)
+    items += whole(MODELS, "peft", 2.0, eager=60.0, captured=9.0, **on_gpu)
+    items += whole(MODELS, "peft + compile", 1.2, eager=30.0, captured=5.1, **on_gpu)
+    group = "lora_linear call 16x64x64 r=16 bfloat16"
+    items += [item(group, "appended", host=4.9, device="cuda")]
+    items += [item(group, "extended", host=8.1, device="cuda")]
+    gemm = {"gemm": [4096] * 3, "dtype": "bfloat16", "device": "cuda", "operations": 1}
+    items += [item("gemm 4096x4096x4096 bfloat16", "fastlora", over_floor=1.6, **gemm)]
+    fold = {"fold": "SD 1.5", "device": "cuda"}
+    items += [item("fold", "fastlora", 2e-3, bytes=4_000_000_000, captured=1200.0, **fold)]
+    items += [item("fold", "peft", 90e-3, **fold)]
+    items += [item("set_scale", "fastlora", strengths=True, host=49.0, device="cuda")]
+    machine = {"gpu": "NVIDIA H200", "capability": 90, "ceilings": {"bytes": 4e12}}
+    found = by_measure(items, **machine)
+    shown = {m.split(",")[0]: (r.measured, r.met) for m, r in found.items() if "fold" not in m}
+    assert shown == {
+        "forward r=16": ("needs a run without a GPU", None),  # the CPU's; the GPU's below
+        "forward r=64": ("1.210x", False),
+        "forward r=128 (8 stacked)": ("not run", None),
+        "layer r=16 against PEFT": ("3.00x", True),
+        "layer r=16 against PEFT + torch.compile": ("1.02x", False),
+        "eager call": ("8.1 µs", False),
+        "main loop alone": ("62 %", True),
+        "new strengths of 3 adapters": ("49.0 µs", True),
+    }
+    row = found["forward r=16, bf16, CUDA graph, over F.linear"]
+    assert (row.measured, row.met, row.note) == ("1.090x", True, "roofline 1.048")
+    assert found["eager call, F2 (appended), host time"].met
+    row = found["fold of SD 1.5, bf16, over copy bandwidth"]  # 1.2 ms over 4 GB at 4 TB/s
+    assert (row.measured, row.met, row.note) == ("1.20x", True, "1.00 ms")
+    row = found["fold of SD 1.5, bf16, against PEFT's merge"]
+    assert (row.measured, row.met) == ("45x", False)
+    # an A100 is asked for more of its library's rate, a GPU that nobody spoke of for nothing
+    measure = "main loop alone, 4096^3 bf16, of cuBLAS's rate"
+    assert by_measure(items, gpu="NVIDIA A100", capability=80)[measure].met is False
+    assert by_measure(items, gpu="another", capability=86)[measure].met is None
+
+
+def test_layers_as_a_table():
+    """A layer a line, every contender beside the floor, means where a model is complete."""
+    items = [layer(s, c, r) for s in counts(MODELS[:1])
+             for c, r in (("floor", 1.0), ("fastlora", 1.05), ("addmm", 1.1))]  # fmt: skip
+    shown = report.text(report.tables({"benchmarks": items}))
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
+    assert "8192x320x320 30 1.00 ms 1.05 ±0.02 1.10 ±0.02" in lines
+    assert "mean, SD 1.5 1.050 1.100" in lines
+    assert not any("something else was running" in line for line in lines)
+    assert max(map(len, shown.splitlines())) <= 160
+    items[0]["stats"]["median"] *= 1.5
+    assert "On 1 of 19 layers" in report.text(report.tables({"benchmarks": items}))
+
+
+def test_a_busy_machine_is_named():
+    items = whole(MODELS[:1], "fastlora", 1.09)
+    for load, busy in ((0.4, False), (1.6, True)):
+        machine = {"load": load, "cores": 2}
+        shown = report.text([report.targets({"benchmarks": items, "machine_info": machine})])
+        assert ("was busy" in shown) is busy and "MISSED" in shown
+        assert ("MISSED (busy)" in shown) is busy
+
+
+def test_where_peers_win():
+    items = [layer(s, "fastlora", 1.2) for s in counts(MODELS[:1])]
+    items += [layer(s, "addmm", 1.1 if s[0] == 2 else 1.3) for s in counts(MODELS[:1])]
+    items += [item("spectral_weight", "fastlora", 3e-3), item("spectral_weight", "addmm", 2e-3)]
+    items += [item("spectral_weight", "floor", 1e-3)]  # no contest
+    lines = report.peers_that_win(items).lines
+    assert [line[:3] for line in lines] == [
+        ["lora_linear r=16", "addmm", "1.09x"],
+        ["spectral_weight", "addmm", "1.50x"],
+    ]
+    assert lines[0][3].startswith("on 4 of 19 layers")
+
+
+def test_other_jobs_by_the_best_clock_of_both():
+    items = [
+        item("step", "fastlora", 1.0, eager=8.0, captured=3.0, bytes=8_000_000, device="cuda"),
+        item("step", "addmm", 1.0, eager=20.0, captured=6.0, device="cuda"),
+        item("step", "diffusers", 1.0, eager=160.0, captured=None, why="waits", device="cuda"),
+    ]
+    machine = {"gpu": "some", "ceilings": {"bytes": 4e12}}
+    table = report.others(items, machine)
+    assert [line[5] for line in table.lines] == ["", "", "0.50", "0.05"]
+    assert [line[6] for line in table.lines] == ["", "at least 2.00 µs", "", "; waits"]
+    assert "| addmm | 6.00 µs | 20.0 µs |" in report.markdown([table])
+
+
+def test_calls_are_counted():
+    """A round of many calls is shown as one of them."""
+    lines = report.others([item("tiny", "fastlora", 1e-3, calls=200)], {}).lines
+    assert lines[1][1] == "5.00 µs"
