@@ -126,8 +126,7 @@ inline double add_kernels_seconds(const Gpu& gpu, const LinearShape& s) {
   return h + y + 1.5 * gpu.launch;  // the second launch overlaps the end of the first
 }
 
-// --- the CPU
-// --------------------------------------------------------------------------------------
+// --- the CPU -------------------------------------------------------------------------------------
 
 // Of one thread where not said otherwise, as measured on two cores of an AMD EPYC (Zen 4, AVX-512)
 // with PyTorch 2.13: MKL for float32 and float64, oneDNN for bfloat16, neither for float16.
