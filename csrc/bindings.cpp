@@ -69,6 +69,10 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   m.def("predict_lora_linear", &predict_lora_linear);
   m.def("predict_lora_linear_cpu", &predict_lora_linear_cpu);
   m.def("predict_lora_add", &predict_lora_add);
+  m.def("predict_fold", [](double bytes, int capability, int multiprocessors) {
+    return fold_seconds(gpu_of(capability, multiprocessors), bytes);
+  });
+  m.def("predict_fold_cpu", [](double bytes) { return fold_seconds(bytes); });
   m.def("same_children", &same_children);
 
   m.def("lora_linear", &lora_linear);

@@ -126,6 +126,12 @@ inline double add_kernels_seconds(const Gpu& gpu, const LinearShape& s) {
   return h + y + 1.5 * gpu.launch;  // the second launch overlaps the end of the first
 }
 
+// --- fold on a GPU, `bytes` of W, W', D and U ---
+
+inline double fold_seconds(const Gpu& gpu, double bytes) {
+  return bytes / gpu.bandwidth + gpu.launch;
+}
+
 // --- the CPU -------------------------------------------------------------------------------------
 
 // Of one thread where not said otherwise, as measured on two cores of an AMD EPYC (Zen 4, AVX-512)
@@ -194,6 +200,10 @@ inline double pass_seconds(const Cpu& cpu, const LinearShape& s) {
   const double packing = kPassPacking * r * (k + n) / cpu.threads;
   return kPassCall + (tasks > 1 && cpu.threads > 1 ? kFork : 0) + packing + arithmetic + traffic;
 }
+
+// fold, for `bytes` of W, W', D and U; two threads saturate the memory.
+constexpr double kFoldBandwidth = 29e9;
+inline double fold_seconds(double bytes) { return bytes / kFoldBandwidth + kPassCall; }
 
 inline double around_seconds(const Cpu& cpu, const LinearShape& s) {
   return plain_seconds(cpu, s) + pass_seconds(cpu, s);

@@ -2,13 +2,18 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastlora.adapters.control import apply, restoring, strengths
 from fastlora.adapters.folding import fold, is_folded, unfold
-from fastlora.adapters.lookup import arenas, require_known
+from fastlora.adapters.lookup import layers_of, require_known
+from fastlora.adapters.slots import LoRASlot
 from fastlora.adapters.specs import AdapterError, is_number
+from fastlora.ops._routes import extra_seconds, fold_seconds
+
+Seen = dict[nn.Module, int]  # tokens of a call
 
 
 @contextmanager
@@ -37,16 +42,20 @@ def phases(
 
     left = [pattern(timestep) for timestep in timesteps]
     first_of_all = now = {name: was_on[name] for name in start}
+    seen: Seen = {}
+    watching = watch(model, seen) if folded else []
 
     def switch(timestep: float) -> None:
         nonlocal now
+        while seen and watching:  # one call has told
+            watching.pop().remove()
         wanted = pattern(timestep)
-        run = next((i for i, other in enumerate(left) if other != wanted), len(left))
         if wanted != now:
+            run = next((i for i, other in enumerate(left) if other != wanted), len(left))
             if folded:
                 unfold(model)
             apply(model, {}, wanted)
-            if folded and worth_folding(model, max(run, 1)):
+            if folded and worth_folding(model, max(run, 1), seen):
                 fold(model)
             now = wanted
         del left[:1]
@@ -56,6 +65,8 @@ def phases(
             try:
                 yield switch
             finally:
+                for handle in watching:
+                    handle.remove()
                 if folded and now != first_of_all:
                     unfold(model)  # so that putting strengths back does not fold
     finally:
@@ -63,6 +74,31 @@ def phases(
             fold(model)
 
 
-def worth_folding(model: nn.Module, calls: int) -> bool:
-    """Whether folding takes less time than the adapters in that many calls."""
-    return any(not arena.off(name) for arena in arenas(model) for name in arena.scales)
+def watch(model: nn.Module, seen: Seen) -> list[Any]:
+    """Hooks that note how many tokens (positions of an image) each adapted layer gives a call."""
+
+    def note(layer: Any, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and layer.weight.dim() > 1:
+            channels = layer.weight.shape[1 if layer.transposed else 0]
+            seen[layer] = output.numel() // max(channels, 1)
+
+    return [layer.register_forward_hook(note) for layer in layers_of(model)]
+
+
+def worth_folding(model: nn.Module, calls: int, seen: Seen) -> bool:
+    """Whether folding takes less time than the adapters that are on in so many calls, as predicted;
+    a fold is taken to be worth it while nobody has `seen` the sizes of a call."""
+    size, extra, like = 0, 0.0, None
+    for layer in layers_of(model):
+        arena, weight = layer._state.arena, layer.weight
+        on = [s for n, s in layer.fastlora.items() if not arena.off(n)]
+        size += 2 * weight.nbytes
+        like = weight if on else like
+        ranks = [s for s in on if isinstance(s, LoRASlot)]
+        size += sum(s.down.nbytes + s.up.nbytes for s in ranks)
+        if ranks and layer in seen:
+            rank, out = sum(s.width for s in ranks), ranks[0].up.shape[0]
+            extra += extra_seconds(weight, seen[layer], ranks[0].down[0].numel(), out, rank)
+    if like is None:
+        return False  # nothing is on: the plain model
+    return not seen or fold_seconds(like, size) < calls * extra

@@ -118,15 +118,42 @@ def predicted(
     tokens = x.numel() // max(features, 1)
     if device_type(x) == "cpu":
         return predicted_on_cpu(x.dtype, tokens, features, out, rank)
-    capability, multiprocessors = gpu_of(x)
-    times = kernels.predict_lora_linear(tokens, features, out, rank, capability, multiprocessors)
-    names = ("plain", "products", "extended", "appended")
-    named: dict[str, float] = dict(zip(names, times, strict=True))
+    named = predicted_on_cuda(x, tokens, features, out, rank)
     # Nobody has a rate for plain arithmetic yet; beside tensor cores it has never a chance.
     work = tokens * (out * features + rank * (out + features))
     beside = on_tensor_cores(x, weight, down, up)
     named["tiled"] = float("inf") if beside else named["products"] * work / TINY_CUDA
     return named
+
+
+def predicted_on_cuda(
+    like: Tensor, tokens: int, features: int, out: int, rank: int
+) -> dict[str, float]:
+    """For 16-bit elements."""
+    times = kernels.predict_lora_linear(tokens, features, out, rank, *gpu_of(like))
+    return dict(zip(("plain", "products", "extended", "appended"), times, strict=True))
+
+
+def extra_seconds(like: Tensor, tokens: int, features: int, out: int, rank: int) -> float:
+    """What a low-rank part adds to the plain layer's time by the fastest route, as predicted; less
+    than nothing where a route of ours is faster than the library."""
+    if device_type(like) == "cpu":
+        times = predicted_on_cpu(like.dtype, tokens, features, out, rank)
+    else:
+        times = predicted_on_cuda(like, tokens, features, out, rank)
+        if rank > APPENDED_RANK or not on_tensor_cores(like):
+            del times["appended"]
+        if not on_tensor_cores(like):
+            del times["extended"]
+    plain = times.pop("plain")
+    return min(times.values()) - plain
+
+
+def fold_seconds(like: Tensor, size: int) -> float:
+    """Predicted time of a fold of `size` bytes of W, W', D and U."""
+    if device_type(like) == "cpu":
+        return kernels.predict_fold_cpu(size)
+    return kernels.predict_fold(size, *gpu_of(like))
 
 
 def predicted_on_cpu(
@@ -141,10 +168,10 @@ def neighbours(*matrices: Tensor) -> bool:
     return all(t.stride(-1) == 1 or t.shape[-1] == 1 for t in matrices)
 
 
-def on_tensor_cores(x: Tensor, weight: Tensor, down: Tensor, up: Tensor) -> bool:
+def on_tensor_cores(x: Tensor, *others: Tensor) -> bool:
     """They want 16-bit elements, and neighbours of a sum to be neighbours in memory."""
-    sixteen = x.element_size() == 2 and up.shape[1] > 0
-    return sixteen and neighbours(x, weight, down, up) and gpu_of(x)[0] >= 80
+    sixteen = x.element_size() == 2 and all(t.numel() for t in others)
+    return sixteen and neighbours(x, *others) and gpu_of(x)[0] >= 80
 
 
 def gpu_of(x: Tensor) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from fastlora.ops._routes import (
     TINY_CUDA,
     accumulate,
     gpu_of,
-    neighbours,
+    on_tensor_cores,
     pass_is_faster,
 )
 from fastlora.ops.lora_linear import _rows, check_low_rank
@@ -86,11 +86,10 @@ def rows_of_a_matrix(y: Tensor) -> bool:
 
 def chosen_form(x: Tensor, down: Tensor | None, up: Tensor, tokens: int, tiny: bool) -> int | None:
     """The kernels that csrc/heuristics.h predicts to be fastest; None: the library's products."""
+    if not on_tensor_cores(x, up, *(() if down is None else (down,))):
+        return TILED if tiny else None
     (out, rank), features = up.shape, 0 if down is None else x.shape[-1]
     capability, multiprocessors = gpu_of(x)
-    along = neighbours(x, up) and (down is None or neighbours(down))
-    if x.element_size() != 2 or capability < 80 or rank == 0 or not along:
-        return TILED if tiny else None
     products, kernel = kernels.predict_lora_add(
         tokens, features, out, rank, capability, multiprocessors
     )

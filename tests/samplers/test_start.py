@@ -102,7 +102,7 @@ def test_a_folded_model_is_folded_between_steps(
     folds: list[int] = []
     monkeypatch.setattr(module, "fold", lambda m, f=module.fold: folds.append(1) or f(m))
     for worth in (True, False):
-        monkeypatch.setattr(module, "worth_folding", lambda m, calls, w=worth: w)
+        monkeypatch.setattr(module, "worth_folding", lambda m, calls, seen, w=worth: w)
         folds.clear(), model.seen.clear()
         images = sample(model, TABLE, x, progress=False, start=start)
         torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-5)
@@ -141,3 +141,53 @@ def test_an_exception_puts_everything_back() -> None:
             assert not fastlora.adapters(model)["a"].enabled
             raise ZeroDivisionError
         assert fastlora.adapters(model)["a"].enabled and is_folded(model) == folded
+
+
+def test_the_cost_model_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: folding pays from the number of calls on in which the adapters cost as much."""
+    module = sys.modules["fastlora.adapters.phases"]
+    model, _ = network()
+    layers = [model.inner[0], model.inner[2]]
+    size = sum(2 * m.weight.nbytes for m in layers)
+    size += 2 * sum(4 * 2 * (m.in_features + m.out_features) for m in layers)  # two adapters, r=2
+    asked: list[tuple[int, ...]] = []
+
+    def extra(like: Tensor, *numbers: int) -> float:
+        asked.append(numbers)
+        return 1e-3
+
+    monkeypatch.setattr(module, "extra_seconds", extra)
+    monkeypatch.setattr(module, "fold_seconds", lambda like, n: 7e-3 if n == size else 1e9)
+    seen = {layers[0]: 96, layers[1]: 96}
+    worth = [module.worth_folding(model, calls, seen) for calls in range(1, 7)]
+    assert worth == [False, False, False, True, True, True]  # 2 layers x 1 ms x calls > 7 ms
+    assert asked[:2] == [(96, 6, 32, 4), (96, 32, 6, 4)]
+    assert module.worth_folding(model, 1, {})  # nobody knows yet
+    fastlora.set_scale(model, {"a": 0.0, "b": 0.0})
+    assert not module.worth_folding(model, 1000, seen)
+
+
+def test_calls_are_seen_in_their_size() -> None:
+    model, x = network()
+    fastlora.fold(model)
+    counts: list[dict[nn.Module, int]] = []
+    module = sys.modules["fastlora.adapters.phases"]
+    real = module.worth_folding
+    module.worth_folding = lambda m, calls, seen: counts.append(dict(seen)) or real(m, calls, seen)
+    try:
+        sample(model, TABLE, x, progress=False, start={"a": 500})
+    finally:
+        module.worth_folding = real
+    assert counts == [{}, {model.inner[0]: 3, model.inner[2]: 3}]
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_predictions_of_real_sizes() -> None:
+    """FLUX's largest layer on the CPU: its fold takes less than what an adapter adds to a call of
+    4608 tokens, and more than to one of 2."""
+    from fastlora.ops._routes import extra_seconds, fold_seconds
+
+    weight = torch.empty(1).expand(12288, 3072)
+    size = 2 * 4 * 12288 * 3072
+    assert extra_seconds(weight, 2, 3072, 12288, 64) < fold_seconds(weight, size)
+    assert fold_seconds(weight, size) < extra_seconds(weight, 4608, 3072, 12288, 64)
