@@ -51,7 +51,7 @@ def test_against_float64(device, shape, dtype, rows, form):
         check(linear_arguments(*shape, dtype=dtype, rows=rows, bias=bias, scale=scale), form)
 
 
-@pytest.mark.parametrize("rank", [33, 64, 200])
+@pytest.mark.parametrize("rank", [33, 64, 200, 1024])
 @pytest.mark.parametrize("dtype", LOW, ids=identify)
 def test_ranks_beyond_the_registers(device, dtype, rank):
     check(linear_arguments((2, 70), 72, 136, rank, dtype=dtype, rows=True), EXTENDED)
@@ -98,6 +98,18 @@ def test_two_runs_have_equal_bits_and_a_sample_is_alone_what_it_is_in_a_batch(de
     for i in range(3):
         alone = op(args[0][i : i + 1], *args[1:5], args[5][i : i + 1], args[6], form=form)
         assert torch.equal(alone[0], y[i])
+
+
+def test_forms_and_tiles_have_equal_bits(device):
+    """The plan chooses by the number of all tokens: a sample has to be the same whatever that is.
+    (What the library computes is its own.)"""
+    out, samples = 128 * 11, 12
+    args = linear_arguments((samples, 128), 32, out, 16, dtype=torch.bfloat16, rows=True)
+    y = op(*args, form=EXTENDED)  # by large tiles
+    assert torch.equal(y, op(*args, form=APPENDED))
+    one = [args[0][3:4], *args[1:5], args[5][3:4], args[6]]  # by small ones
+    for form in (EXTENDED, APPENDED):
+        assert torch.equal(op(*one, form=form)[0], y[3])
 
 
 @FORMS
