@@ -95,7 +95,9 @@ def test_a_second_process_uses_it(table, fastest):
     fastest("products")
     report = fastlora.tune(model, x)
     assert report.file == str(table) and not report.problem
-    code = """
+    code = (
+        f"import torch; torch.set_num_threads({torch.get_num_threads()})"
+        + """
 import torch, fastlora
 from fastlora.ops import _routes, _tuned
 assert _tuned._table is None  # an import reads nothing
@@ -111,6 +113,7 @@ _routes.routes = routes
 with torch.no_grad(): model(x)
 print(names)
 """
+    )
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     run = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
