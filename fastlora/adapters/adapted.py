@@ -237,25 +237,17 @@ class Adapted(nn.Module):
     def cached(self, name: str, small: list[Tensor], make: Callable[[], Any]) -> Any:
         """`make()`, kept while the weight and the tensors in `small` have the values that they had.
 
-        What does not train is taken at its word: while its address and version stay, so do its
-        values. Of what does, values are compared: a write through `.data`, as averages of weights
-        are copied, leaves no trace in a version. That costs a copy of the weight, and a read of
-        both at every call; only on the CPU, for layers with DoRA or spectral shifts that are not
-        folded. On an accelerator a comparison would wait for the device, so there nothing is kept
-        while something trains; nor in a graph, which would never look again, under functorch, and
-        for weights made in inference mode.
+        Values, not versions: a write through `.data`, as many averages of weights are copied,
+        leaves no trace in a version. It costs a copy of the weight, and a read of both at every
+        call; only on the CPU, for layers with DoRA or spectral shifts that are not folded. On an
+        accelerator a comparison would wait for the device (and a captured graph would never look
+        again), so there nothing is kept; nor under functorch, and for weights made in inference
+        mode.
         """
         weight = self.weight
+        if weight.device.type != "cpu" or memory(weight) is None:
+            return make()
         sources, found = [weight, *small], self._state.cache.get(name)
-        places = [memory(t) for t in sources]
-        if None in places or in_graph():
-            return make()
-        if not any(t.requires_grad for t in sources):
-            if found is None or found[0] != places:
-                self._state.cache[name] = found = (places, make())
-            return found[1]
-        if weight.device.type != "cpu":
-            return make()
         if found is not None and len(found[0]) == len(sources):
             if all(map(same_values, found[0], sources)):
                 return found[1]

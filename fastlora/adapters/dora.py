@@ -15,25 +15,14 @@ def row_scale(layer: Any, weight: Tensor, slot: LoRASlot, gate: Tensor) -> Tenso
     """`m / ‖W + U diag(g) D‖` per output row `[out]`, float32 (float64 beside float64).
 
     `‖W + UgD‖² = ‖W‖² + 2⟨W Dᵀ, Ug⟩ + ⟨Ug D Dᵀ, Ug⟩` row by row; W Dᵀ and D Dᵀ change only with W
-    and D and are kept, and so is the scale itself where nothing of it trains. The norm carries no
-    gradient (the paper's section 4.3). A strength of exactly zero means no adapter: the scale is
-    one, not `m / ‖W‖`.
+    and D and are kept. The norm carries no gradient (the paper's section 4.3). A strength of
+    exactly zero means no adapter: the scale is one, not `m / ‖W‖`.
     """
     if gate.dim() == 2:
         raise AdapterError(
             f"{layer._state.path}: DoRA's norm depends on the strength, so its strength cannot "
             "differ per sample; use a number for its scale"
         )
-    assert slot.magnitude is not None
-    sources = [slot.down, slot.up, slot.magnitude, gate]
-    own = not is_compiling() and memory(weight) == memory(layer.weight)
-    if own and not any(t.requires_grad for t in (weight, *sources)):
-        return layer.cached(f"ρ{id(slot)}", sources, lambda: ratio(layer, weight, slot, gate, own))
-    return ratio(layer, weight, slot, gate, own)
-
-
-def ratio(layer: Any, weight: Tensor, slot: LoRASlot, gate: Tensor, own: bool) -> Tensor:
-    """The row scale; `own`: weight is the layer's, not one that spectral shifts have changed."""
     assert slot.magnitude is not None
     groups = getattr(layer, "groups", 1)
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -44,9 +33,9 @@ def ratio(layer: Any, weight: Tensor, slot: LoRASlot, gate: Tensor, own: bool) -
         return w.square().sum(-1), w @ d.mT, d @ d.mT
 
     with torch.no_grad(), full_precision(weight.device):
-        if own:
+        if not is_compiling() and memory(weight) == memory(layer.weight):
             w2, wd, dd = layer.cached(f"dora{id(slot)}", [slot.down], products)
-        else:
+        else:  # a weight that spectral shifts have changed, or nothing that can be kept
             w2, wd, dd = products()
         ug = slot.up.detach().reshape(groups, -1, slot.width // groups).to(wide)
         ug = ug * gate.detach().reshape(groups, 1, -1).to(wide)
