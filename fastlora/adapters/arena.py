@@ -71,17 +71,20 @@ class Arena:
         self._layers = {id(layer): weakref.ref(layer) for layer in layers}
         self._largest = {}
         spans: list[tuple[int, int, str, float]] = []  # (first entry, width, name, ratio)
+        edges: list[int] = []  # a part of the gates begins and ends with a block
         before, total = self._total, 0
         for layer in layers:
             holder, state = layer.fastlora, layer._state
             state.forget()
             state.offset, state.offsets, state.outside = total, {}, holder.outside()
+            edges += [total, holder.capacity]
             total += holder.capacity
             for name, slot in holder.items():
                 inside = name in holder.reserved_rows
                 at = state.offset + holder.reserved_rows[name] if inside else total
                 total += 0 if inside else slot.width
                 spans.append((at, slot.width, name, slot.ratio))
+                edges += [at, slot.width]
                 state.offsets[name] = at
                 self._largest[name] = max(self._largest.get(name, 0.0), abs(slot.ratio))
         names = list(dict.fromkeys(name for _, _, name, _ in spans))
@@ -93,7 +96,6 @@ class Arena:
         self.froze &= set(names)
         self.reserve_froze &= any(layer.fastlora.capacity for layer in layers)
         order = {name: i for i, name in enumerate(self.scales)}
-        edges = (edge for at, width, _, _ in spans for edge in (at, width))
         self._total, self._block = total, math.gcd(total, *edges) or 1
         block = self._block
         owners, ratios = [len(order)] * (total // block), [0.0] * (total // block)

@@ -51,7 +51,8 @@ class Walk:
 def walked(model: nn.Module) -> Walk:
     """The latest walk over a model if nothing has changed since, else a new one."""
     known = vars(model).get(WALK)
-    if known is not None and known.holds():
+    # (A shallow copy of a model has its walk, and may have other children.)
+    if known is not None and known.dicts[0] is model._modules and known.holds():
         return known
     found: dict[int, Adapted] = {}
     dicts: list[dict[str, Any]] = []
@@ -64,9 +65,10 @@ def walked(model: nn.Module) -> Walk:
         seen.add(id(module))
         if isinstance(module, Adapted):
             found[id(module)] = module
-        else:
-            dicts.append(module._modules)
-            stack.extend(reversed(module._modules.values()))
+            if len(module._modules) == 1:  # nothing but its adapters
+                continue
+        dicts.append(module._modules)
+        stack.extend(reversed(module._modules.values()))
     layers = list(found.values())
     walk = Walk(
         layers,

@@ -176,6 +176,7 @@ class Slots(nn.ModuleDict):
     @torch.no_grad()
     def enter(self, name: str) -> None:
         """Moves a slot into the reserve, which has room for it."""
+        self.renew()
         width, row = self[name].width, 0
         taken = sorted((start, self[n].width) for n, start in self.reserved_rows.items())
         for start, other in taken:
@@ -196,6 +197,7 @@ class Slots(nn.ModuleDict):
     @torch.no_grad()
     def leave(self, name: str) -> None:
         """Gives a slot memory of its own again, and zeros its rows."""
+        self.renew()
         slot = self[name]
         views = self.places(slot, self.reserved_rows.pop(name))
         for parameter, view in zip((slot.down, slot.up), views, strict=True):
@@ -223,6 +225,15 @@ class Slots(nn.ModuleDict):
             down, up = slot.down, slot.up
             pins.append((slot._parameters, down, down.data_ptr(), up, up.data_ptr()))
         self.pins = tuple(pins)
+
+    def renew(self) -> None:
+        """New buffers where somebody has exchanged parameters or their memory: what was exchanged
+        may be a backup that lies in the old ones."""
+        if not in_place(self.pins):
+            assert self.reserved_down is not None and self.reserved_up is not None
+            self.reserved_down = torch.zeros_like(self.reserved_down)
+            self.reserved_up = torch.zeros_like(self.reserved_up)
+            self.settle()
 
     def packed(self, width: int) -> Packed:
         """The first `width` rows of the reserve."""
@@ -263,13 +274,8 @@ class Slots(nn.ModuleDict):
 
 
 def take_in(slots: Slots, incompatible_keys: Any) -> None:
-    """After load_state_dict, which may have replaced parameters (`assign=True`): those go into new
-    buffers, for the state that was loaded before may be a backup of what is in the old ones."""
-    if not in_place(slots.pins):
-        assert slots.reserved_down is not None and slots.reserved_up is not None
-        slots.reserved_down = torch.zeros_like(slots.reserved_down)
-        slots.reserved_up = torch.zeros_like(slots.reserved_up)
-        slots.settle()
+    """After load_state_dict, which may have replaced parameters (`assign=True`)."""
+    slots.renew()
 
 
 def same_place(a: Tensor, b: Tensor) -> bool:

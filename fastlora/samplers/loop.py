@@ -49,7 +49,7 @@ def sample(
     `cond`, then all of `uncond`: tensors [B, ...], or tuples, lists and dicts of them. Then the
     prediction is `e_u + g (e_c - e_u)`, g = `guidance_scale`, a number or a tensor [B]. Per-sample
     strengths of adapters inside `model` follow the doubling; for a function around a module use
-    `fastlora.adapters.tiled` in it.
+    `tiled` in it (`from fastlora.adapters import tiled`).
 
     `start`: timesteps by adapter name. Such an adapter is off at steps whose timestep is above its,
     so that a slider leaves the layout alone (Concept Sliders, Gandikota et al. 2023, arXiv

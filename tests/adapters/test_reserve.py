@@ -312,6 +312,36 @@ def test_who_exchanges_values_for_a_while_gets_the_old_ones_back() -> None:
     close(reserved, plain, x)
 
 
+def test_a_backup_of_exchanged_memory_survives_adapters_that_come_and_go() -> None:
+    reserved, plain, x = twins()
+    parameters = fastlora.parameters(reserved)
+    backup = [p.data for p in parameters]
+    for parameter in parameters:
+        parameter.data = parameter.data * 0.5
+    fastlora.inject(reserved, fastlora.LoRA(2), WHERE, "c")
+    fastlora.remove(reserved, "c")
+    for parameter, other in zip(parameters, backup, strict=True):
+        parameter.data = other
+    close(reserved, plain, x)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+def test_a_learned_strength_of_odd_ranks(grad: bool) -> None:
+    """Gates are made in blocks of equal neighbours; a layer's part may begin at any number."""
+    results = []
+    for rank in (0, 3):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        if rank:
+            fastlora.reserve(model, rank)
+        fastlora.inject(model, fastlora.LoRA(2), ["1"], "b", seed=1)
+        randomise(model)
+        fastlora.set_scale(model, {"b": torch.tensor([0.5, 2.0], requires_grad=True)})
+        with torch.set_grad_enabled(grad):
+            results.append(model(torch.ones(2, 8)).detach())
+    torch.testing.assert_close(*results)
+
+
 def test_a_replaced_parameter_is_seen() -> None:
     reserved, plain, x = twins()
     for model in (reserved, plain):
@@ -495,3 +525,34 @@ def test_a_model_that_was_rebuilt_is_walked_again() -> None:
     assert not any("_fastlora_walk" in vars(m) for m in model.modules())
     with pytest.raises(fastlora.AdapterError, match="no adapter named 'a'; this model has none"):
         fastlora.set_scale(model, {"a": 1.0})
+
+
+def test_shallow_copies_and_layers_in_layers() -> None:
+    class Outer(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) + self.inner(input)
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Outer()), torch.randn(3, 4)
+    plain = model(x).detach()
+    fastlora.inject(model, fastlora.LoRA(2), ["0"], "a")
+    fastlora.inject(model, fastlora.LoRA(2), ["0.inner"], "b")
+    randomise(model)
+    assert sorted(fastlora.adapters(model)) == ["a", "b"]
+    fastlora.set_scale(model, {"b": 0.0})
+    fastlora.set_scale(model, {"a": 0.0})
+    torch.testing.assert_close(model(x), plain)
+    fastlora.set_scale(model, 1.0)
+    shallow = copy.copy(model)
+    shallow._modules = {"0": copy.deepcopy(model[0])}
+    y = model(x)
+    fastlora.set_scale(shallow, 0.0)
+    torch.testing.assert_close(shallow(x), plain)
+    torch.testing.assert_close(model(x), y)
+    for name in "ab":
+        fastlora.remove(model, name)
+    torch.testing.assert_close(model(x), plain)
