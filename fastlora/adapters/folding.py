@@ -28,8 +28,9 @@ def fold(model: nn.Module, permanent: bool = False) -> None:
     Raises AdapterError where a strength differs per sample, a layer has no plain weight, or
     (permanent) a weight is shared with another layer. The model is unchanged then.
     """
-    layers = adapted_layers(model)
-    if not any(len(layer.fastlora) for layer in layers.values()):
+    # A layer with nothing but a reserve is the plain one.
+    layers = {path: layer for path, layer in adapted_layers(model).items() if len(layer.fastlora)}
+    if not layers:
         raise AdapterError("fold: the model has no adapters")
     for path, layer in layers.items():
         check_plain(path, layer)
@@ -69,7 +70,7 @@ def refolding(model: nn.Module) -> Iterator[None]:
     """Adapters that come or go inside show up in folded weights, which are folded again after."""
     folded = is_folded(model)
     yield
-    layers = layers_of(model)
+    layers = [layer for layer in layers_of(model) if len(layer.fastlora)]
     again = {id(m): m for m in (*folded_by(arenas(model)), *(layers if folded else ()))}
     fold_layers(again.values())
 

@@ -10,7 +10,7 @@ from fastlora.adapters.control import apply, restoring, strengths
 from fastlora.adapters.folding import fold, is_folded, unfold
 from fastlora.adapters.lookup import layers_of, require_known
 from fastlora.adapters.slots import LoRASlot
-from fastlora.adapters.specs import AdapterError, is_number
+from fastlora.adapters.specs import AdapterError
 from fastlora.ops._routes import extra_seconds, fold_seconds
 
 Seen = dict[nn.Module, int]  # tokens of a call
@@ -31,9 +31,7 @@ def phases(
     if not isinstance(start, Mapping):
         raise AdapterError(f"start: expected timesteps by adapter name, got {start!r}")
     require_known(model, *start)
-    for name, first in start.items():
-        if not is_number(first) or first != first:
-            raise AdapterError(f"start of {name!r}: expected a timestep, got {first!r}")
+    start = {name: as_timestep(name, first) for name, first in start.items()}
     folded, before = is_folded(model), strengths(model)
     was_on = {name: on for _, _, enabled in before for name, on in enabled.items()}
 
@@ -72,6 +70,17 @@ def phases(
     finally:
         if folded and not is_folded(model):
             fold(model)
+
+
+def as_timestep(name: str, value: Any) -> float:
+    """A number of Python, numpy or torch."""
+    try:
+        number = float("nan") if isinstance(value, bool | str) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = float("nan")
+    if number != number:
+        raise AdapterError(f"start of {name!r}: expected a timestep, got {value!r}")
+    return number
 
 
 def watch(model: nn.Module, seen: Seen) -> list[Any]:

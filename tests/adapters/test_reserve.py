@@ -464,6 +464,12 @@ def test_layers_that_compute_in_a_way_of_their_own() -> None:
             fastlora.inject(model, fastlora.LoRA(2), name=name, seed=0)
         randomise(model)
     close(reserved, plain, x)
+    alone = nn.Sequential(Mine(6, 8), nn.Linear(8, 4))
+    fastlora.reserve(alone, 8)
+    fastlora.inject(alone, fastlora.LoRA(2), ["1"], "a")  # nothing of the other is to be folded
+    fastlora.fold(alone)
+    fastlora.inject(alone, fastlora.LoRA(2), ["1"], "b")
+    assert not alone[0]._state.merged and alone[1]._state.merged
 
 
 def test_saved_files_and_state_dicts_are_those_of_separate_adapters(tmp_path: Path) -> None:

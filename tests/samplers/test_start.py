@@ -54,7 +54,9 @@ def by_hand(model: Network, x: Tensor, start: dict[str, int]) -> Tensor:
     return sample(gated, TABLE, x, progress=False)
 
 
-@pytest.mark.parametrize("start", [{"a": 500}, {"a": 700, "b": 250}, {"a": 0}, {"b": 5000}, {}])
+@pytest.mark.parametrize(
+    "start", [{"a": 500}, {"a": torch.tensor(700), "b": 250}, {"a": 0}, {"b": 5000}, {}]
+)
 def test_off_above_the_start(start: dict[str, int]) -> None:
     model, x = network()
     images = sample(model, TABLE, x, progress=False, start=start)
@@ -121,6 +123,8 @@ def test_what_does_not_fit_is_refused_at_once() -> None:
         ({"c": 500}, refused, "no adapter named 'c'"),
         ({"a": "500"}, refused, "start of 'a': expected a timestep, got '500'"),
         ({"a": float("nan")}, refused, "start of 'a'"),
+        ({"a": True}, refused, "start of 'a'"),
+        ({"a": None}, refused, "start of 'a'"),
         ([500], refused, "start: expected timesteps by adapter name"),
     ):
         for run in (sample, sample_steps):
