@@ -16,7 +16,9 @@ namespace {
 
 constexpr int64_t kTokens = 48;
 static_assert(kTokens % kRows == 0, "a task consists of whole tiles");
-constexpr int64_t kChunk = 512;           // inputs that are converted to float at a time
+// Inputs that are converted to float at a time, and that are summed before they join the sum of all:
+// one after the other, thousands would round away more than a library's product does.
+constexpr int64_t kChunk = 128;
 constexpr int64_t kStripBytes = 1 << 18;  // of packed U: part of the second-level cache
 constexpr int64_t kBlock = 64;            // columns that are transposed at a time
 
@@ -66,7 +68,7 @@ static inline void down_tile(const A* x, int64_t x_stride, int64_t count, const 
 #pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) sum[m][v] = load_vector(h + m * ranks + v * kLanes<A>);
+    for (int v = 0; v < V; ++v) sum[m][v] = Vector<A>{};
   for (int64_t k = 0; k < count; ++k, down += ranks) {
     Vector<A> d[V];
 #pragma GCC unroll 8
@@ -79,7 +81,10 @@ static inline void down_tile(const A* x, int64_t x_stride, int64_t count, const 
 #pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) store_vector(h + m * ranks + v * kLanes<A>, sum[m][v]);
+    for (int v = 0; v < V; ++v) {
+      A* to = h + m * ranks + v * kLanes<A>;
+      store_vector(to, load_vector(to) + sum[m][v]);
+    }
 }
 
 template <class A>
@@ -99,8 +104,13 @@ void activation(const LoraLinear& p, const Workspace<Acc<T>>& s, int64_t token, 
   const T* x = p.x.ptr<const T>() + token * row_stride;
   std::memset(h, 0, kRows * s.ranks * sizeof(A));
   if constexpr (sizeof(T) == sizeof(A)) {
-    if (rows == kRows && column_stride == 1)
-      return down_rows<A>(x, row_stride, p.in, s.down, s.ranks, h);
+    if (rows == kRows && column_stride == 1) {
+      for (int64_t k = 0; k < p.in; k += kChunk) {
+        const int64_t count = p.in - k < kChunk ? p.in - k : kChunk;
+        down_rows<A>(x + k, row_stride, count, s.down + k * s.ranks, s.ranks, h);
+      }
+      return;
+    }
   }
   for (int64_t k = 0; k < p.in; k += kChunk) {
     const int64_t count = p.in - k < kChunk ? p.in - k : kChunk;

@@ -17,7 +17,7 @@ from fastlora.adapters.folded_weight import fold_layers
 from fastlora.adapters.slots import LoRASlot, SpectralSlot, in_place
 from fastlora.adapters.specs import AdapterError
 from fastlora.adapters.state import LayerState, in_graph
-from fastlora.adapters.tensors import full_precision, memory, same_values
+from fastlora.adapters.tensors import full_precision, memory, same_start, same_values
 from fastlora.ops import ContractError, spectral_weight
 
 
@@ -167,6 +167,10 @@ class Adapted(nn.Module):
         packed = state.packed
         if in_graph():
             packed = self.fastlora.packed(self.fastlora.capacity)
+        elif packed is not None and not same_start(packed.down, self.fastlora.reserved_down):
+            state.forget()  # the buffers are others since
+            self.refresh()
+            packed = state.packed
         slots: list[tuple[Any, Tensor]] = [
             (s, self.gate(name))
             for name, s in state.outside

@@ -329,6 +329,8 @@ def parameter_dtype(
     if dtype is None:
         low = not weight.is_floating_point() or weight.dtype in (torch.float16, torch.bfloat16)
         return torch.float32 if low else weight.dtype
+    if not isinstance(dtype, torch.dtype):
+        raise AdapterError(f"{what}: dtype: expected a torch.dtype, got {dtype!r}")
     fits = (weight.dtype,) if weight.dtype == torch.float64 else (weight.dtype, torch.float32)
     if not dtype.is_floating_point or (weight.is_floating_point() and dtype not in fits):
         names = " or ".join(map(str, dict.fromkeys(fits)))

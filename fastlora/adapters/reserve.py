@@ -55,7 +55,7 @@ def reserve(
     `dtype` of D and U: the layer's by default, float32 is allowed beside 16-bit layers; adapters
     take it on when they enter. Their parameters are then views of the buffers (`up` is strided), so
     that what an optimiser or an average writes is seen. `.clone()` what `state_dict` gives before
-    adapters are removed, for others will have the memory; safetensors wants it `.contiguous()`;
+    adapters come or go, for others will have the memory; safetensors wants it `.contiguous()`;
     fused optimisers refuse such parameters. With gradients the adapters are computed as without a
     reserve, and so are parameters that somebody has exchanged for others. DoRA and spectral shifts
     stay outside of it, and grouped convolutions have none.

@@ -221,7 +221,10 @@ class Slots(nn.ModuleDict):
             for parameter, view in zip((slot.down, slot.up), self.places(slot, row), strict=True):
                 if not same_place(parameter, view):
                     view.copy_(parameter)
+                    gradient, parameter.grad = parameter.grad, None
                     parameter.data = view
+                    if gradient is not None:
+                        parameter.grad = gradient.to(view.dtype)
             down, up = slot.down, slot.up
             pins.append((slot._parameters, down, down.data_ptr(), up, up.data_ptr()))
         self.pins = tuple(pins)

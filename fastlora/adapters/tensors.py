@@ -15,6 +15,10 @@ def memory(t: Tensor) -> tuple[int, int] | None:
         return None
 
 
+def same_start(a: Tensor, b: Any) -> bool:
+    return isinstance(b, Tensor) and a.data_ptr() == b.data_ptr()
+
+
 def same_values(a: Tensor, b: Tensor) -> bool:
     """Also of tensors that `torch.equal` refuses to compare."""
     return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)

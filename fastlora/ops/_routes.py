@@ -270,7 +270,7 @@ def accumulate(
 ) -> None:
     """`y += ((x Dᵀ) ∘ g) Uᵀ` on matrices `y [tokens, out]`, `x [tokens, in]`."""
     tokens, dtype = y.shape[0], y.dtype
-    if tokens == 0:
+    if tokens == 0 or up.shape[1] == 0:
         return
     if by_pass:
         kernels.lora_add_(y, x, down, up, gate, None)

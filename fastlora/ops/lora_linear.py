@@ -142,8 +142,8 @@ def low_rank_gradients(
     """Gradients of `((x Dᵀ) ∘ g) Uᵀ` for `x [tokens, in]`, `dy [tokens, out]`: (dD, dU, dg)."""
     dtype, wide = x.dtype, gate_dtype(x.dtype)
     g = gate if gate.dim() == 1 else gate[:, None]  # beside [batch, tokens of a sample, rank]
-    rows = (1, -1) if gate.dim() == 1 else (gate.shape[0], -1)
-    shape = (*rows, gate.shape[-1]) if x.shape[0] else (rows[0], 0, gate.shape[-1])
+    rows = 1 if gate.dim() == 1 else gate.shape[0]
+    shape = (rows, x.shape[0] // max(rows, 1), gate.shape[-1])
     d_down = d_up = d_gate = None
     p = (dy @ up.to(dtype)).to(wide).view(shape) if needs[0] or needs[2] else None
     q = (x @ down.to(dtype).t()).to(wide).view(shape) if needs[1] or needs[2] else None
