@@ -53,11 +53,11 @@ def known(nvcc: str) -> set[str]:
 
 def kernel_name(mangled: str) -> str:
     """`lora_linear_kernel` of `_ZN8fastlora...18lora_linear_kernelI6__halfLi64EEvv`."""
-    for length, rest in re.findall(r"(?=(\d+)([A-Za-z_]\w*))", mangled):
-        name = rest[: int(length)]
-        if name.endswith("_kernel"):
-            return name
-    return mangled
+    # Digits of the file's hash, which depends on its path, may read as a length as well: the
+    # shortest such name is the kernel's.
+    found = re.findall(r"(?=(\d+)([A-Za-z_]\w*))", mangled)
+    names = [rest[: int(length)] for length, rest in found]
+    return min((n for n in names if n.endswith("_kernel")), key=len, default=mangled)
 
 
 def parse(report: str, architecture: str) -> list[Use]:
