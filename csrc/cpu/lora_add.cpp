@@ -16,8 +16,8 @@ namespace {
 
 constexpr int64_t kTokens = 48;
 static_assert(kTokens % kRows == 0, "a task consists of whole tiles");
-// Inputs that are converted to float at a time, and that are summed before they join the sum of all:
-// one after the other, thousands would round away more than a library's product does.
+// Inputs that are converted to float at a time, and that are summed before they join the sum of
+// all: one after the other, thousands would round away more than a library's product does.
 constexpr int64_t kChunk = 128;
 constexpr int64_t kStripBytes = 1 << 18;  // of packed U: part of the second-level cache
 constexpr int64_t kBlock = 64;            // columns that are transposed at a time

@@ -562,3 +562,28 @@ def test_shallow_copies_and_layers_in_layers() -> None:
     for name in "ab":
         fastlora.remove(model, name)
     torch.testing.assert_close(model(x), plain)
+
+
+def test_gradients_and_loads_follow_into_the_buffers() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(3, 8)
+    fastlora.inject(model, fastlora.LoRA(2), name="a", seed=0)
+    randomise(model)
+    model(x).square().sum().backward()
+    expected = [p.grad.clone() for p in fastlora.parameters(model)]
+    model.bfloat16()
+    for parameter in fastlora.parameters(model):
+        parameter.grad = parameter.grad.bfloat16()
+    fastlora.reserve(model, 4, dtype=torch.float32)
+    for parameter, grad in zip(fastlora.parameters(model), expected, strict=True):
+        assert parameter.dtype == parameter.grad.dtype == torch.float32
+        torch.testing.assert_close(parameter.grad, grad, rtol=1e-2, atol=1e-2)
+    model.float()
+    with torch.no_grad():
+        model(x)
+        slots = model[0].fastlora
+        slots.load_state_dict({k: 2 * v for k, v in slots.state_dict().items()}, assign=True)
+        packed = model(x)
+    torch.testing.assert_close(packed, model(x).detach())  # with gradients: from the parameters
+    with pytest.raises(fastlora.AdapterError, match="dtype: expected a torch.dtype, got 'float32'"):
+        fastlora.reserve(model, 8, dtype="float32")  # type: ignore[arg-type]

@@ -294,3 +294,17 @@ def test_predicted_seconds_by_hand():
         kernels.predict_lora_add(8192, 4096, 4096, 1024, 90, 132)[1]
         > (kernels.predict_lora_add(8192, 4096, 4096, 1024, 90, 132)[0])
     )
+
+
+def test_long_sums_round_little():
+    """One token goes by plain loops; thousands of inputs must not be summed one after the other."""
+    ratios = []
+    for seed in range(24):
+        x, down = randn(777, seed=seed), randn(15, 777, seed=seed + 100) / 777**0.5
+        up, gate, y = randn(170, 15, seed=seed), randn(15, seed=seed), torch.zeros(170)
+        exact, low = y.double(), y.clone()
+        op.reference(exact, *(t.double() for t in (x, down, up, gate)))
+        op.reference(low, x, down, up, gate)
+        op(y, x, down, up, gate)
+        ratios.append((y.double() - exact).norm() / (low.double() - exact).norm())
+    assert sum(ratios) / len(ratios) <= 2, ratios

@@ -148,3 +148,18 @@ def test_the_loop_refuses_what_it_would_read_wrongly():
         kernels.lora_linear(y, x, weight, strided(bias), down, up, gate, None, None, 0)
     with pytest.raises(ValueError, match="y: expected a contiguous tensor"):
         kernels.lora_linear(y.t().contiguous().t(), x, weight, bias, down, up, gate, None, None, 0)
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["gate", "gate-rows"])
+def test_no_rank_is_the_plain_layer(rows):
+    x, weight, bias, down, up, gate, _ = linear_arguments((2, 3), 8, 4, 0, rows=rows)
+    expected = torch.nn.functional.linear(x, weight, bias)
+    for strided_weight in (False, True):
+        w = strided(weight) if strided_weight else weight
+        y = ops.lora_linear(x, w, bias, down, up, gate)
+        torch.testing.assert_close(y, expected)
+        trained = down.clone().requires_grad_()
+        inner = x.clone().requires_grad_()
+        ops.lora_linear(inner, w, bias, trained, up, gate).sum().backward()
+        torch.testing.assert_close(inner.grad, weight.sum(0).expand(2, 3, 8))
+        assert trained.grad.shape == (0, 8)
