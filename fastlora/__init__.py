@@ -24,6 +24,7 @@ from fastlora.adapters import (
     save,
     scaled,
     set_scale,
+    steady,
     unfold,
 )
 from fastlora.formats.files import FormatError
@@ -62,6 +63,7 @@ __all__ = [
     "save",
     "scaled",
     "set_scale",
+    "steady",
     "tune",
     "unfold",
     "verify",

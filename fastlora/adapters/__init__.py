@@ -16,6 +16,7 @@ from fastlora.adapters.lookup import adapted_layers
 from fastlora.adapters.phases import phases
 from fastlora.adapters.reserve import ReserveInfo, reserve
 from fastlora.adapters.specs import AdapterError, AdapterInfo, LoRA, Spectral
+from fastlora.adapters.steady import steady
 
 __all__ = [
     "AdapterError",
@@ -37,6 +38,7 @@ __all__ = [
     "save",
     "scaled",
     "set_scale",
+    "steady",
     "tiled",
     "unfold",
 ]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastlora.adapters.folded_weight import fold_layers
 from fastlora.adapters.slots import LoRASlot, SpectralSlot, in_place
 from fastlora.adapters.specs import AdapterError
-from fastlora.adapters.state import LayerState, in_graph
+from fastlora.adapters.state import LayerState, in_graph, is_capturing
 from fastlora.adapters.tensors import full_precision, memory, same_start, same_values
 from fastlora.ops import ContractError, spectral_weight
 
@@ -96,7 +96,7 @@ class Adapted(nn.Module):
         state.active = tuple(
             (name, slot) for name, slot in self.fastlora.items() if not state.arena.off(name)
         )
-        state.cache = {}
+        state.forget_weights()
         slots = self.fastlora
         ends = [
             slots.reserved_rows[name] + slot.width
@@ -246,7 +246,7 @@ class Adapted(nn.Module):
         call; only on the CPU, for layers with DoRA or spectral shifts that are not folded. On an
         accelerator a comparison would wait for the device (and a captured graph would never look
         again), so there nothing is kept; nor under functorch, and for weights made in inference
-        mode.
+        mode. `kept` is for `steady` blocks.
         """
         weight = self.weight
         if weight.device.type != "cpu" or memory(weight) is None:
@@ -259,6 +259,13 @@ class Adapted(nn.Module):
         made = make()
         self._state.cache[name] = (before, made)
         return made
+
+    def kept(self, name: str, make: Callable[[], Any]) -> Any:
+        """`make()`, kept to the end of the `steady` block; only within one."""
+        kept, at = self._state.kept[is_capturing()], (self.weight.device, self.weight.dtype)
+        if name not in kept or kept[name][0] != at:
+            kept[name] = at, make()
+        return kept[name][1]
 
     # --- what torch does to modules ---------------------------------------------------------------
 

@@ -38,6 +38,7 @@ class Arena:
         self.reserve_froze = False  # so did a reserve, which is there
         self.learned = False  # some scale requires a gradient
         self.folded = False  # some layer may be
+        self.steady = [0, 0]  # blocks that say that weights stay; those begun in a capture
         self._layers: dict[int, weakref.ref[Any]] = {}
         self._total = 0  # entries
         self._block = 1  # so many neighbours of each have its value: the gcd of all widths
@@ -268,6 +269,7 @@ class Arena:
             for n, s in self.scales.items()
         }
         rebuilt: dict[str, Any] = {"_index": {}, "_values": {}, "_writers": {}, "_layers": {}}
+        rebuilt["steady"] = [0, 0]
         return {**self.__dict__, "scales": scales, **rebuilt}
 
 

@@ -8,6 +8,7 @@ from torch.compiler import is_compiling
 
 from fastlora.adapters.slots import LoRASlot
 from fastlora.adapters.specs import AdapterError
+from fastlora.adapters.state import is_capturing
 from fastlora.adapters.tensors import full_precision, memory
 
 
@@ -15,7 +16,7 @@ def row_scale(layer: Any, weight: Tensor, slot: LoRASlot, gate: Tensor) -> Tenso
     """`m / ‖W + U diag(g) D‖` per output row `[out]`, float32 (float64 beside float64).
 
     `‖W + UgD‖² = ‖W‖² + 2⟨W Dᵀ, Ug⟩ + ⟨Ug D Dᵀ, Ug⟩` row by row; W Dᵀ and D Dᵀ change only with W
-    and D and are kept. The norm carries no gradient (the paper's section 4.3). A strength of
+    and D and are kept (`cached`, and `steady` blocks). The norm carries no gradient (the paper's section 4.3). A strength of
     exactly zero means no adapter: the scale is one, not `m / ‖W‖`.
     """
     if gate.dim() == 2:
@@ -33,10 +34,12 @@ def row_scale(layer: Any, weight: Tensor, slot: LoRASlot, gate: Tensor) -> Tenso
         return w.square().sum(-1), w @ d.mT, d @ d.mT
 
     with torch.no_grad(), full_precision(weight.device):
-        if not is_compiling() and memory(weight) == memory(layer.weight):
+        if is_compiling() or not (at := memory(weight)) or at != memory(layer.weight):
+            w2, wd, dd = products()  # of a weight that spectral shifts have changed, or in a graph
+        elif layer._state.arena.steady[is_capturing()]:
+            w2, wd, dd = layer.kept(f"dora{id(slot)}", products)
+        else:
             w2, wd, dd = layer.cached(f"dora{id(slot)}", [slot.down], products)
-        else:  # a weight that spectral shifts have changed, or nothing that can be kept
-            w2, wd, dd = products()
         ug = slot.up.detach().reshape(groups, -1, slot.width // groups).to(wide)
         ug = ug * gate.detach().reshape(groups, 1, -1).to(wide)
         norm = (w2 + 2 * (wd * ug).sum(-1) + ((ug @ dd) * ug).sum(-1)).clamp_min(0).sqrt().flatten()

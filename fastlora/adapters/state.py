@@ -24,7 +24,7 @@ class LayerState:
 
     __slots__ = (
         "arena", "path", "offset", "offsets", "outside", "rows", "merged", "stale",
-        "epoch", "fast", "active", "packed", "cache",
+        "epoch", "fast", "active", "packed", "cache", "kept",
     )  # fmt: skip
 
     def __init__(self, arena: Arena, path: str) -> None:
@@ -42,7 +42,12 @@ class LayerState:
         self.fast: Any = None  # (parameters of the only slot, gate): the shortest way through
         self.active: tuple[tuple[str, Any], ...] = ()
         self.packed: Packed | None = None  # the active ones of them as one LoRA
+        self.forget_weights()
+
+    def forget_weights(self) -> None:
         self.cache: dict[str, tuple[list[Any], Any]] = {}  # (made from, made)
+        # What `steady` keeps: made outside of captures, and in one. Each (device, dtype, made).
+        self.kept: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
 
     def __getstate__(self) -> Any:
         kept = self.offset, self.offsets, self.outside, self.rows, self.merged, self.stale

@@ -64,7 +64,8 @@ def sample(
     """
     copies, arguments = _checked(model, table, x, cond, uncond, guidance_scale, seeds)
     # Once: nobody looks at the model between steps.
-    with _tiled(model, copies), _phases(model, start, table.timesteps.tolist()) as switch:
+    phases = _phases(model, start, table.timesteps.tolist())
+    with _steady(model), _tiled(model, copies), phases as switch:
 
         def around(timestep: int) -> AbstractContextManager[Any]:
             switch(timestep)
@@ -188,6 +189,14 @@ def _tiled(model: Model, copies: int) -> AbstractContextManager[Any]:
     from fastlora.adapters import tiled  # a sibling: samplers do not need adapters until here
 
     return tiled(model, copies)
+
+
+def _steady(model: Model) -> AbstractContextManager[Any]:
+    if not isinstance(model, nn.Module):
+        return nullcontext()
+    from fastlora.adapters import steady
+
+    return steady(model)
 
 
 def _phases(
