@@ -16,8 +16,8 @@ def row_scale(layer: Any, weight: Tensor, slot: LoRASlot, gate: Tensor) -> Tenso
     """`m / ‖W + U diag(g) D‖` per output row `[out]`, float32 (float64 beside float64).
 
     `‖W + UgD‖² = ‖W‖² + 2⟨W Dᵀ, Ug⟩ + ⟨Ug D Dᵀ, Ug⟩` row by row; W Dᵀ and D Dᵀ change only with W
-    and D and are kept (`cached`, and `steady` blocks). The norm carries no gradient (the paper's section 4.3). A strength of
-    exactly zero means no adapter: the scale is one, not `m / ‖W‖`.
+    and D and are kept (`cached`, and in `steady` blocks). The norm carries no gradient (the paper's
+    section 4.3). A strength of exactly zero means no adapter: the scale is one, not `m / ‖W‖`.
     """
     if gate.dim() == 2:
         raise AdapterError(
