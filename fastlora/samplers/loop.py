@@ -157,8 +157,10 @@ def _steps(
     coefficients = table.coefficients.to(x.device, x.dtype)
     rows = torch.arange(steps, device=x.device).unbind()
     times = table.timesteps.to(x.device)[:, None].repeat(1, copies * x.shape[0]).unbind()
-    history = torch.zeros_like(x) if table.remembers else None
-    model_input = x.to(input_dtype).repeat(copies, *[1] * (x.dim() - 1))
+    history = x.new_zeros(table.histories, *x.shape) if table.histories else None
+    quantile, threshold_max = table.threshold or (0.0, 1.0)
+    x = x * table.init_noise_sigma
+    model_input = (x * table.input_scale).to(input_dtype).repeat(copies, *[1] * (x.dim() - 1))
     for index, timestep in enumerate(table.timesteps.tolist()):
         with around(timestep):
             prediction = model(model_input, times[index], cond)
@@ -175,8 +177,10 @@ def _steps(
             rows[index],
             history,
             seeds,
-            copies,
-            input_dtype,
+            quantile=quantile,
+            threshold_max=threshold_max,
+            copies=copies,
+            input_dtype=input_dtype,
         )
         history = None if history is None else history_next
         yield Step(index, timestep, x)

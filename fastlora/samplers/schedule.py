@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastlora.samplers.arguments import describe, integer, number
 
-PREDICTIONS = ("epsilon", "v", "x0")  # what a model may predict
+PREDICTIONS = ("epsilon", "v", "x0", "flow", "score")  # what a model may predict
 
 
 def check_prediction(prediction: str, operator: str) -> None:
@@ -22,7 +22,7 @@ def check_prediction(prediction: str, operator: str) -> None:
     if prediction not in PREDICTIONS:
         raise ValueError(
             f"{operator}: prediction: expected one of {', '.join(PREDICTIONS)}, got {prediction!r}"
-            " (diffusers' v_prediction is v, its sample is x0)"
+            " (diffusers' v_prediction is v, its sample is x0, flow_prediction is flow)"
         )
 
 
@@ -141,10 +141,17 @@ class Schedule:
     def noise_table(self, prediction: str = "epsilon") -> Tensor:
         """The float32 [T, 4] table of `fastlora.ops.add_noise`: columns alpha, sigma, p_0, p_e.
 
-        The training target is `p_0 x0 + p_e eps`: eps (0, 1), x0 (1, 0), v (-sigma, alpha).
+        The training target is `p_0 x0 + p_e eps`: eps (0, 1), x0 (1, 0), v (-sigma, alpha), flow
+        (-1, 1), score (0, -1/sigma).
         """
         check_prediction(prediction, "noise_table")
         alpha, sigma = self.alpha, self.sigma
         zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
-        target = {"epsilon": (zero, one), "x0": (one, zero), "v": (-sigma, alpha)}[prediction]
+        target = {
+            "epsilon": (zero, one),
+            "x0": (one, zero),
+            "v": (-sigma, alpha),
+            "flow": (-one, one),
+            "score": (zero, -1 / sigma),
+        }[prediction]
         return torch.stack((alpha, sigma, *target), dim=1).float()

@@ -3,29 +3,48 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastlora.ops.sampler_step import COLUMNS
+from fastlora.samplers.arguments import number
+from fastlora.samplers.grid import Grid
 
-_HISTORY = ("c_h", "g_x", "g_0", "g_e")
+Number = Tensor | float  # [S], or the same for all steps
+
+
+@dataclass(frozen=True, eq=False)
+class Combination:
+    """`x x + x0 x̂0 + eps ε̂ + h h + r r`: what a solver computes, by its coefficients."""
+
+    x: Number = 0.0
+    x0: Number = 0.0
+    eps: Number = 0.0
+    h: Number = 0.0
+    r: Number = 0.0
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
     """The rows that `fastlora.ops.sampler_step` applies, one a step; see there for their meaning.
 
-    `coefficients` [S, 12] float64, columns in the order of `COLUMNS`; `timesteps` [S] int64, what
-    the model is told at each step; `prediction`, what the model predicts; `name`, the solver for
-    people to read.
+    `coefficients` [S, 22] float64, columns in the order of `COLUMNS`; `timesteps` [S] int64 or
+    float64, what the model is told at each step (float64 ones as float32); `prediction`, what the
+    model predicts; `name`, the solver for people to read. Samples start as noise times
+    `init_noise_sigma`, and the first model call sees that times `input_scale`. `threshold`:
+    (quantile, largest) of dynamic thresholding.
     """
 
-    coefficients: Tensor  # [S, 12]
+    coefficients: Tensor  # [S, 22]
     timesteps: Tensor  # [S]
     prediction: str
     name: str
+    init_noise_sigma: float = 1.0
+    input_scale: float = 1.0
+    threshold: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if not self.timesteps.numel():
@@ -47,13 +66,64 @@ class Table:
             )
 
     @classmethod
-    def of(cls, name: str, prediction: str, timesteps: Tensor, **columns: Tensor | float) -> Table:
+    def build(
+        cls,
+        name: str,
+        grid: Grid,
+        prediction: str,
+        x_next: Combination,
+        history: Sequence[Combination] = (),
+        noise: Number = 0.0,
+        clip: float | None = None,
+        threshold: tuple[float, float] | None = None,
+    ) -> Table:
+        """The table of `x' = x_next + noise z` and of what the history remembers, h' and r'.
+
+        Without clipping x̂0 is a combination of x and the model's output, which is put in for it:
+        so says float64 what float32 would lose. Raises ValueError for a clip that is no number above
+        0, a threshold that is none, both, or an unknown prediction.
+        """
+        operator = name.partition("(")[0]
+        if clip is not None and not 0 < number(clip) < math.inf:
+            raise ValueError(f"{operator}: clip: expected a positive number or None, got {clip!r}")
+        if threshold is not None:
+            quantile, largest = map(number, threshold) if len(threshold) == 2 else (0.0, 0.0)
+            if not (0 < quantile <= 1 <= largest) or clip is not None:
+                raise ValueError(
+                    f"{operator}: threshold: expected None or (quantile in (0, 1], largest >= 1)"
+                    f" without clip, got {threshold!r}" + ("" if clip is None else f" beside {clip}")
+                )
+            threshold = quantile, largest
+        k_x, k_e, a_x, a_e = grid.readings(prediction, operator)
+        plain = clip is None and threshold is None
+        columns: dict[str, Number] = {}
+        for letter, part in zip("cgr", (x_next, *history), strict=False):
+            x0_x, x0_e = (part.x0 * k_x, part.x0 * k_e) if plain else (0.0, 0.0)
+            columns |= {
+                f"{letter}_x": part.x + part.eps * a_x + x0_x,
+                f"{letter}_0": 0.0 if plain else part.x0,
+                f"{letter}_e": part.eps * a_e + x0_e,
+                f"{letter}_h": part.h,
+                f"{letter}_r": part.r,
+            }
+        scale = grid.input_scale
+        columns |= {
+            "k_x": k_x,
+            "k_e": k_e,
+            "c_n": noise,
+            "p_0": grid.alpha_next,
+            "p_e": grid.sigma_next,
+            "m": torch.cat((scale[1:], torch.ones_like(scale[:1]))),
+            "clip": math.inf if clip is None else number(clip),
+        }
+        starts = grid.init_noise_sigma, scale[0].item(), threshold
+        return cls(_rows(grid.timesteps, columns), grid.timesteps, prediction, name, *starts)
+
+    @classmethod
+    def of(cls, name: str, prediction: str, timesteps: Tensor, **columns: Number) -> Table:
         """A table by column names, each [S] or a number; unnamed: m = 1, clip = inf, else 0."""
         values = {"m": 1.0, "clip": math.inf} | columns
-        rows = torch.zeros(len(timesteps), len(COLUMNS), dtype=torch.float64)
-        for column, value in values.items():
-            rows[:, COLUMNS.index(column)] = torch.as_tensor(value, dtype=torch.float64)
-        return cls(rows, timesteps, prediction, name)
+        return cls(_rows(timesteps, values), timesteps, prediction, name)
 
     def __len__(self) -> int:
         return self.timesteps.numel()
@@ -68,6 +138,18 @@ class Table:
         return bool((self.column("c_n") != 0).any())
 
     @property
-    def remembers(self) -> bool:
-        """Whether any step reads or writes the history h."""
-        return any(bool((self.column(name) != 0).any()) for name in _HISTORY)
+    def histories(self) -> int:
+        """How many tensors the solver remembers: 0, 1 or 2."""
+
+        def used(*letters: str) -> bool:
+            names = [c for c in COLUMNS if c.endswith(letters) or c.startswith(letters)]
+            return any(bool((self.column(name) != 0).any()) for name in names)
+
+        return 2 if used("r_", "_r") else 1 if used("g_", "_h") else 0
+
+
+def _rows(timesteps: Tensor, columns: Mapping[str, Number]) -> Tensor:
+    rows = torch.zeros(len(timesteps), len(COLUMNS), dtype=torch.float64)
+    for column, value in columns.items():
+        rows[:, COLUMNS.index(column)] = torch.as_tensor(value, dtype=torch.float64)
+    return rows

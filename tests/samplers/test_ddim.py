@@ -11,7 +11,7 @@ from fastlora.ops import _philox
 from fastlora.ops.sampler_step import COLUMNS
 from fastlora.samplers import Schedule, ddim, sample, sample_steps
 from fastlora.samplers import noise as noise_of
-from fastlora.samplers.ddim import spaced
+from fastlora.samplers.grid import spaced
 from fastlora.samplers.table import Table
 
 SPACINGS = ["leading", "trailing", "linspace"]

@@ -1,0 +1,1 @@
+"""Solvers: each a function from noise levels to a table of coefficients."""

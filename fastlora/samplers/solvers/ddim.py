@@ -1,0 +1,51 @@
+"""DDIM (Song et al., 2021), the row of a solver's table that most things are compared with."""
+
+from __future__ import annotations
+
+import torch
+
+from fastlora.samplers.arguments import number
+from fastlora.samplers.grid import Grid, as_grid, strided
+from fastlora.samplers.schedule import Schedule
+from fastlora.samplers.table import Combination, Table
+
+
+def ddim(
+    schedule: Schedule | Grid,
+    steps: int | None = None,
+    eta: float = 0.0,
+    prediction: str = "epsilon",
+    spacing: str = "leading",
+    clip: float | None = None,
+    threshold: tuple[float, float] | None = None,
+    rederive: bool = False,
+) -> Table:
+    """`x' = alpha' x0 + sqrt(sigma'^2 - s^2) eps + s z`, from t to t - T // steps (default 50).
+
+    `s = eta (sigma'/sigma) sqrt(sigma^2 - (alpha/alpha')^2 sigma'^2)`: eta 0 is deterministic, 1 as
+    noisy as DDPM. `prediction`: what the model gives (`Grid.readings`). `spacing`: which timesteps,
+    see `spaced`. `clip`: x0 is clipped to [-clip, clip] before it is used; `threshold`: (quantile,
+    largest), dynamic thresholding instead. eps stays as it was, or with `rederive` is
+    `(x - alpha x0)/sigma` of the x0 that was clipped (diffusers' use_clipped_model_output).
+
+    With a Grid in the place of the schedule the steps are its own. Raises TypeError for what is no
+    Schedule or Grid; ValueError: steps that are no int from 1 to T, eta that is no number in
+    [0, 1], clip that is none above 0, an unknown name, and epsilon prediction where the SNR is 0.
+    """
+    if not 0 <= number(eta) <= 1:
+        raise ValueError(f"ddim: eta: expected a number from 0 to 1, got {eta!r}")
+    eta = number(eta)
+    given = as_grid(schedule, steps, "ddim")
+    grid = given or strided(schedule, 50 if steps is None else steps, spacing)
+    over_sigma = torch.where(grid.sigma == 0, 0.0, 1 / grid.sigma)
+    variance = grid.sigma**2 - (grid.alpha / grid.alpha_next * grid.sigma_next) ** 2
+    s = eta * grid.sigma_next * over_sigma * variance.clamp(min=0).sqrt()
+    d = (grid.sigma_next**2 - s**2).clamp(min=0).sqrt()
+    if rederive:
+        x_next = Combination(x=d * over_sigma, x0=grid.alpha_next - d * grid.alpha * over_sigma)
+    else:
+        x_next = Combination(x0=grid.alpha_next, eps=d)
+    name = f"ddim(steps={len(grid)}, eta={eta:g}" + ("" if given else f", spacing={spacing}") + ")"
+    return Table.build(
+        name, grid, prediction, x_next, noise=s, clip=clip, threshold=threshold
+    )
