@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastlora.samplers.grid import Grid
-from fastlora.samplers.table import Combination, Number, Table
+from fastlora.samplers.table import EPS, X0, Number, Table, X
 
 # The columns of rows: those of a Grid, then the coefficients of x' and the noise.
 _GRID = ("timesteps", "alpha", "sigma", "alpha_next", "sigma_next", "input_scale")
@@ -18,7 +18,7 @@ _STEP = ("x", "x0", "score", "noise")
 def rows(grid: Grid, **step: Number) -> Tensor:
     """`x' = x x + x0 x̂0 + score s(x) + noise z` at every level of the grid, float64 [S, 10]."""
     columns = [getattr(grid, name) for name in _GRID]
-    columns += [torch.as_tensor(step.get(name, 0.0)) for name in _STEP]
+    columns += [torch.as_tensor(step.get(name, 0.0), dtype=torch.float64) for name in _STEP]
     return torch.stack([column.double().expand(len(grid)) for column in columns], 1)
 
 
@@ -48,5 +48,5 @@ def table_of(name: str, grid: Grid, prediction: str, parts: Sequence[Tensor]) ->
     levels = [column[key] for key in _GRID[1:]]
     whole = Grid(timesteps, *levels, init_noise_sigma=grid.init_noise_sigma)
     eps = torch.where(column["score"] == 0, 0.0, -column["score"] / whole.sigma)
-    x_next = Combination(x=column["x"], x0=column["x0"], eps=eps)
+    x_next = X * column["x"] + X0 * column["x0"] + EPS * eps
     return Table.build(name, whole, prediction, x_next, noise=column["noise"])

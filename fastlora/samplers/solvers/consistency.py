@@ -12,7 +12,7 @@ from torch import Tensor
 from fastlora.ops.sampler_step import COLUMNS
 from fastlora.samplers.arguments import describe, number
 from fastlora.samplers.grid import Grid
-from fastlora.samplers.table import Combination, Table
+from fastlora.samplers.table import X0, Table
 
 
 def consistency(
@@ -47,7 +47,7 @@ def consistency(
     grid = Grid.through(told, torch.ones_like(levels), levels, c_in, init_noise_sigma=start)
     noise = torch.cat(((tau[1:] ** 2 - low**2).clamp(min=0).sqrt(), tau.new_zeros(1)))
     name = f"consistency(steps={len(tau)})"
-    table = Table.build(name, grid, "x0", Combination(x0=1.0), noise=noise, clip=clip)
+    table = Table.build(name, grid, "x0", X0, noise=noise, clip=clip)
     if not network:
         return table
     k_x = spread**2 / ((tau - low) ** 2 + spread**2)

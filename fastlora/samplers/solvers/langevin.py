@@ -8,7 +8,7 @@ import torch
 
 from fastlora.samplers.arguments import integer, number
 from fastlora.samplers.continuous import check_steps
-from fastlora.samplers.grid import Grid, as_grid, grid_of
+from fastlora.samplers.grid import Grid, grid_of, grid_or
 from fastlora.samplers.schedule import Schedule
 from fastlora.samplers.solvers._rows import interleaved, rows, table_of, tweedie, with_columns
 from fastlora.samplers.table import Table
@@ -69,11 +69,7 @@ def annealed_langevin(
             f"{operator}: steps_per_level: expected an int >= 1, got {steps_per_level!r}"
         )
     _positive(operator, "step_size", step_size)
-    grid = as_grid(schedule, steps, operator)
-    if grid is None:
-        assert isinstance(schedule, Schedule)
-        grid = grid_of(schedule, 50 if steps is None else steps, spacing)
-    grid = grid.exploding()
+    grid = grid_or(schedule, steps, operator, lambda s, n: grid_of(s, n, spacing)).exploding()
     if not bool((grid.sigma > 0).all()):
         raise ValueError(f"{operator}: schedule: expected sigma > 0 at every level, got 0")
     a = number(step_size) * (grid.sigma / grid.sigma.min()) ** 2

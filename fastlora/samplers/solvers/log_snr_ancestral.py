@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from fastlora.samplers.arguments import number
-from fastlora.samplers.grid import Grid, as_grid, grid_of
+from fastlora.samplers.grid import Grid, grid_of, grid_or
 from fastlora.samplers.schedule import Schedule
-from fastlora.samplers.table import Combination, Table
+from fastlora.samplers.table import X0, Table, X
 
 
 def log_snr_ancestral(
@@ -34,11 +34,7 @@ def log_snr_ancestral(
     if not 0 <= number(v) <= 1:
         raise ValueError(f"log_snr_ancestral: v: expected a number from 0 to 1, got {v!r}")
     v = number(v)
-    given = as_grid(schedule, steps, "log_snr_ancestral")
-    if given is None:
-        assert isinstance(schedule, Schedule)
-        given = grid_of(schedule, 50 if steps is None else steps, spacing)
-    grid = given
+    grid = grid_or(schedule, steps, "log_snr_ancestral", lambda s, n: grid_of(s, n, spacing))
     rise = 2 * (grid.half_log_snr_next - grid.half_log_snr)  # inf where SNR' is, or where SNR is 0
     if not bool((rise > 0).all()):
         raise ValueError(
@@ -50,5 +46,5 @@ def log_snr_ancestral(
     s = (rest * grid.sigma_next ** (2 * (1 - v)) * grid.sigma ** (2 * v)).sqrt()
     s = torch.where(grid.sigma_next == 0, 0.0, s)
     name = f"log_snr_ancestral(steps={len(grid)}, v={v:g})"
-    x_next = Combination(x=c_x, x0=rest * grid.alpha_next)
+    x_next = X * c_x + X0 * (rest * grid.alpha_next)
     return Table.build(name, grid, prediction, x_next, noise=s, clip=clip, threshold=threshold)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastlora.samplers.arguments import describe, integer, number
-from fastlora.samplers.grid import Grid, as_grid, grid_of
+from fastlora.samplers.grid import Grid, grid_of, grid_or
 from fastlora.samplers.schedule import Schedule
 from fastlora.samplers.sde import SDE
 from fastlora.samplers.solvers._rows import interleaved, rows, table_of, tweedie, with_columns
@@ -177,10 +177,7 @@ def _correction(grid: Grid, predicted: Tensor, snr: float) -> Tensor:
 
 
 def _levels(operator: str, schedule: Schedule | Grid, steps: int | None, spacing: str) -> Grid:
-    grid = as_grid(schedule, steps, operator)
-    if grid is None:
-        assert isinstance(schedule, Schedule)
-        return grid_of(schedule, 50 if steps is None else steps, spacing)
+    grid = grid_or(schedule, steps, operator, lambda s, n: grid_of(s, n, spacing))
     arrives = torch.stack((grid.alpha_next, grid.sigma_next))[:, :-1]
     if not torch.equal(arrives, torch.stack((grid.alpha, grid.sigma))[:, 1:]):
         raise ValueError(

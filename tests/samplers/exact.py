@@ -1,0 +1,108 @@
+"""Data whose every noise level is known in closed form: mixtures of Gaussians, and one Gaussian.
+
+If data is `sum_k w_k N(m_k, s_k^2)`, then `alpha x0 + sigma eps` is `sum_k w_k N(alpha m_k, alpha^2
+s_k^2 + sigma^2)`: the score, the best prediction of noise, and where the probability flow takes a
+sample (in one dimension it keeps the value of the distribution function) follow.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastlora.ops.sampler_step import COLUMNS
+from fastlora.samplers import Grid, Table
+
+
+@dataclass(frozen=True)
+class Mixture:
+    weights: tuple[float, ...] = (0.3, 0.7)
+    means: tuple[float, ...] = (-1.0, 0.5)
+    stds: tuple[float, ...] = (0.3, 0.5)
+
+    def _parts(self, alpha, sigma):
+        w, m, s = (
+            torch.tensor(v, dtype=torch.float64) for v in (self.weights, self.means, self.stds)
+        )
+        return w, alpha * m, (alpha**2 * s**2 + sigma**2).sqrt()
+
+    def score(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """d/dx log p(x) at the level."""
+        w, m, s = self._parts(alpha, sigma)
+        z = (x.double()[..., None] - m) / s
+        responsibility = ((w / s).log() - z**2 / 2).softmax(-1)
+        return (responsibility * -z / s).sum(-1)
+
+    def cdf(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        w, m, s = self._parts(alpha, sigma)
+        return (w * torch.special.ndtr((x[..., None] - m) / s)).sum(-1)
+
+    def flow(self, x: Tensor, start: tuple[Tensor, Tensor], end: tuple[Tensor, Tensor]) -> Tensor:
+        """Where the probability flow takes x from one level (alpha, sigma) to another: the same
+        quantile, by bisection."""
+        target = self.cdf(x, *start)
+        low, high = torch.full_like(x, -1e3), torch.full_like(x, 1e3)
+        for _ in range(80):
+            middle = (low + high) / 2
+            below = self.cdf(middle, *end) < target
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return (low + high) / 2
+
+    def model(self, grid: Grid, prediction: str = "epsilon") -> Callable[..., Tensor]:
+        """The best model, told what the grid tells: it finds its level there."""
+
+        def model(x: Tensor, t: Tensor, cond: object) -> Tensor:
+            told = grid.timesteps.float()
+            level = (told - t.flatten()[0].float()).abs().argmin()
+            assert told[level] == t.flatten()[0].float(), "told what is not in the grid"
+            alpha, sigma = grid.alpha[level], grid.sigma[level]
+            seen = x.double() / grid.input_scale[level]
+            eps = -sigma * self.score(seen, alpha, sigma)
+            x0 = (seen - sigma * eps) / alpha
+            given = {
+                "epsilon": eps,
+                "x0": x0,
+                "score": -eps / sigma,
+                "flow": eps - x0,
+                "v": alpha * eps - sigma * x0,
+            }[prediction]
+            return given.to(x.dtype)
+
+        return model
+
+
+def gaussian(mean: float, std: float) -> Mixture:
+    return Mixture((1.0,), (mean,), (std,))
+
+
+def moments(
+    table: Table, grid: Grid, data: Mixture, mean: float = 0.0, variance: float | None = None
+) -> tuple[float, float]:
+    """Mean and variance of the samples of a Gaussian `data` with the exact model, in closed form.
+
+    Every row is then affine in (x, h, r), so that moments follow by matrices: nothing is sampled.
+    Samples start as N(mean, variance), the variance by default that of the table's start noise.
+    """
+    model = data.model(grid, table.prediction)
+    seen = {}  # what the model gives at each timestep: intercept and slope in its own input
+    for t in table.timesteps.unique():
+        at = model(torch.tensor([0.0, 1.0], dtype=torch.float64), t, None).tolist()
+        seen[t.item()] = at[0], at[1] - at[0]
+    m = np.array([mean, 0.0, 0.0])
+    cov = np.diag([table.init_noise_sigma**2 if variance is None else variance, 0.0, 0.0])
+    scale = table.input_scale
+    for t, values in zip(table.timesteps.tolist(), table.coefficients.tolist(), strict=True):
+        c = dict(zip(COLUMNS, values, strict=True))
+        intercept, slope = seen[t]
+        matrix, offset = np.zeros((3, 3)), np.zeros(3)
+        for i, p in enumerate("cgr"):
+            of_output = c[f"{p}_0"] * c["k_e"] + c[f"{p}_e"]
+            of_x = c[f"{p}_x"] + c[f"{p}_0"] * c["k_x"] + of_output * slope * scale
+            matrix[i] = of_x, c[f"{p}_h"], c[f"{p}_r"]
+            offset[i] = of_output * intercept
+        m, cov = matrix @ m + offset, matrix @ cov @ matrix.T
+        cov[0, 0] += c["c_n"] ** 2
+        scale = c["m"]
+    return m[0].item(), cov[0, 0].item()
