@@ -10,8 +10,10 @@ from fastlora.samplers.solvers.ddim_inversion import ddim_inversion
 from fastlora.samplers.solvers.ddpm import ddpm
 from fastlora.samplers.solvers.dpm_solver import dpm_solver
 from fastlora.samplers.solvers.euler import euler, euler_ancestral
-from fastlora.samplers.solvers.flow import flow_euler
+from fastlora.samplers.solvers.flow import flow_euler, flow_heun
+from fastlora.samplers.solvers.heun import heun
 from fastlora.samplers.solvers.lcm import lcm
+from fastlora.samplers.solvers.unipc import unipc
 from fastlora.samplers.table import Table
 
 __all__ = [
@@ -26,11 +28,14 @@ __all__ = [
     "euler",
     "euler_ancestral",
     "flow_euler",
+    "flow_heun",
     "grid_from_config",
+    "heun",
     "lcm",
     "noise",
     "sample",
     "sample_steps",
     "schedule_from_config",
     "table_from_config",
+    "unipc",
 ]

@@ -31,8 +31,10 @@ from fastlora.samplers.solvers.ddim_inversion import ddim_inversion
 from fastlora.samplers.solvers.ddpm import ddpm
 from fastlora.samplers.solvers.dpm_solver import dpm_solver
 from fastlora.samplers.solvers.euler import euler, euler_ancestral
-from fastlora.samplers.solvers.flow import flow_euler
+from fastlora.samplers.solvers.flow import flow_euler, flow_heun
+from fastlora.samplers.solvers.heun import heun
 from fastlora.samplers.solvers.lcm import lcm
+from fastlora.samplers.solvers.unipc import unipc
 from fastlora.samplers.table import Table
 
 Config = Mapping[str, Any] | str | Path
@@ -97,7 +99,7 @@ def schedule_from_config(config: Config) -> Schedule:
     return schedule_of(*read(config))
 
 
-LOOK_BACK = ("DPMSolverMultistepScheduler",)  # and so begin with lower orders
+LOOK_BACK = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")  # begin with lower orders
 
 # The arguments that each class takes; `begin` is for all.
 ARGUMENTS = {
@@ -171,6 +173,21 @@ def _ancestral(name: str, options: Options, wanted: Request, grid: Grid, predict
     return euler_ancestral(grid, prediction=prediction)
 
 
+def _heun(name: str, options: Options, wanted: Request, grid: Grid, prediction: str) -> Table:
+    _check_first_row(name, wanted)
+    return heun(grid, prediction=prediction, **bounds(options))
+
+
+def _flow_heun(name: str, options: Options, wanted: Request, grid: Grid, prediction: str) -> Table:
+    _check_first_row(name, wanted)
+    return flow_heun(grid)
+
+
+def _check_first_row(name: str, wanted: Request) -> None:
+    if wanted.begin % 2:
+        raise refuse(name, "begin", "an even number, where a step begins", wanted.begin)
+
+
 def _dpm_solver(name: str, options: Options, wanted: Request, grid: Grid, prediction: str) -> Table:
     _check_flow(name, options, prediction)
     algorithm, solver_type = options["algorithm_type"], options["solver_type"]
@@ -199,6 +216,25 @@ def _check_flow(name: str, options: Options, prediction: str) -> None:
         raise refuse(name, "prediction_type", f"{expected} {on} use_flow_sigmas", got)
 
 
+def _unipc(name: str, options: Options, wanted: Request, grid: Grid, prediction: str) -> Table:
+    _check_flow(name, options, prediction)
+    solver_type = options["solver_type"]
+    if options["solver_p"] is not None:
+        raise refuse(name, "solver_p", "None", options["solver_p"], "the predictor is UniPC's own")
+    return unipc(
+        grid,
+        prediction=prediction,
+        order=options["solver_order"],
+        # what configurations of other classes say, as diffusers reads it
+        solver_type="bh2" if solver_type in ("midpoint", "heun", "logrho") else solver_type,
+        predict_x0=options["predict_x0"],
+        lower_order_final=options["lower_order_final"],
+        disable_corrector=options["disable_corrector"],
+        begin=wanted.begin,
+        **bounds(options),
+    )
+
+
 def _lcm(name: str, options: Options, wanted: Request, grid: Grid, prediction: str) -> Table:
     scaling = options["timestep_scaling"]
     return lcm(grid, prediction=prediction, timestep_scaling=scaling, **bounds(options))
@@ -219,6 +255,9 @@ TABLES: dict[str, Callable[[str, Options, Request, Grid, str], Table]] = {
     "EulerDiscreteScheduler": _euler,
     "EulerAncestralDiscreteScheduler": _ancestral,
     "DPMSolverMultistepScheduler": _dpm_solver,
+    "HeunDiscreteScheduler": _heun,
     "LCMScheduler": _lcm,
     "FlowMatchEulerDiscreteScheduler": _flow_euler,
+    "FlowMatchHeunDiscreteScheduler": _flow_heun,
+    "UniPCMultistepScheduler": _unipc,
 }

@@ -140,7 +140,7 @@ def euler_grid(name: str, options: Options, wanted: Request) -> Grid:
             sigmas = _ramp(options, ramp, sigmas[0], sigmas[-1], len(t))
             t = levels.timesteps_of(sigmas, table)
         last = levels.final_sigma(options.get("final_sigmas_type", "zero"), table, name)
-        sigmas = torch.cat((sigmas, torch.tensor([last]).double()))[: len(t) + 1]
+        sigmas = torch.cat((sigmas, torch.tensor([last], dtype=torch.float64)))[: len(t) + 1]
         sigmas = levels.descending(sigmas, name)
     if continuous:
         t = 0.25 * sigmas[:-1].log()
@@ -301,7 +301,7 @@ def unipc_grid(name: str, options: Options, wanted: Request) -> Grid:
         t = _multistep_timesteps(options, steps, T)
         sigmas = levels.interpolated(table, t)
     final = options["final_sigmas_type"]
-    last = levels.final_sigma(final, torch.tensor([smallest]).double(), name)
+    last = levels.final_sigma(final, torch.tensor([smallest], dtype=torch.float64), name)
     return _multistep(name, t, sigmas, last, by_flow)
 
 

@@ -154,7 +154,7 @@ class Table:
         return self.timesteps.numel()
 
     def since(self, begin: int) -> Table:
-        """Without the first `begin` steps, for samples that start as noisy as step `begin` is."""
+        """Without the first `begin` steps: x starts at the level of step `begin`, as it is."""
         first = integer(begin)
         if first is None or not 0 <= first < len(self):
             raise ValueError(
@@ -164,7 +164,8 @@ class Table:
             return self
         scale = self.column("m")[first - 1].item()
         rows = self.coefficients[first:], self.timesteps[first:]
-        return replace(self, coefficients=rows[0], timesteps=rows[1], input_scale=scale)
+        starts = {"init_noise_sigma": 1.0, "input_scale": scale}
+        return replace(self, coefficients=rows[0], timesteps=rows[1], **starts)
 
     def negated(self) -> Table:
         """The same for a model whose output has the other sign."""
