@@ -23,9 +23,11 @@ class Mixture:
     stds: tuple[float, ...] = (0.3, 0.5)
 
     def _parts(self, alpha, sigma):
+        """w, m and s of every component at levels of any shape: [..., K]."""
         w, m, s = (
             torch.tensor(v, dtype=torch.float64) for v in (self.weights, self.means, self.stds)
         )
+        alpha, sigma = torch.as_tensor(alpha)[..., None], torch.as_tensor(sigma)[..., None]
         return w, alpha * m, (alpha**2 * s**2 + sigma**2).sqrt()
 
     def score(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -51,14 +53,17 @@ class Mixture:
         return (low + high) / 2
 
     def model(self, grid: Grid, prediction: str = "epsilon") -> Callable[..., Tensor]:
-        """The best model, told what the grid tells: it finds its level there."""
+        """The best model, told (for each sample) what the grid tells: it finds its level there."""
+        told = grid.timesteps.float()
 
         def model(x: Tensor, t: Tensor, cond: object) -> Tensor:
-            told = grid.timesteps.float()
-            level = (told - t.flatten()[0].float()).abs().argmin()
-            assert told[level] == t.flatten()[0].float(), "told what is not in the grid"
-            alpha, sigma = grid.alpha[level], grid.sigma[level]
-            seen = x.double() / grid.input_scale[level]
+            level = (told - t.float().view(-1, 1)).abs().argmin(1)
+            assert torch.equal(told[level], t.float()), "told what is not in the grid"
+            each = (-1, *[1] * (x.dim() - 1))
+            alpha, sigma, scale = (
+                values[level].view(each) for values in (grid.alpha, grid.sigma, grid.input_scale)
+            )
+            seen = x.double() / scale
             eps = -sigma * self.score(seen, alpha, sigma)
             x0 = (seen - sigma * eps) / alpha
             given = {
@@ -86,10 +91,11 @@ def moments(
     Samples start as N(mean, variance), the variance by default that of the table's start noise.
     """
     model = data.model(grid, table.prediction)
-    seen = {}  # what the model gives at each timestep: intercept and slope in its own input
-    for t in table.timesteps.unique():
-        at = model(torch.tensor([0.0, 1.0], dtype=torch.float64), t, None).tolist()
-        seen[t.item()] = at[0], at[1] - at[0]
+    # what the model gives at each timestep: intercept and slope in its own input
+    at = torch.tensor([[0.0, 1.0]], dtype=torch.float64).expand(len(grid), 2)
+    given = model(at, grid.timesteps, None)
+    affine = zip(given[:, 0].tolist(), given.diff(dim=1)[:, 0].tolist(), strict=True)
+    seen = dict(zip(grid.timesteps.tolist(), affine, strict=True))
     m = np.array([mean, 0.0, 0.0])
     cov = np.diag([table.init_noise_sigma**2 if variance is None else variance, 0.0, 0.0])
     scale = table.input_scale

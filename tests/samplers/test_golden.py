@@ -11,6 +11,7 @@ import torch
 from fastlora.samplers import Schedule, euler, noise, sample
 from fastlora.samplers.continuous import karras, linear_log_snr
 from fastlora.samplers.sde import VP
+from fastlora.samplers.solvers.heun import heun
 from fastlora.samplers.solvers.langevin import langevin
 from fastlora.samplers.solvers.log_snr_ancestral import log_snr_ancestral
 from fastlora.samplers.solvers.score import probability_flow
@@ -51,12 +52,13 @@ def test_log_snr_ancestral_keeps_the_variance_with_v_1(steps):
 
 # EDM: data N(0, 0.5^2), error of the standard deviation relative to that of the exact flow.
 @pytest.mark.parametrize(
-    ("solver", "steps", "error"), [("euler", 10, -0.2696), ("euler", 40, -0.0703)]
+    ("solver", "steps", "error"),
+    [(euler, 10, -0.2696), (euler, 40, -0.0703), (heun, 10, 0.2196), (heun, 40, 0.0098)],
 )
 @pytest.mark.parametrize("prediction", ["epsilon", "x0", "score"])
 def test_edm(solver, steps, error, prediction):
     grid, std = karras(steps), 0.5
-    table = {"euler": euler}[solver](grid, prediction=prediction)
+    table = solver(grid, prediction=prediction)
     _, variance = moments(table, grid, gaussian(0, std))
     exact = 80 * std / math.hypot(std, 80)  # x / sqrt(std^2 + sigma^2) is constant along the flow
     assert math.sqrt(variance) / exact - 1 == pytest.approx(error, abs=5e-5)
