@@ -98,7 +98,9 @@ def sampler_step(
     if mask is not None and known is not None and seeds is not None:
         z = _philox.normal(seeds, _philox.START, x.shape[1:].numel(), wide).view(x.shape)
         x_next = mask * x_next + (1 - mask) * (column["p_0"] * known + column["p_e"] * z)
-    history_next = torch.stack([combined(t) for t in "gr"[: len(past)]]) if past else xw.new_empty(0)
+    history_next = (
+        torch.stack([combined(t) for t in "gr"[: len(past)]]) if past else xw.new_empty(0)
+    )
     model_input = (column["m"] * x_next).to(input_dtype)
     return x_next.to(x.dtype), history_next, model_input.repeat(copies, *ones)
 
@@ -160,7 +162,9 @@ def _fake(
     right = right and 1 <= weights.shape[1] <= MAX_OUTPUTS
     expected = f"[{steps} or 1, n, {batch} or 1] with n from 1 to {MAX_OUTPUTS}"
     expect(right, op, "weights", expected, weights)
-    expect(weights.dtype in (torch.float32, wide), op, "weights", f"float32 or {wide_name}", weights)
+    expect(
+        weights.dtype in (torch.float32, wide), op, "weights", f"float32 or {wide_name}", weights
+    )
     n = weights.shape[1]
     count = f"{n} tensors, as weights has, or all of them in one"
     expect(len(outputs) in (1, n), op, "outputs", count, f"{len(outputs)} tensors")

@@ -39,9 +39,13 @@ class Grid:
         for name in ("alpha", "sigma", "alpha_next", "sigma_next", "input_scale"):
             values = getattr(self, name)
             if values.shape != (steps,) or values.dtype != torch.float64:
-                raise ValueError(f"Grid: {name}: expected float64 [{steps}], got {describe(values)}")
+                raise ValueError(
+                    f"Grid: {name}: expected float64 [{steps}], got {describe(values)}"
+                )
             if not bool((values.isfinite() & (values >= 0)).all()):
-                raise ValueError(f"Grid: {name}: expected finite numbers >= 0, got {values.tolist()}")
+                raise ValueError(
+                    f"Grid: {name}: expected finite numbers >= 0, got {values.tolist()}"
+                )
         if steps < 1:
             raise ValueError("Grid: timesteps: expected at least one, got none")
 
@@ -83,7 +87,9 @@ class Grid:
     def half_log_snr_next(self) -> Tensor:
         return (self.alpha_next / self.sigma_next).log()
 
-    def readings(self, prediction: str, operator: str = "Grid") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def readings(
+        self, prediction: str, operator: str = "Grid"
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(k_x, k_e, a_x, a_e): `x0 = k_x x + k_e e` and `eps = a_x x + a_e e` for what the model
         gives, e, of its own input `input_scale x = a x0 + s eps`:
 

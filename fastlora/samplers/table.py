@@ -91,7 +91,8 @@ class Table:
             if not (0 < quantile <= 1 <= largest) or clip is not None:
                 raise ValueError(
                     f"{operator}: threshold: expected None or (quantile in (0, 1], largest >= 1)"
-                    f" without clip, got {threshold!r}" + ("" if clip is None else f" beside {clip}")
+                    f" without clip, got {threshold!r}"
+                    + ("" if clip is None else f" beside {clip}")
                 )
             threshold = quantile, largest
         k_x, k_e, a_x, a_e = grid.readings(prediction, operator)

@@ -46,6 +46,4 @@ def ddim(
     else:
         x_next = Combination(x0=grid.alpha_next, eps=d)
     name = f"ddim(steps={len(grid)}, eta={eta:g}" + ("" if given else f", spacing={spacing}") + ")"
-    return Table.build(
-        name, grid, prediction, x_next, noise=s, clip=clip, threshold=threshold
-    )
+    return Table.build(name, grid, prediction, x_next, noise=s, clip=clip, threshold=threshold)
