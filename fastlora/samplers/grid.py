@@ -39,13 +39,11 @@ class Grid:
         for name in ("alpha", "sigma", "alpha_next", "sigma_next", "input_scale"):
             values = getattr(self, name)
             if values.shape != (steps,) or values.dtype != torch.float64:
-                raise ValueError(
-                    f"Grid: {name}: expected float64 [{steps}], got {describe(values)}"
-                )
+                got = describe(values)
+                raise ValueError(f"Grid: {name}: expected float64 [{steps}], got {got}")
             if not bool((values.isfinite() & (values >= 0)).all()):
-                raise ValueError(
-                    f"Grid: {name}: expected finite numbers >= 0, got {values.tolist()}"
-                )
+                got = values.tolist()
+                raise ValueError(f"Grid: {name}: expected finite numbers >= 0, got {got}")
         if steps < 1:
             raise ValueError("Grid: timesteps: expected at least one, got none")
 
@@ -104,9 +102,9 @@ class Grid:
         if prediction in ("epsilon", "score") and bool((alpha == 0).any()):
             t = self.timesteps[(alpha == 0).nonzero()[0].item()].item()
             raise ValueError(
-                f"{operator}: prediction: expected v, x0 or flow where the SNR is 0, at t = {t}, got"
-                f" {prediction}: x is nothing but noise there, so predicted noise says nothing about"
-                " x0 (zero-terminal-SNR models predict v and use trailing spacing)"
+                f"{operator}: prediction: expected v, x0 or flow where the SNR is 0, at t = {t},"
+                f" got {prediction}: x is nothing but noise there, so predicted noise says nothing"
+                " about x0 (zero-terminal-SNR models predict v and use trailing spacing)"
             )
         # eps is undetermined at sigma = 0, and never needed there: what goes on from there is clean
         over_sigma = torch.where(sigma == 0, 0.0, 1 / sigma)

@@ -80,8 +80,8 @@ class Table:
         """The table of `x' = x_next + noise z` and of what the history remembers, h' and r'.
 
         Without clipping x̂0 is a combination of x and the model's output, which is put in for it:
-        so says float64 what float32 would lose. Raises ValueError for a clip that is no number above
-        0, a threshold that is none, both, or an unknown prediction.
+        so says float64 what float32 would lose. Raises ValueError for a clip that is no number
+        above 0, a threshold that is none, both, or an unknown prediction.
         """
         operator = name.partition("(")[0]
         if clip is not None and not 0 < number(clip) < math.inf:
@@ -89,10 +89,10 @@ class Table:
         if threshold is not None:
             quantile, largest = map(number, threshold) if len(threshold) == 2 else (0.0, 0.0)
             if not (0 < quantile <= 1 <= largest) or clip is not None:
+                beside = "" if clip is None else f" beside {clip}"
                 raise ValueError(
                     f"{operator}: threshold: expected None or (quantile in (0, 1], largest >= 1)"
-                    f" without clip, got {threshold!r}"
-                    + ("" if clip is None else f" beside {clip}")
+                    f" without clip, got {threshold!r}{beside}"
                 )
             threshold = quantile, largest
         k_x, k_e, a_x, a_e = grid.readings(prediction, operator)

@@ -3,17 +3,19 @@ again on the same memory. What Python does meanwhile does not reach it, as in a 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 READING = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero"}
 _capturing = False
+
+
+def is_capturing() -> bool:
+    return _capturing
 
 
 class Recorder(TorchDispatchMode):
@@ -56,14 +58,3 @@ def tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (tuple, list)):
         for v in value:
             yield from tensors(v)
-
-
-@pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`Sampler.capture` records on the CPU."""
-    monkeypatch.setattr(
-        importlib.import_module("fastlora.samplers.sampler"), "Graph", RecordedGraph
-    )
-    for name in ("dora", "adapted", "layers", "state", "steady"):
-        module = importlib.import_module(f"fastlora.adapters.{name}")
-        monkeypatch.setattr(module, "is_capturing", lambda: _capturing)

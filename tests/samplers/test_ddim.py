@@ -41,13 +41,14 @@ def exact_epsilon(schedule: Schedule):
     ],
 )
 def test_golden_std(steps, eta, std):
-    """Each row is linear: x' = (k_x c_0 + (k_e c_0 + c_e) sigma) x + c_n z, so variances follow."""
+    """Each row is linear: x' = (c_x + c_0 (k_x + k_e sigma) + c_e sigma) x + c_n z, so variances
+    follow."""
     schedule = Schedule.linear()
     table = ddim(schedule, steps, eta)
     variance = 1.0
     sigma = schedule.sigma[table.timesteps]
     gain = table.column("c_0") * (table.column("k_x") + table.column("k_e") * sigma)
-    gain = gain + table.column("c_e") * sigma
+    gain = gain + table.column("c_x") + table.column("c_e") * sigma
     for a, c_n in zip(gain.tolist(), table.column("c_n").tolist(), strict=True):
         variance = a * a * variance + c_n * c_n
     assert math.sqrt(variance) == pytest.approx(std, abs=5e-6)
@@ -196,7 +197,7 @@ def test_exact_model_recovers_x0(prediction, eta):
 def test_no_noise_without_eta():
     assert not ddim(Schedule.linear(), 10).stochastic
     table = ddim(Schedule.linear(), 10, eta=1.0)
-    assert table.stochastic and table.column("c_n")[-1] == 0 and not table.remembers
+    assert table.stochastic and table.column("c_n")[-1] == 0 and not table.histories
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
@@ -205,13 +206,15 @@ def test_a_schedule_that_begins_clean(prediction):
     schedule = Schedule(torch.tensor([1.0, 0.5]))
     table = ddim(schedule, 2, eta=1.0, prediction=prediction)
     row = dict(zip(COLUMNS, table.coefficients[-1].tolist(), strict=True))
-    assert row["c_0"] == 1 and row["c_e"] == row["c_x"] == row["c_n"] == 0
-    assert row["k_x"] == (0 if prediction == "x0" else 1)
+    assert (row["c_x"], row["c_e"]) == ((0, 1) if prediction == "x0" else (1, 0))
+    assert row["c_0"] == row["c_n"] == 0
 
 
 def test_epsilon_is_refused_where_snr_is_zero():
     schedule = Schedule.linear().zero_terminal_snr()
-    with pytest.raises(ValueError, match=r"SNR is 0 at t = 999, got epsilon: .* predict v and use"):
+    with pytest.raises(
+        ValueError, match=r"SNR is 0, at t = 999, got epsilon: .* predict v and use"
+    ):
         ddim(schedule, 10, spacing="trailing")
     assert len(ddim(schedule, 10, spacing="leading")) == 10  # which never visits t = 999
 
@@ -233,7 +236,10 @@ def test_epsilon_is_refused_where_snr_is_zero():
         ({"steps": "5"}, "steps: expected an int from 1 to the schedule's length 1000, got '5'"),
         ({"clip": 0.0}, "ddim: clip: expected a positive number or None, got 0.0"),
         ({"clip": math.inf}, "ddim: clip: expected a positive number or None, got inf"),
-        ({"prediction": "v_prediction"}, "ddim: prediction: expected one of epsilon, v, x0, got"),
+        (
+            {"prediction": "v_prediction"},
+            "ddim: prediction: expected one of epsilon, v, x0, flow, score, got",
+        ),
         ({"spacing": "even"}, "spacing: expected one of leading, trailing, linspace, got 'even'"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -249,7 +255,9 @@ def test_bad_options(options, message):
     ids=["none", "str", "tensor"],
 )
 def test_what_is_no_schedule(schedule, got):
-    with pytest.raises(TypeError, match=f"^ddim: schedule: expected a Schedule, got {got}$"):
+    with pytest.raises(
+        TypeError, match=f"^ddim: schedule: expected a Schedule or a Grid, got {got}$"
+    ):
         ddim(schedule, 3)
 
 
@@ -272,7 +280,7 @@ def test_table_refuses_what_is_not_finite():
     with pytest.raises(ValueError, match=r"clip > 0, got clip = -1.0 at step 0"):
         Table.of("broken", "epsilon", timesteps, clip=-1.0)
     with pytest.raises(
-        ValueError, match=r"coefficients: expected float64 \[2, 12\], got .*\[1, 12\]"
+        ValueError, match=r"coefficients: expected float64 \[2, 22\], got .*\[1, 12\]"
     ):
         Table(torch.zeros(1, 12).double(), timesteps, "epsilon", "broken")
     with pytest.raises(ValueError, match="timesteps: expected at least one"):

@@ -323,19 +323,19 @@ def test_strength_per_sample_inside_guidance(guided):
         ({"uncond": None}, "guidance_scale: expected 1.0 where uncond is not given, got 2.0"),
         (
             {"guidance_scale": torch.ones(3)},
-            r"guidance_scale: expected a number or a tensor \[2\], or \[3, .* by step, got \[3\]",
+            r"guidance_scale: expected a number or a tensor \[2\], or .* by step, got \[3\]",
         ),
         (
             {"guidance_scale": torch.ones(2, 1)},
-            r"guidance_scale: expected a number or a tensor \[2\], or \[3, .* by step, got \[2, 1\]",
+            r"guidance_scale: expected a number or a tensor \[2\], or .* by step, got \[2, 1\]",
         ),
         (
             {"guidance_scale": None},
-            r"guidance_scale: expected a number or a tensor \[2\], or \[3, .* by step, got None",
+            r"guidance_scale: expected a number or a tensor \[2\], or .* by step, got None",
         ),
         (
             {"guidance_scale": "a"},
-            r"guidance_scale: expected a number or a tensor \[2\], or \[3, .* by step, got a str",
+            r"guidance_scale: expected a number or a tensor \[2\], or .* by step, got a str",
         ),
         (
             {"uncond": torch.zeros(1)},

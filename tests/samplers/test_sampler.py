@@ -16,7 +16,6 @@ import fastlora
 from fastlora import Sampler, Schedule, ddim, sample
 from fastlora.samplers import noise
 from tests.adapters.oracles import randomise
-from tests.samplers.recording import recorded  # noqa: F401 (a fixture)
 
 B, SHAPE = 3, (3, 6)
 COND = torch.tensor([[1.0] * 6, [0.5] * 6, [-1.0] * 6])
@@ -244,9 +243,7 @@ def test_steps(recorded: None, per_step: bool | None) -> None:
     model = network()
     sampler = made(model, per_step, "noisy")
     if per_step is False:
-        with pytest.raises(
-            RuntimeError, match=r"one CUDA graph; expected capture\(per_step=True\)"
-        ):
+        with pytest.raises(RuntimeError, match=r"expected capture\(per_step=True\)"):
             sampler.steps(seeds=SEEDS)
         return
     x = noise(SEEDS, SHAPE[1:])
@@ -291,9 +288,7 @@ def test_not_finite(recorded: None, per_step: bool | None) -> None:
     if per_step is not None:
         sampler.capture(per_step)
     for _ in range(2):
-        with pytest.raises(
-            FloatingPointError, match="model: expected finite .* step 3, timestep 332"
-        ):
+        with pytest.raises(FloatingPointError, match="expected finite .* step 3, timestep 332"):
             sampler(seeds=SEEDS)
     if per_step is None:
         with pytest.raises(FloatingPointError, match="got nan .* in 18 of 18 .* step 3"):

@@ -134,9 +134,8 @@ def test_what_is_no_number_or_tensor():
 
 
 def test_bad_prediction():
-    with pytest.raises(
-        ValueError, match="prediction: expected one of epsilon, v, x0, got 'sample'"
-    ):
+    names = "epsilon, v, x0, flow, score"
+    with pytest.raises(ValueError, match=f"prediction: expected one of {names}, got 'sample'"):
         Schedule.linear().noise_table("sample")
 
 
