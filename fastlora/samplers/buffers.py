@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastlora.samplers.arguments import describe
+from fastlora.samplers.arguments import describe, moved
 
 Writes = list[tuple[Tensor, Tensor]]  # (buffer, its new values)
 
@@ -68,6 +68,4 @@ def equal(a: Any, b: Any) -> bool:
 def write(writes: Writes) -> None:
     """All of it; values on the CPU go to a GPU through pinned memory, without waiting."""
     for buffer, values in writes:
-        if buffer.device.type == "cuda" and values.device.type == "cpu":
-            values = values.to(buffer.dtype).expand(buffer.shape).contiguous().pin_memory()
-        buffer.copy_(values, non_blocking=True)
+        buffer.copy_(moved(values.to(buffer.dtype), buffer.device))
