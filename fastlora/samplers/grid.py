@@ -6,6 +6,7 @@ sigma^2 = 1), variance exploding (alpha = 1), flow matching (alpha = 1 - sigma).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -100,7 +101,7 @@ class Grid:
         a, s = scale * alpha, scale * sigma
         zero, one = torch.zeros_like(a), torch.ones_like(a)
         if prediction in ("epsilon", "score") and bool((alpha == 0).any()):
-            t = self.timesteps[(alpha == 0).nonzero()[0].item()].item()
+            t = self.timesteps[alpha == 0][0].item()
             raise ValueError(
                 f"{operator}: prediction: expected v, x0 or flow where the SNR is 0, at t = {t},"
                 f" got {prediction}: x is nothing but noise there, so predicted noise says nothing"
@@ -121,11 +122,12 @@ class Grid:
         return a * scale / square, -s / square, s * scale / square, a / square
 
 
-def spaced(T: int, steps: int, spacing: str) -> Tensor:
+def spaced(T: int, steps: int, spacing: str, offset: int = 0) -> Tensor:
     """`steps` timesteps of 0..T-1, from noisy to clean, int64 (Lin et al., 2023, Table 2).
 
-    leading: multiples of T // steps from 0 on; trailing: T/steps apart, downwards from T - 1;
-    linspace: evenly from T - 1 to 0. Raises ValueError for steps outside 1..T and unknown names.
+    leading: multiples of T // steps from `offset` on; trailing: T/steps apart, downwards from
+    T - 1; linspace: evenly from T - 1 to 0. Raises ValueError for steps outside 1..T, an offset
+    that leads outside, and unknown names.
     """
     count = integer(steps)
     if count is None or not 1 <= count <= T:
@@ -134,7 +136,13 @@ def spaced(T: int, steps: int, spacing: str) -> Tensor:
         )
     steps = count  # of Python's own, whatever it was
     if spacing == "leading":
-        return (torch.arange(steps) * (T // steps)).flip(0)
+        first = (steps - 1) * (T // steps) + offset
+        if not 0 <= offset <= first < T:
+            raise ValueError(
+                f"spaced: offset: expected an int from 0 to {T - 1 - first + offset}, got {offset}"
+                f" (the first of {steps} timesteps would be {first})"
+            )
+        return (torch.arange(steps) * (T // steps)).flip(0) + offset
     if spacing == "trailing":
         # numpy's arange(T, 0, -T/steps) to the last bit, since it decides how halves are rounded;
         # but never the extra element that its own rounding adds for some numbers of steps (61 of
@@ -149,29 +157,58 @@ def spaced(T: int, steps: int, spacing: str) -> Tensor:
     raise ValueError(f"spaced: spacing: expected one of {', '.join(SPACINGS)}, got {spacing!r}")
 
 
-def grid_of(schedule: Schedule, steps: int, spacing: str = "leading") -> Grid:
+def grid_of(schedule: Schedule, steps: int, spacing: str = "leading", offset: int = 0) -> Grid:
     """`steps` timesteps of a schedule, each step arriving at the next listed one, the last one at
     `final_alpha_cumprod`. Raises what `spaced` raises."""
-    timesteps = spaced(len(schedule), steps, spacing)
-    abar = torch.cat(
-        (
-            schedule.alphas_cumprod[timesteps],
-            torch.tensor([schedule.final_alpha_cumprod], dtype=torch.float64),
-        )
-    )
-    return Grid.through(timesteps, abar.sqrt(), (1 - abar).sqrt())
+    return listed(schedule, spaced(len(schedule), steps, spacing, offset))
 
 
-def strided(schedule: Schedule, steps: int, spacing: str = "leading") -> Grid:
+def strided(schedule: Schedule, steps: int, spacing: str = "leading", offset: int = 0) -> Grid:
     """The same timesteps, each step arriving at `t - T // steps`, as DDIM is used: that is not
     always a listed timestep. Raises what `spaced` raises."""
-    timesteps = spaced(len(schedule), steps, spacing)
-    before = timesteps - len(schedule) // len(timesteps)
-    abar = schedule.alphas_cumprod[timesteps]
-    abar_next = schedule.alphas_cumprod[before.clamp(min=0)]
-    abar_next[before < 0] = schedule.final_alpha_cumprod
-    levels = abar.sqrt(), (1 - abar).sqrt(), abar_next.sqrt(), (1 - abar_next).sqrt()
-    return Grid(timesteps, *levels, torch.ones_like(abar))
+    timesteps = spaced(len(schedule), steps, spacing, offset)
+    return between(schedule, timesteps, timesteps, timesteps - len(schedule) // len(timesteps))
+
+
+def listed(schedule: Schedule, timesteps: Sequence[float] | Tensor) -> Grid:
+    """These timesteps of a schedule, each step arriving at the next one, the last one at
+    `final_alpha_cumprod`. Raises ValueError unless they are ints of 0..T-1 that descend."""
+    t = as_timesteps(timesteps, len(schedule))
+    if t.is_floating_point() and not bool((t == t.floor()).all()):
+        raise ValueError(f"listed: timesteps: expected ints, got {t.tolist()}")
+    t = t.long()
+    return between(schedule, t, t, torch.cat((t[1:], torch.tensor([-1]))))
+
+
+def between(schedule: Schedule, told: Tensor, start: Tensor, end: Tensor) -> Grid:
+    """Steps from the levels of `start` to those of `end` [S] int64, where any timestep below 0 is
+    `final_alpha_cumprod`; the model is told `told`."""
+
+    def abar(t: Tensor) -> Tensor:
+        values = schedule.alphas_cumprod[t.clamp(min=0)]
+        return torch.where(t < 0, schedule.final_alpha_cumprod, values)
+
+    levels = abar(start).sqrt(), (1 - abar(start)).sqrt(), abar(end).sqrt(), (1 - abar(end)).sqrt()
+    return Grid(told, *levels, torch.ones(len(told), dtype=torch.float64))
+
+
+def as_timesteps(timesteps: Sequence[float] | Tensor, T: int) -> Tensor:
+    """[S] int64 or float64, which have to lie within 0..T-1 and to descend."""
+    try:
+        t = torch.as_tensor(timesteps).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"timesteps: expected numbers, got {describe(timesteps)}") from None
+    if t.dim() != 1 or t.numel() == 0 or t.dtype == torch.bool or t.is_complex():
+        raise ValueError(f"timesteps: expected a list of numbers, got {describe(timesteps)}")
+    t = t.double() if t.is_floating_point() else t.long()
+    if not bool(((t >= 0) & (t <= T - 1)).all()):
+        raise ValueError(f"timesteps: expected numbers from 0 to {T - 1}, got {t.tolist()}")
+    if not bool((t.diff() < 0).all()):
+        raise ValueError(
+            "timesteps: expected numbers that descend, from noisy to clean, without repetition,"
+            f" got {t.tolist()}"
+        )
+    return t
 
 
 def as_grid(schedule: Schedule | Grid, steps: int | None, operator: str) -> Grid | None:
@@ -189,3 +226,18 @@ def as_grid(schedule: Schedule | Grid, steps: int | None, operator: str) -> Grid
             f"{operator}: schedule: expected a Schedule or a Grid, got {describe(schedule)}"
         )
     return None
+
+
+def grid_or(
+    schedule: Schedule | Grid,
+    steps: int | None,
+    operator: str,
+    make: Callable[[Schedule, int], Grid],
+    default: int = 50,
+) -> Grid:
+    """The grid that was given, or what `make` makes of a schedule. Raises what `as_grid` raises."""
+    grid = as_grid(schedule, steps, operator)
+    if grid is not None:
+        return grid
+    assert isinstance(schedule, Schedule)
+    return make(schedule, default if steps is None else steps)

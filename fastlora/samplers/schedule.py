@@ -101,7 +101,41 @@ class Schedule:
         """
         T = _length(T)
         u = torch.arange(T + 1, dtype=torch.float64) / T
-        abar = ((u + 0.008) / 1.008 * math.pi / 2).cos() ** 2
+        return cls._of_abar(((u + 0.008) / 1.008 * math.pi / 2).cos() ** 2)
+
+    @classmethod
+    def sigmoid(cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
+        """Betas along a logistic curve from -6 to 6 (GeoDiff, Xu et al., 2022).
+
+        Raises ValueError unless T is an int >= 1.
+        """
+        T = _length(T)
+        curve = torch.linspace(-6, 6, T, dtype=torch.float64).sigmoid()
+        return cls.from_betas(curve * (beta_end - beta_start) + beta_start)
+
+    @classmethod
+    def laplace(cls, T: int = 1000) -> Schedule:
+        """`abar(u) = sqrt(snr / (1 + snr))`, beta <= 0.999, where
+        `log snr(u) = -sign(1/2 - u)/2 log(1 - 2|1/2 - u| + 1e-6)` (Hang et al., 2024, with the root
+        that diffusers takes of it).
+
+        Raises ValueError unless T is an int >= 1.
+        """
+        T = _length(T)
+        u = 0.5 - torch.arange(T + 1, dtype=torch.float64) / T
+        sign = torch.where(u < 0, -1.0, 1.0).double()
+        snr = (-0.5 * sign * (1 - 2 * u.abs() + 1e-6).log()).exp()
+        return cls._of_abar((snr / (1 + snr)).sqrt())
+
+    @classmethod
+    def exponential(cls, T: int = 1000) -> Schedule:
+        """`abar(u) = exp(-12 u)`, beta <= 0.999. Raises ValueError unless T is an int >= 1."""
+        T = _length(T)
+        return cls._of_abar((-12 * torch.arange(T + 1, dtype=torch.float64) / T).exp())
+
+    @classmethod
+    def _of_abar(cls, abar: Tensor) -> Schedule:
+        """From abar at u = 0, 1/T, ..., 1, each beta at most 0.999."""
         return cls.from_betas((1 - abar[1:] / abar[:-1]).clamp(max=0.999))
 
     def zero_terminal_snr(self) -> Schedule:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fastlora.ops.sampler_step import COLUMNS
-from fastlora.samplers.arguments import number
+from fastlora.samplers.arguments import integer, number
 from fastlora.samplers.grid import Grid
 
 Number = Tensor | float  # [S], or the same for all steps
@@ -25,6 +25,30 @@ class Combination:
     eps: Number = 0.0
     h: Number = 0.0
     r: Number = 0.0
+
+    def __add__(self, other: Combination) -> Combination:
+        return Combination(*(a + b for a, b in zip(self._parts, other._parts, strict=True)))
+
+    def __sub__(self, other: Combination) -> Combination:
+        return self + other * -1.0
+
+    def __mul__(self, factor: Number) -> Combination:
+        return Combination(*(part * factor for part in self._parts))
+
+    @property
+    def _parts(self) -> tuple[Number, ...]:
+        return self.x, self.x0, self.eps, self.h, self.r
+
+
+# What solvers combine: the sample, the model's estimates of data and noise, what was remembered.
+X, X0, EPS = Combination(x=1.0), Combination(x0=1.0), Combination(eps=1.0)
+H, R = Combination(h=1.0), Combination(r=1.0)
+
+
+def rederived(grid: Grid) -> Combination:
+    """eps as `(x - alpha x̂0) / sigma`, which follows x̂0 where that is clipped."""
+    over_sigma = torch.where(grid.sigma == 0, 0.0, 1 / grid.sigma)
+    return (X - X0 * grid.alpha) * over_sigma
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +152,27 @@ class Table:
 
     def __len__(self) -> int:
         return self.timesteps.numel()
+
+    def since(self, begin: int) -> Table:
+        """Without the first `begin` steps: x starts at the level of step `begin`, as it is."""
+        first = integer(begin)
+        if first is None or not 0 <= first < len(self):
+            raise ValueError(
+                f"Table: begin: expected an int from 0 to {len(self) - 1}, got {begin!r}"
+            )
+        if first == 0:
+            return self
+        scale = self.column("m")[first - 1].item()
+        rows = self.coefficients[first:], self.timesteps[first:]
+        starts = {"init_noise_sigma": 1.0, "input_scale": scale}
+        return replace(self, coefficients=rows[0], timesteps=rows[1], **starts)
+
+    def negated(self) -> Table:
+        """The same for a model whose output has the other sign."""
+        rows = self.coefficients.clone()
+        for column in ("k_e", "c_e", "g_e", "r_e"):
+            rows[:, COLUMNS.index(column)] *= -1
+        return replace(self, coefficients=rows)
 
     def column(self, name: str) -> Tensor:
         """One column [S], by its name in `COLUMNS`."""

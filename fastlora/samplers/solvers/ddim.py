@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from fastlora.samplers.arguments import number
-from fastlora.samplers.grid import Grid, as_grid, strided
+from fastlora.samplers.grid import Grid, grid_or, strided
 from fastlora.samplers.schedule import Schedule
-from fastlora.samplers.table import Combination, Table
+from fastlora.samplers.table import EPS, X0, Combination, Table, rederived
 
 
 def ddim(
@@ -35,15 +36,20 @@ def ddim(
     if not 0 <= number(eta) <= 1:
         raise ValueError(f"ddim: eta: expected a number from 0 to 1, got {eta!r}")
     eta = number(eta)
-    given = as_grid(schedule, steps, "ddim")
-    grid = given or strided(schedule, 50 if steps is None else steps, spacing)
+    grid = grid_or(schedule, steps, "ddim", lambda s, n: strided(s, n, spacing))
+    x_next, s = ddim_row(grid, eta, rederived(grid) if rederive else EPS)
+    spaced = "" if isinstance(schedule, Grid) else f", spacing={spacing}"
+    name = f"ddim(steps={len(grid)}, eta={eta:g}{spaced})"
+    return Table.build(name, grid, prediction, x_next, noise=s, clip=clip, threshold=threshold)
+
+
+def ddim_row(grid: Grid, eta: float, eps: Combination = EPS) -> tuple[Combination, Tensor]:
+    """`alpha' x0 + sqrt(sigma'^2 - s^2) eps` and s [S].
+
+    On grids with alpha = 1 this is Euler's step (eta 0) and the ancestral one (eta 1), on those
+    with alpha = 1 - sigma that of flow matching."""
     over_sigma = torch.where(grid.sigma == 0, 0.0, 1 / grid.sigma)
     variance = grid.sigma**2 - (grid.alpha / grid.alpha_next * grid.sigma_next) ** 2
     s = eta * grid.sigma_next * over_sigma * variance.clamp(min=0).sqrt()
     d = (grid.sigma_next**2 - s**2).clamp(min=0).sqrt()
-    if rederive:
-        x_next = Combination(x=d * over_sigma, x0=grid.alpha_next - d * grid.alpha * over_sigma)
-    else:
-        x_next = Combination(x0=grid.alpha_next, eps=d)
-    name = f"ddim(steps={len(grid)}, eta={eta:g}" + ("" if given else f", spacing={spacing}") + ")"
-    return Table.build(name, grid, prediction, x_next, noise=s, clip=clip, threshold=threshold)
+    return X0 * grid.alpha_next + eps * d, s
