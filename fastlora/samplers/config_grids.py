@@ -311,8 +311,8 @@ def _multistep_timesteps(options: Options, steps: Any, last: int) -> Tensor:
 
 
 def _multistep(name: str, t: Tensor, sigmas: Tensor, last: float, by_flow: bool) -> Grid:
-    """The model is told ints, cut off; what rounding alone has put below one counts as that."""
-    told = (t + 1e-6).floor().long()
+    """The model is told ints, cut off."""
+    told = t.long()
     sigmas = levels.descending([*sigmas.tolist(), last], name)
     return levels.flow(told, sigmas) if by_flow else levels.preserving(told, sigmas)
 
