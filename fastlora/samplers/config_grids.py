@@ -64,14 +64,14 @@ def ddpm_grid(name: str, options: Options, wanted: Request) -> Grid:
     if wanted.every:
         return listed(schedule, torch.arange(len(schedule)).flip(0))
     if wanted.timesteps is not None:
-        return listed(schedule, wanted.timesteps)
+        return listed(schedule, wanted.timesteps, name)
     return listed(schedule, _spaced(options, wanted.steps))
 
 
 def lcm_grid(name: str, options: Options, wanted: Request) -> Grid:
     schedule = schedule_of(name, options)
     if wanted.timesteps is not None:
-        return listed(schedule, wanted.timesteps)
+        return listed(schedule, wanted.timesteps, name)
     original = options["original_inference_steps"]
     return listed(schedule, distilled(len(schedule), wanted.steps, original))  # type: ignore[arg-type]
 
@@ -102,7 +102,7 @@ def _timesteps(name: str, options: Options, wanted: Request, *conflicts: str) ->
     for option in conflicts:
         if options.get(option):
             raise refuse(name, "timesteps", f"none beside {option}", wanted.timesteps)
-    return as_timesteps(wanted.timesteps, options["num_train_timesteps"])
+    return as_timesteps(wanted.timesteps, options["num_train_timesteps"], name)
 
 
 RAMPS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")

@@ -108,6 +108,8 @@ def compare(
 ) -> Table:
     """Holds every step to diffusers' in float64: within 1e-7 of max|x| in float64 (timesteps are
     told as float32, which shows there), within 1e-5 in float32."""
+    if config.get("use_beta_sigmas"):
+        pytest.importorskip("scipy")
     options: dict[str, Any] = {"eta": eta} if eta else {}
     if rederive:
         options["use_clipped_model_output"] = True

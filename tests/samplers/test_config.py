@@ -380,6 +380,8 @@ REFUSED = [
     ("DDIMScheduler", {}, {"eta": 1.5}, "eta: expected a number from 0 to 1, got 1.5"),
     ("DDIMScheduler", {}, {"steps": 2000}, "steps: expected an int from 1 to .* 1000, got 2000"),
     ("DDIMScheduler", {}, {"begin": 9}, "begin: expected an int from 0 to 8, got 9"),
+    ("UniPCMultistepScheduler", {}, {"begin": "1"}, "begin: expected an int, got '1'"),
+    ("DDIMScheduler", {}, {"sigmas": np.ones(2)}, "sigmas: expected none .DDIMScheduler takes"),
     ("DDIMInverseScheduler", SAMPLE, {}, "expected epsilon, v or flow where sigma is 0, got x0"),
     ("DDPMScheduler", {"variance_type": "learned"}, {}, "variance_type: expected fixed_small or"),
     ("DDPMScheduler", {"variance_type": "learned_range"}, {}, "half of the model's channels"),
