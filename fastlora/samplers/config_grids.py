@@ -311,7 +311,8 @@ def _multistep_timesteps(options: Options, steps: Any, last: int) -> Tensor:
 
 
 def _multistep(name: str, t: Tensor, sigmas: Tensor, last: float, by_flow: bool) -> Grid:
-    """The model is told ints, cut off."""
+    """The model is told ints, cut off: 999 is 998.9999 to diffusers, whose schedule is float32, for
+    the first step of exponential and beta sigmas."""
     told = t.long()
     sigmas = levels.descending([*sigmas.tolist(), last], name)
     return levels.flow(told, sigmas) if by_flow else levels.preserving(told, sigmas)
