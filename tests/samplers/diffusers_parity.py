@@ -79,13 +79,20 @@ def theirs(
     diffusers = pytest.importorskip("diffusers")
     xs: list[Tensor] = []
     kind = getattr(diffusers, name)
+    count = {} if steps is None else {"num_inference_steps": steps}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        narrow = kind.from_config(config)
+        narrow.set_timesteps(**count, **lists)
+        told = narrow.timesteps
     with wide(kind, lambda: noise_at(len(xs))):
         scheduler = kind.from_config(config)
-        count = {} if steps is None else {"num_inference_steps": steps}
         scheduler.set_timesteps(**count, **lists)
+        if not scheduler.timesteps.is_floating_point():
+            scheduler.timesteps = told  # ints that were cut off, as they are used
         x = x.double() * (1.0 if begin else float(getattr(scheduler, "init_noise_sigma", 1.0)))
-        if begin:
-            scheduler.set_begin_index(begin)
+        if hasattr(scheduler, "set_begin_index"):  # else it looks for the first timestep, which
+            scheduler.set_begin_index(begin)  # may be listed twice
         for t in scheduler.timesteps[begin:]:
             seen = (
                 scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
