@@ -311,7 +311,11 @@ def _told_by_ramp(name: str, options: Options, ramp: str, steps: int) -> Tensor:
     that of 999 its models may be told 998."""
     table = single_precision_ratios(name, options)
     logs = table.float().log().double()
-    sigmas = _ramp(options, ramp, table[-1], table[0], steps)
+    if ramp == "lu":
+        high, low = logs[-1].item(), logs[0].item()
+        sigmas = torch.from_numpy(np.exp(high + np.linspace(0, 1, steps) * (low - high)))
+    else:
+        sigmas = _ramp(options, ramp, table[-1], table[0], steps)
     return levels.timesteps_of(sigmas, table, logs)
 
 
