@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -80,6 +81,33 @@ def test_the_alpha_to_one_of_before():
     first = schedule_from_config(config).alphas_cumprod[0].item()
     assert schedule_from_config(config).final_alpha_cumprod == 1
     assert schedule_from_config(config | {"set_alpha_to_zero": False}).final_alpha_cumprod == first
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *RAMPS,
+        RAMPS[0] | {"beta_schedule": "squaredcos_cap_v2"},
+        RAMPS[1] | ZERO,
+        {"use_lu_lambdas": True, "beta_schedule": "squaredcos_cap_v2"},
+        FLOW,
+        FLOW | {"flow_shift": 3.0},
+    ],
+    ids=label,
+)
+def test_timesteps_that_are_cut_off(name, options):
+    """As diffusers has them, whose float32 schedule makes 998 of 999 here and there."""
+    diffusers = pytest.importorskip("diffusers")
+    if "use_beta_sigmas" in options:
+        pytest.importorskip("scipy")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scheduler = getattr(diffusers, name).from_config(SD | options)
+        for steps in (1, 2, 3, 5, 8, 13, 20, 25, 30, 31, 41, 50):
+            scheduler.set_timesteps(steps)
+            grid = grid_from_config({"_class_name": name, **SD, **options}, steps)
+            assert torch.equal(grid.timesteps, scheduler.timesteps)
 
 
 # --- refused -------------------------------------------------------------------------------------
