@@ -51,11 +51,12 @@ def sample(
     """Samples [B, ...] from noise `x` [B, ...] by a solver's table; `sample_steps` has every step.
 
     `model(x, t, cond) -> prediction`, of x's shape, is all that is asked of a model; t is [batch],
-    int64, or float32 where the table's timesteps are fractions. It is called without gradients.
-    Where it is an nn.Module, x reaches it in the dtype of its first parameter, otherwise in the
-    dtype of the x given here; between steps x is float32 (float64 if it came so, or if that
-    parameter is float64), and so is the result. x is standard normal noise, as `noise(seeds, ...)`
-    makes it; the table scales it by its `init_noise_sigma`.
+    int64, or of the dtype that x has between steps where the table's timesteps are fractions. It is
+    called without gradients. Where it is an nn.Module, x reaches it in the dtype of its first
+    parameter, otherwise in the dtype of the x given here; between steps x is float32 (float64 if it
+    came so, or if that parameter is float64), and so is the result. x is standard normal noise, as
+    `noise(seeds, ...)` makes it; the table scales it by its `init_noise_sigma`. From an image
+    instead: `table = table.since(k)`, and x is `table.noised(image, noise(seeds, ...))`.
 
     With `uncond` (classifier-free guidance) the model is called once on twice the batch, all of
     `cond`, then all of `uncond`: tensors [B, ...], or tuples, lists and dicts of them. Then the

@@ -32,7 +32,7 @@ class Rows:
         self.coefficients = table.coefficients.to(device, dtype)
         self.numbers = torch.arange(len(table), device=device)
         times = table.timesteps
-        times = times.float() if times.is_floating_point() else times
+        times = times.to(dtype) if times.is_floating_point() else times
         self.times = times.to(device)[:, None].repeat(1, inputs.copies * len(inputs.x))
         self.histories = table.histories
         self.quantile, self.threshold_max = table.threshold or (0.0, 1.0)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlora
-from fastlora import Schedule, ddim, sample
+from fastlora import Schedule, ddim, sample, samplers
 from fastlora.samplers import noise, sample_steps
 from fastlora.samplers.table import Table
 
@@ -521,3 +521,39 @@ def test_bad_guidance_and_masks(options, message):
     options = {"cond": torch.ones(2)} | options
     with pytest.raises(ValueError, match=f"^sample: {message}"):
         quiet(network, ddim(Schedule.cosine(), 3), noise([1, 2], SHAPE), **options)
+
+
+# --- from an image -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("begin", [0, 3, 9])
+def test_from_an_image(begin):
+    """An exact model (it knows the image) finds it again from any step, whatever the noise was."""
+    image, schedule = noise([7, 8], SHAPE).tanh(), Schedule.cosine()
+
+    def knowing(x, t, cond):
+        a, s = (v[t.long()].float().view(-1, 1, 1, 1) for v in (schedule.alpha, schedule.sigma))
+        return (x - a * image) / s
+
+    for table in (ddim(schedule, 10), samplers.euler(schedule, 10, spacing="leading")):
+        table = table.since(begin)
+        z = noise([1, 2], SHAPE)
+        x = table.noised(image, z)
+        t = int(table.timesteps[0])
+        a, s = schedule.alpha[t].item(), schedule.sigma[t].item()
+        if "ddim" in table.name:
+            torch.testing.assert_close(x, a * image + s * z)
+        steps = list(sample_steps(knowing, table, x))
+        assert len(steps) == 10 - begin
+        torch.testing.assert_close(steps[0].x0(), image, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(steps[-1].x, image, rtol=1e-3, atol=1e-3)
+
+
+def test_rows_that_look_back_cannot_begin():
+    table = samplers.dpm_solver(Schedule.cosine(), 10)
+    with pytest.raises(
+        ValueError, match="begin: expected a row that needs nothing .* row 4 of dpm"
+    ):
+        table.since(4)
+    with pytest.raises(ValueError, match="noised: expected a table of a solver"):
+        Table.of("by hand", "epsilon", torch.arange(2)).noised(torch.zeros(1), torch.zeros(1))
