@@ -29,7 +29,7 @@ from fastlora.adapters import (
 )
 from fastlora.formats.files import FormatError
 from fastlora.ops import ContractError, emulated
-from fastlora.samplers import Schedule, ddim, noise, sample, sample_steps
+from fastlora.samplers import Sampler, Schedule, ddim, noise, sample, sample_steps
 from fastlora.tuning import TuneReport, tune
 from fastlora.verify import VerifyReport, verify
 
@@ -41,6 +41,7 @@ __all__ = [
     "ContractError",
     "FormatError",
     "LoRA",
+    "Sampler",
     "Schedule",
     "Spectral",
     "TuneReport",

@@ -1,5 +1,6 @@
 """Adapters on existing layers: inject, scale, fold, save, load, remove."""
 
+from fastlora.adapters.captured import CapturedStrengths
 from fastlora.adapters.control import (
     adapters,
     disable,
@@ -21,6 +22,7 @@ from fastlora.adapters.steady import steady
 __all__ = [
     "AdapterError",
     "AdapterInfo",
+    "CapturedStrengths",
     "LoRA",
     "ReserveInfo",
     "Spectral",

@@ -249,7 +249,7 @@ class Adapted(nn.Module):
         mode. `kept` is for `steady` blocks.
         """
         weight = self.weight
-        if weight.device.type != "cpu" or memory(weight) is None:
+        if is_capturing() or weight.device.type != "cpu" or memory(weight) is None:
             return make()
         sources, found = [weight, *small], self._state.cache.get(name)
         if found is not None and len(found[0]) == len(sources):

@@ -3,7 +3,8 @@
 import copy
 import math
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -213,6 +214,30 @@ class Arena:
         if device not in self._values and self._total:
             values = self._compute(device, 0, self._total).detach()
             self._values.setdefault(device, values)  # of two threads the first
+
+    def gates(self, device: torch.device, enabled: Mapping[str, bool], copies: int) -> Tensor:
+        """All gates `[total]` or `[copies · batch, total]` as they would be with these switches, in
+        the shape that they have with the present ones."""
+        now = self.enabled, self.copies
+        try:
+            self.enabled, self.copies = {**self.enabled, **enabled}, self.copies * copies
+            return self._compute(device, 0, self._total).detach()
+        finally:
+            self.enabled, self.copies = now
+
+    @contextmanager
+    def lent(self, device: torch.device, values: Tensor) -> Iterator[None]:
+        """Within it the layers read their gates from `values`, whatever the strengths are."""
+        own = self._values.get(device)
+        self._values[device] = values
+        self.epoch += 1
+        try:
+            yield
+        finally:
+            self._values.pop(device)
+            if own is not None:
+                self._values[device] = own
+            self.epoch += 1
 
     # Also when first called under inference mode, the buffer has to serve training later.
     @torch.inference_mode(False)

@@ -4,6 +4,7 @@ from fastlora.samplers.config import grid_from_config, schedule_from_config, tab
 from fastlora.samplers.grid import Grid
 from fastlora.samplers.loop import Step, sample, sample_steps
 from fastlora.samplers.noise import noise
+from fastlora.samplers.sampler import Sampler
 from fastlora.samplers.schedule import Schedule
 from fastlora.samplers.solvers.ddim import ddim
 from fastlora.samplers.solvers.ddim_inversion import ddim_inversion
@@ -18,6 +19,7 @@ from fastlora.samplers.table import Table
 
 __all__ = [
     "Grid",
+    "Sampler",
     "Schedule",
     "Step",
     "Table",

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastlora import ops
 from fastlora.samplers.arguments import describe
-from fastlora.samplers.noise import as_seeds
+from fastlora.samplers.inputs import Guidance, Inputs, Model, prepare
+from fastlora.samplers.stepping import Rows
 from fastlora.samplers.table import Table
-
-Model = Callable[[Tensor, Tensor, Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -23,8 +21,14 @@ class Step:
     """`x` [B, ...] after step `index` of 0..S-1, at which the model saw `timestep`."""
 
     index: int
-    timestep: int
+    timestep: float
     x: Tensor
+    _clean: Callable[[], Tensor] = field(repr=False, compare=False)
+
+    def x0(self) -> Tensor:
+        """What the model takes for the clean sample [B, ...] at this step: a preview. Computed when
+        it is asked for, from what the step has kept."""
+        return self._clean()
 
 
 def sample(
@@ -37,19 +41,35 @@ def sample(
     seeds: Sequence[int] | Tensor | None = None,
     progress: bool = True,
     start: Mapping[str, float] | None = None,
+    *,
+    weights: Sequence[Any] | Tensor | None = None,
+    guidance_rescale: float | Tensor = 0.0,
+    mask: Tensor | None = None,
+    known: Tensor | None = None,
+    check_finite: bool = False,
 ) -> Tensor:
     """Samples [B, ...] from noise `x` [B, ...] by a solver's table; `sample_steps` has every step.
 
-    `model(x, t, cond) -> prediction`, of x's shape, is all that is asked of a model; t is int64
-    [batch]. It is called without gradients. Where it is an nn.Module, x reaches it in the dtype of
-    its first parameter, otherwise in the dtype of the x given here; between steps x is float32
-    (float64 if it came so, or if that parameter is float64), and so is the result.
+    `model(x, t, cond) -> prediction`, of x's shape, is all that is asked of a model; t is [batch],
+    int64, or of the dtype that x has between steps where the table's timesteps are fractions. It is
+    called without gradients. Where it is an nn.Module, x reaches it in the dtype of its first
+    parameter, otherwise in the dtype of the x given here; between steps x is float32 (float64 if it
+    came so, or if that parameter is float64), and so is the result. x is standard normal noise, as
+    `noise(seeds, ...)` makes it; the table scales it by its `init_noise_sigma`. From an image
+    instead: `table = table.since(k)`, and x is `table.noised(image, noise(seeds, ...))`.
 
     With `uncond` (classifier-free guidance) the model is called once on twice the batch, all of
     `cond`, then all of `uncond`: tensors [B, ...], or tuples, lists and dicts of them. Then the
-    prediction is `e_u + g (e_c - e_u)`, g = `guidance_scale`, a number or a tensor [B]. Per-sample
-    strengths of adapters inside `model` follow the doubling; for a function around a module use
-    `tiled` in it (`from fastlora.adapters import tiled`).
+    prediction is `e_u + g (e_c - e_u)`, g = `guidance_scale`, a number, a tensor [B], or
+    [S, B or 1] by step. `guidance_rescale` φ gives it the standard deviation of e_c by that share
+    (Lin et al., 2023). With `weights` ([n], [n, B] or [S, n, B]) `cond` is a list of n conditions
+    and the prediction is `Σ w_j e_j`. Per-sample strengths of adapters inside `model` follow the
+    repeated batch; for a function around a module use `tiled` in it (`from fastlora.adapters import
+    tiled`).
+
+    `mask` and `known` (inpainting): samples are made where the mask is 1 and are `known` [B, ...],
+    clean values, where it is 0; on the way there the known part has the noise of the seeds. The
+    mask's first two sizes may be 1.
 
     `start`: timesteps by adapter name. Such an adapter is off at steps whose timestep is above its,
     so that a slider leaves the layout alone (Concept Sliders, Gandikota et al. 2023, arXiv
@@ -58,27 +78,16 @@ def sample(
     the adapters in the steps that follow, and runs unmerged else; it is folded at the end.
 
     `seeds`, one int per sample, decide the noise of a stochastic table; None draws them from
-    torch's generator. A sample does not depend on the rest of its batch. Raises TypeError for a
-    model that cannot be called, a table that is no Table and seeds that are no sequence, ValueError
-    for all else that does not fit together; AdapterError for a `start` that the model does not fit.
+    torch's generator. A sample does not depend on the rest of its batch. `check_finite` looks at
+    every prediction, which waits for the device, and raises FloatingPointError naming the step.
+
+    Raises TypeError for a model that cannot be called, a table that is no Table and seeds that are
+    no sequence, ValueError for all else that does not fit together; AdapterError for a `start` that
+    the model does not fit.
     """
-    copies, arguments = _checked(model, table, x, cond, uncond, guidance_scale, seeds)
-    # Once: nobody looks at the model between steps.
-    phases = _phases(model, start, table.timesteps.tolist())
-    with _steady(model), _tiled(model, copies), phases as switch:
-
-        def around(timestep: int) -> AbstractContextManager[Any]:
-            switch(timestep)
-            return nullcontext()
-
-        steps: Any = _steps(model, table, *arguments, around=around)
-        if progress:
-            from tqdm import tqdm
-
-            steps = tqdm(steps, total=len(table), desc="sampling", unit="step")
-        for step in steps:
-            x = step.x
-    return x
+    guidance = Guidance(guidance_scale, weights, guidance_rescale)
+    inputs = prepare("sample", model, table, x, cond, uncond, guidance, seeds, mask, known)
+    return run(model, Rows(table, inputs), inputs, start, progress, check_finite)
 
 
 def sample_steps(
@@ -90,100 +99,106 @@ def sample_steps(
     guidance_scale: float | Tensor = 1.0,
     seeds: Sequence[int] | Tensor | None = None,
     start: Mapping[str, float] | None = None,
+    *,
+    weights: Sequence[Any] | Tensor | None = None,
+    guidance_rescale: float | Tensor = 0.0,
+    mask: Tensor | None = None,
+    known: Tensor | None = None,
+    check_finite: bool = False,
 ) -> Iterator[Step]:
     """`sample` as an iterator: the model runs only as far as one looks, and is as it was between
     steps. Raises at once what `sample` raises before its first step."""
-    copies, arguments = _checked(model, table, x, cond, uncond, guidance_scale, seeds)
-    with _phases(model, start, []):
-        pass  # what does not fit is said now
-
-    @contextmanager
-    def around(timestep: int) -> Iterator[None]:
-        with _tiled(model, copies), _phases(model, start, [timestep]) as switch:
-            switch(timestep)
-            yield
-
-    return _steps(model, table, *arguments, around=around)
+    guidance = Guidance(guidance_scale, weights, guidance_rescale)
+    inputs = prepare("sample", model, table, x, cond, uncond, guidance, seeds, mask, known)
+    return run_steps(model, Rows(table, inputs), inputs, start, check_finite)
 
 
 sample.steps = sample_steps  # type: ignore[attr-defined]
 
 
-def _checked(
+def run(
     model: Model,
-    table: Table,
-    x: Tensor,
-    cond: Any,
-    uncond: Any,
-    guidance_scale: float | Tensor,
-    seeds: Sequence[int] | Tensor | None,
-) -> tuple[int, tuple[Any, ...]]:
-    """Copies of the batch that a model call sees, and what `_steps` takes from x on."""
-    if not callable(model):
-        raise TypeError(f"sample: model: expected a module or a function, got {describe(model)}")
-    if not isinstance(table, Table):
-        raise TypeError(
-            f"sample: table: expected a Table, as ddim(...) makes, got {describe(table)}"
-        )
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 1:
-        raise ValueError(f"sample: x: expected a floating-point tensor [B, ...], got {describe(x)}")
-    batch = x.shape[0]
-    input_dtype = x.dtype
-    if isinstance(model, nn.Module):
-        floating = (p.dtype for p in model.parameters() if p.is_floating_point())
-        input_dtype = next(floating, x.dtype)
-    x = x.double() if torch.float64 in (x.dtype, input_dtype) else x.float()
-    weights = _guidance(guidance_scale, uncond is not None, batch).to(x.device, x.dtype)
-    if uncond is not None:
-        cond = _concatenated(cond, uncond, batch, "")
-    if seeds is not None or table.stochastic:
-        seeds = as_seeds(seeds, batch, x.device, "sample")
-    return weights.shape[1], (x, cond, weights, seeds, input_dtype)
+    rows: Rows,
+    inputs: Inputs,
+    start: Mapping[str, float] | None,
+    progress: bool,
+    check_finite: bool,
+) -> Tensor:
+    """All steps; nobody looks at the model between them."""
+    timesteps = rows.table.timesteps.tolist()
+    phases = _phases(model, start, timesteps)
+    with _steady(model), _tiled(model, inputs.copies), phases as switch:
+
+        def around(timestep: float) -> AbstractContextManager[Any]:
+            switch(timestep)
+            return nullcontext()
+
+        x = inputs.x
+        for step in watched(_steps(model, rows, inputs, around, check_finite), progress, timesteps):
+            x = step.x
+    return x
+
+
+def run_steps(
+    model: Model,
+    rows: Rows,
+    inputs: Inputs,
+    start: Mapping[str, float] | None,
+    check_finite: bool,
+) -> Iterator[Step]:
+    """Step by step; the model is as it was between them."""
+    with _phases(model, start, []):
+        pass  # what does not fit is said now
+
+    @contextmanager
+    def around(timestep: float) -> Iterator[None]:
+        phases = _phases(model, start, [timestep])
+        with _tiled(model, inputs.copies), phases as switch:
+            switch(timestep)
+            yield
+
+    return _steps(model, rows, inputs, around, check_finite)
+
+
+def watched(steps: Any, progress: bool, timesteps: Sequence[float]) -> Any:
+    """The steps with a progress bar, or without."""
+    if not progress:
+        return steps
+    from tqdm import tqdm
+
+    return tqdm(steps, total=len(timesteps), desc="sampling", unit="step")
 
 
 @torch.no_grad()
 def _steps(
     model: Model,
-    table: Table,
-    x: Tensor,  # [B, ...]
-    cond: Any,  # for copies * B samples
-    weights: Tensor,  # [1, copies, B or 1]
-    seeds: Tensor | None,  # [B]
-    input_dtype: torch.dtype,
-    *,
-    around: Callable[[int], AbstractContextManager[Any]],  # each call of the model, by timestep
+    rows: Rows,
+    inputs: Inputs,
+    around: Callable[[float], AbstractContextManager[Any]],  # each call of the model, by timestep
+    check_finite: bool,
 ) -> Iterator[Step]:
-    copies, steps = weights.shape[1], len(table)
-    coefficients = table.coefficients.to(x.device, x.dtype)
-    rows = torch.arange(steps, device=x.device).unbind()
-    times = table.timesteps.to(x.device)[:, None].repeat(1, copies * x.shape[0]).unbind()
-    history = x.new_zeros(table.histories, *x.shape) if table.histories else None
-    quantile, threshold_max = table.threshold or (0.0, 1.0)
-    x = x * table.init_noise_sigma
-    model_input = (x * table.input_scale).to(input_dtype).repeat(copies, *[1] * (x.dim() - 1))
-    for index, timestep in enumerate(table.timesteps.tolist()):
+    state = rows.begin(inputs)
+    places = rows.table.timesteps.tolist(), rows.numbers.unbind(), rows.times.unbind()
+    for index, (timestep, row, time) in enumerate(zip(*places, strict=True)):
+        before = state
         with around(timestep):
-            prediction = model(model_input, times[index], cond)
-        if not isinstance(prediction, Tensor) or prediction.shape != model_input.shape:
-            raise ValueError(
-                f"sample: model: expected a prediction {list(model_input.shape)}, got"
-                f" {describe(prediction)}"
-            )
-        x, history_next, model_input = ops.sampler_step(
-            x,
-            [prediction],  # all of cond, then all of uncond
-            weights,
-            coefficients,
-            rows[index],
-            history,
-            seeds,
-            quantile=quantile,
-            threshold_max=threshold_max,
-            copies=copies,
-            input_dtype=input_dtype,
-        )
-        history = None if history is None else history_next
-        yield Step(index, timestep, x)
+            state, prediction = rows.advance(model, inputs, state, row, time)
+        if check_finite and not bool(prediction.isfinite().all()):
+            raise FloatingPointError(not_finite(prediction, index, timestep))
+
+        def clean(before: Any = before, prediction: Any = prediction, index: int = index) -> Tensor:
+            with torch.no_grad():
+                return rows.clean(inputs, before, prediction, index)
+
+        yield Step(index, timestep, state.x, clean)
+
+
+def not_finite(prediction: Tensor, index: int, timestep: float) -> str:
+    bad = prediction[~prediction.isfinite()]
+    return (
+        f"sample: model: expected finite predictions, got {bad[0].item()} and the like in"
+        f" {bad.numel()} of {prediction.numel()} places at step {index}, timestep {timestep:g}"
+    )
 
 
 def _tiled(model: Model, copies: int) -> AbstractContextManager[Any]:
@@ -204,8 +219,8 @@ def _steady(model: Model) -> AbstractContextManager[Any]:
 
 
 def _phases(
-    model: Model, start: Mapping[str, float] | None, timesteps: Sequence[int]
-) -> AbstractContextManager[Callable[[int], None]]:
+    model: Model, start: Mapping[str, float] | None, timesteps: Sequence[float]
+) -> AbstractContextManager[Callable[[float], None]]:
     """A function that switches the adapters in `start` for a timestep."""
     if start is None:
         return nullcontext(lambda timestep: None)
@@ -216,53 +231,3 @@ def _phases(
     from fastlora.adapters import phases
 
     return phases(model, start, timesteps)
-
-
-def _guidance(scale: float | Tensor, guided: bool, batch: int) -> Tensor:
-    """Weights [1, n, B or 1] of the model's outputs: (g, 1 - g), or 1 for a single one."""
-    try:
-        g = torch.as_tensor(scale, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError):  # torch's own, which do not name the argument
-        raise ValueError(
-            f"sample: guidance_scale: expected a number or a tensor [{batch}], got"
-            f" {describe(scale)}"
-        ) from None
-    if not guided:
-        if g.numel() != 1 or g.item() != 1:
-            raise ValueError(
-                f"sample: guidance_scale: expected 1.0 where uncond is not given, got {scale}"
-                " (guidance needs the unconditional prediction: pass uncond)"
-            )
-        return torch.ones(1, 1, 1)
-    if g.dim() > 1 or g.numel() not in (1, batch):
-        raise ValueError(
-            f"sample: guidance_scale: expected a number or a tensor [{batch}], got {list(g.shape)}"
-        )
-    g = g.reshape(-1)
-    return torch.stack((g, 1 - g))[None]
-
-
-def _concatenated(cond: Any, uncond: Any, batch: int, where: str) -> Any:
-    """cond above uncond along the batch, in every tensor of the two equal structures."""
-    if isinstance(cond, Tensor) and isinstance(uncond, Tensor):
-        if cond.shape != uncond.shape or cond.dim() < 1 or cond.shape[0] != batch:
-            raise ValueError(
-                f"sample: uncond{where}: expected the shape of cond, [{batch}, ...], got"
-                f" {list(uncond.shape)} beside {list(cond.shape)}"
-            )
-        return torch.cat((cond, uncond))
-    if isinstance(cond, Mapping) and isinstance(uncond, Mapping) and cond.keys() == uncond.keys():
-        return {k: _concatenated(cond[k], uncond[k], batch, f"{where}[{k!r}]") for k in cond}
-    if (
-        isinstance(cond, (tuple, list))
-        and isinstance(uncond, (tuple, list))
-        and len(cond) == len(uncond)
-    ):
-        pairs = enumerate(zip(cond, uncond, strict=True))
-        return tuple(_concatenated(c, u, batch, f"{where}[{i}]") for i, (c, u) in pairs)
-    if cond is None and uncond is None:  # an optional part that neither uses
-        return None
-    raise ValueError(
-        f"sample: uncond{where}: expected tensors in the same tuples and dicts as cond, got"
-        f" {describe(uncond)} beside {describe(cond)}"
-    )

@@ -56,10 +56,11 @@ class Table:
     """The rows that `fastlora.ops.sampler_step` applies, one a step; see there for their meaning.
 
     `coefficients` [S, 22] float64, columns in the order of `COLUMNS`; `timesteps` [S] int64 or
-    float64, what the model is told at each step (float64 ones as float32); `prediction`, what the
+    float64, what the model is told at each step; `prediction`, what the
     model predicts; `name`, the solver for people to read. Samples start as noise times
     `init_noise_sigma`, and the first model call sees that times `input_scale`. `threshold`:
-    (quantile, largest) of dynamic thresholding.
+    (quantile, largest) of dynamic thresholding. `levels` [S, 2] float64: alpha and sigma where the
+    model is called, where that is known.
     """
 
     coefficients: Tensor  # [S, 22]
@@ -69,6 +70,7 @@ class Table:
     init_noise_sigma: float = 1.0
     input_scale: float = 1.0
     threshold: tuple[float, float] | None = None
+    levels: Tensor | None = None  # [S, 2]
 
     def __post_init__(self) -> None:
         if not self.timesteps.numel():
@@ -142,7 +144,9 @@ class Table:
             "clip": math.inf if clip is None else number(clip),
         }
         starts = grid.init_noise_sigma, scale[0].item(), threshold
-        return cls(_rows(grid.timesteps, columns), grid.timesteps, prediction, name, *starts)
+        levels = torch.stack((grid.alpha, grid.sigma), 1)
+        rows = _rows(grid.timesteps, columns)
+        return cls(rows, grid.timesteps, prediction, name, *starts, levels)
 
     @classmethod
     def of(cls, name: str, prediction: str, timesteps: Tensor, **columns: Number) -> Table:
@@ -154,7 +158,11 @@ class Table:
         return self.timesteps.numel()
 
     def since(self, begin: int) -> Table:
-        """Without the first `begin` steps: x starts at the level of step `begin`, as it is."""
+        """Without the first `begin` rows: x starts at the level of row `begin`, as it is.
+
+        Raises ValueError for what is no row of the table, or one that needs what earlier rows
+        remember (`dpm_solver` and `unipc` take `begin` themselves; Heun's steps have two rows).
+        """
         first = integer(begin)
         if first is None or not 0 <= first < len(self):
             raise ValueError(
@@ -162,10 +170,29 @@ class Table:
             )
         if first == 0:
             return self
-        scale = self.column("m")[first - 1].item()
-        rows = self.coefficients[first:], self.timesteps[first:]
-        starts = {"init_noise_sigma": 1.0, "input_scale": scale}
-        return replace(self, coefficients=rows[0], timesteps=rows[1], **starts)
+        if any(self.column(name)[first].item() != 0 for name in ("c_h", "c_r")):
+            raise ValueError(
+                f"Table: begin: expected a row that needs nothing of those before it, got row"
+                f" {first} of {self.name}"
+            )
+        return replace(
+            self,
+            coefficients=self.coefficients[first:],
+            timesteps=self.timesteps[first:],
+            levels=None if self.levels is None else self.levels[first:],
+            init_noise_sigma=1.0,
+            input_scale=self.column("m")[first - 1].item(),
+        )
+
+    def noised(self, x0: Tensor, noise: Tensor) -> Tensor:
+        """`alpha x0 + sigma eps` at the first level, as `sample` takes it: an image to start from
+        (divided by `init_noise_sigma`, which `sample` multiplies with).
+
+        Raises ValueError for a table whose levels are not known."""
+        if self.levels is None:
+            raise ValueError("Table: noised: expected a table of a solver, got one without levels")
+        alpha, sigma = (self.levels[0] / self.init_noise_sigma).tolist()
+        return alpha * x0 + sigma * noise
 
     def negated(self) -> Table:
         """The same for a model whose output has the other sign."""

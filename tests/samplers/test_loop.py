@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlora
-from fastlora import Schedule, ddim, sample
+from fastlora import Schedule, ddim, sample, samplers
 from fastlora.samplers import noise, sample_steps
 from fastlora.samplers.table import Table
 
@@ -323,19 +323,19 @@ def test_strength_per_sample_inside_guidance(guided):
         ({"uncond": None}, "guidance_scale: expected 1.0 where uncond is not given, got 2.0"),
         (
             {"guidance_scale": torch.ones(3)},
-            r"guidance_scale: expected a number or a tensor \[2\], got \[3\]",
+            r"guidance_scale: expected a number or a tensor \[2\], or .* by step, got \[3\]",
         ),
         (
             {"guidance_scale": torch.ones(2, 1)},
-            r"guidance_scale: expected a number or a tensor \[2\], got \[2, 1\]",
+            r"guidance_scale: expected a number or a tensor \[2\], or .* by step, got \[2, 1\]",
         ),
         (
             {"guidance_scale": None},
-            r"guidance_scale: expected a number or a tensor \[2\], got None",
+            r"guidance_scale: expected a number or a tensor \[2\], or .* by step, got None",
         ),
         (
             {"guidance_scale": "a"},
-            r"guidance_scale: expected a number or a tensor \[2\], got a str",
+            r"guidance_scale: expected a number or a tensor \[2\], or .* by step, got a str",
         ),
         (
             {"uncond": torch.zeros(1)},
@@ -385,3 +385,175 @@ def test_bad_input(change, message):
 def test_seeds_that_are_not_a_sequence():
     with pytest.raises(TypeError, match="sample: seeds: expected 1 int64 numbers, .*, got 7"):
         quiet(network, ddim(Schedule.cosine(), 3), noise([1], SHAPE), seeds=7)
+
+
+# --- guidance, in all its forms ------------------------------------------------------------------
+
+
+def test_guidance_by_step():
+    table, x = ddim(Schedule.cosine(), 5), noise([1, 2], SHAPE)
+    cond, uncond = torch.tensor([1.0, 2.0]), torch.tensor([0.0, -1.0])
+    scales = torch.tensor([[1.0, 3.0], [0.0, 1.0], [2.0, 2.0], [5.0, -1.0], [1.0, 1.0]])
+    seen = iter(scales)
+
+    def combined(x, t, cond):
+        c, u = network(x, t, cond), network(x, t, uncond)
+        return u + next(seen).view(-1, 1, 1, 1) * (c - u)
+
+    expected = quiet(combined, table, x, cond)
+    torch.testing.assert_close(quiet(network, table, x, cond, uncond, scales), expected)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        [2.0, -1.5, 0.5],
+        torch.tensor([[2.0, 1.0], [-1.0, 0.5], [0.0, 3.0]]),
+        torch.arange(18.0).view(3, 3, 2) / 9,
+    ],
+    ids=["n", "n_by_sample", "n_by_step_and_sample"],
+)
+def test_any_number_of_outputs(weights):
+    table, x = ddim(Schedule.cosine(), 3), noise([1, 2], SHAPE)
+    conditions = [torch.tensor([1.0, 2.0]), torch.tensor([0.0, -1.0]), torch.tensor([0.5, 0.5])]
+    w = torch.as_tensor(weights)
+    w = w.view(1, 3, 1) if w.dim() == 1 else w[None] if w.dim() == 2 else w
+    seen = iter(w.expand(3, 3, 2))
+
+    def combined(x, t, cond):
+        terms = zip(next(seen), conditions, strict=True)
+        return sum(w_j.view(-1, 1, 1, 1) * network(x, t, c) for w_j, c in terms)
+
+    expected = quiet(combined, table, x)
+    torch.testing.assert_close(quiet(network, table, x, conditions, weights=weights), expected)
+
+
+@pytest.mark.parametrize("phi", [0.0, 0.7, torch.tensor([0.2, 1.0])], ids=str)
+def test_guidance_rescale(phi):
+    """Against diffusers' rescale_noise_cfg where it is there, and against the formula."""
+    table, x = ddim(Schedule.cosine(), 4), noise([1, 2], SHAPE)
+    cond, uncond = torch.tensor([1.0, 2.0]), torch.tensor([0.0, -1.0])
+
+    def combined(x, t, cond):
+        c, u = network(x, t, cond), network(x, t, uncond)
+        e = u + 4 * (c - u)
+        over = torch.as_tensor(phi).view(-1, 1, 1, 1)
+        return e * (over * (c.flatten(1).std(1) / e.flatten(1).std(1)).view(-1, 1, 1, 1) + 1 - over)
+
+    expected = quiet(combined, table, x, cond)
+    ours = quiet(network, table, x, cond, uncond, 4.0, guidance_rescale=phi)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    if isinstance(phi, float) and phi > 0:
+        module = pytest.importorskip(
+            "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"
+        )
+
+        def theirs(x, t, cond):
+            c, u = network(x, t, cond), network(x, t, uncond)
+            return module.rescale_noise_cfg(u + 4 * (c - u), c, phi)
+
+        torch.testing.assert_close(ours, quiet(theirs, table, x, cond), rtol=1e-5, atol=1e-5)
+
+
+# --- inpainting ----------------------------------------------------------------------------------
+
+
+def mixing(x, t, cond):
+    """Every value depends on its neighbours."""
+    return network(x + 0.5 * x.roll(1, -1), t, cond)
+
+
+def test_inpainting_keeps_what_is_known():
+    """At every step the known part is where the schedule says, with the noise of the seeds; at the
+    end it is what was given; the rest is sampled, and knows of it."""
+    schedule, seeds = Schedule.cosine(), [1, 2]
+    table, x = ddim(schedule, 5, eta=0.5), noise(seeds, SHAPE)
+    known = torch.linspace(-1, 1, x.numel()).view(x.shape)
+    mask = torch.zeros(1, 1, 4, 4)
+    mask[..., 2:] = 1
+    at = [*table.timesteps.tolist()[1:], None]
+    for step in sample_steps(mixing, table, x, seeds=seeds, mask=mask, known=known):
+        t = at[step.index]
+        alpha = 1.0 if t is None else schedule.alpha[t].item()
+        sigma = 0.0 if t is None else schedule.sigma[t].item()
+        expected = alpha * known + sigma * noise(seeds, SHAPE)
+        left, right = slice(None, 2), slice(2, None)
+        torch.testing.assert_close(step.x[..., left], expected[..., left])
+        assert (step.x[..., right] - expected[..., right]).abs().max() > 0.1
+        torch.testing.assert_close(step.x0()[..., left], known[..., left])
+    assert torch.equal(step.x[..., :2], known[..., :2])
+    free = quiet(mixing, table, x, seeds=seeds)
+    inpainted = quiet(mixing, table, x, seeds=seeds, mask=mask, known=known)
+    assert (free - inpainted)[..., 2:].abs().max() > 0.01  # the network mixes neighbours
+
+
+def test_a_mask_of_ones_changes_nothing():
+    table, x = ddim(Schedule.cosine(), 5), noise([1, 2], SHAPE)
+    inpainted = quiet(network, table, x, mask=torch.ones(2, 1, 4, 4), known=torch.zeros_like(x))
+    torch.testing.assert_close(inpainted, quiet(network, table, x))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mask": torch.ones(2, *SHAPE)}, "known: expected both mask and known"),
+        ({"known": torch.ones(2, *SHAPE)}, "mask: expected both mask and known"),
+        (
+            {"mask": torch.ones(4, 4), "known": torch.ones(2, *SHAPE)},
+            r"mask: expected a tensor \[2, 3, 4, 4\], .* got float32 \[4, 4\]",
+        ),
+        (
+            {"mask": -torch.ones(2, *SHAPE), "known": torch.ones(2, *SHAPE)},
+            "mask: expected 1 where samples are made, .* got -1 to -1",
+        ),
+        ({"guidance_rescale": -0.1}, r"guidance_rescale: expected .* within \[0, 1\], got -0.1"),
+        ({"guidance_rescale": torch.ones(3)}, r"guidance_rescale: expected .* got \[3\]"),
+        ({"weights": [1.0, 2.0]}, "cond: expected a list of 2, one for each weight, got float32"),
+        ({"weights": torch.ones(2, 3, 1)}, r"weights: expected \[n\], .* got \[2, 3, 1\]"),
+        ({"weights": "a"}, r"weights: expected \[n\], .* got a str"),
+        ({"weights": [1.0], "guidance_scale": 2.0}, "weights: expected neither uncond nor"),
+        ({"guidance_scale": math.inf, "uncond": torch.ones(2)}, "guidance_scale: expected finite"),
+        ({"weights": [math.nan], "cond": [None]}, "weights: expected finite numbers"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_guidance_and_masks(options, message):
+    options = {"cond": torch.ones(2)} | options
+    with pytest.raises(ValueError, match=f"^sample: {message}"):
+        quiet(network, ddim(Schedule.cosine(), 3), noise([1, 2], SHAPE), **options)
+
+
+# --- from an image -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("begin", [0, 3, 9])
+def test_from_an_image(begin):
+    """An exact model (it knows the image) finds it again from any step, whatever the noise was."""
+    image, schedule = noise([7, 8], SHAPE).tanh(), Schedule.cosine()
+
+    def knowing(x, t, cond):
+        a, s = (v[t.long()].float().view(-1, 1, 1, 1) for v in (schedule.alpha, schedule.sigma))
+        return (x - a * image) / s
+
+    for table in (ddim(schedule, 10), samplers.euler(schedule, 10, spacing="leading")):
+        table = table.since(begin)
+        z = noise([1, 2], SHAPE)
+        x = table.noised(image, z)
+        t = int(table.timesteps[0])
+        a, s = schedule.alpha[t].item(), schedule.sigma[t].item()
+        if "ddim" in table.name:
+            torch.testing.assert_close(x, a * image + s * z)
+        steps = list(sample_steps(knowing, table, x))
+        assert len(steps) == 10 - begin
+        torch.testing.assert_close(steps[0].x0(), image, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(steps[-1].x, image, rtol=1e-3, atol=1e-3)
+
+
+def test_rows_that_look_back_cannot_begin():
+    table = samplers.dpm_solver(Schedule.cosine(), 10)
+    with pytest.raises(
+        ValueError, match="begin: expected a row that needs nothing .* row 4 of dpm"
+    ):
+        table.since(4)
+    with pytest.raises(ValueError, match="noised: expected a table of a solver"):
+        Table.of("by hand", "epsilon", torch.arange(2)).noised(torch.zeros(1), torch.zeros(1))
