@@ -1,11 +1,14 @@
 """Noise schedules, solvers as tables of coefficients, and the sampling loop."""
 
 from fastlora.samplers.config import grid_from_config, schedule_from_config, table_from_config
+from fastlora.samplers.continuous import cosine_log_snr, geometric, karras, linear_log_snr
 from fastlora.samplers.grid import Grid
 from fastlora.samplers.loop import Step, sample, sample_steps
 from fastlora.samplers.noise import noise
 from fastlora.samplers.sampler import Sampler
 from fastlora.samplers.schedule import Schedule
+from fastlora.samplers.sde import SDE, VE, VP, SubVP
+from fastlora.samplers.solvers.consistency import consistency
 from fastlora.samplers.solvers.ddim import ddim
 from fastlora.samplers.solvers.ddim_inversion import ddim_inversion
 from fastlora.samplers.solvers.ddpm import ddpm
@@ -13,16 +16,26 @@ from fastlora.samplers.solvers.dpm_solver import dpm_solver
 from fastlora.samplers.solvers.euler import euler, euler_ancestral
 from fastlora.samplers.solvers.flow import flow_euler, flow_heun
 from fastlora.samplers.solvers.heun import heun
+from fastlora.samplers.solvers.langevin import annealed_langevin, langevin
 from fastlora.samplers.solvers.lcm import lcm
+from fastlora.samplers.solvers.log_snr_ancestral import log_snr_ancestral
+from fastlora.samplers.solvers.score import predictor_corrector, probability_flow, reverse_sde
 from fastlora.samplers.solvers.unipc import unipc
 from fastlora.samplers.table import Table
 
 __all__ = [
     "Grid",
+    "SDE",
     "Sampler",
     "Schedule",
     "Step",
+    "SubVP",
     "Table",
+    "VE",
+    "VP",
+    "annealed_langevin",
+    "consistency",
+    "cosine_log_snr",
     "ddim",
     "ddim_inversion",
     "ddpm",
@@ -31,10 +44,18 @@ __all__ = [
     "euler_ancestral",
     "flow_euler",
     "flow_heun",
+    "geometric",
     "grid_from_config",
     "heun",
+    "karras",
+    "langevin",
     "lcm",
+    "linear_log_snr",
+    "log_snr_ancestral",
     "noise",
+    "predictor_corrector",
+    "probability_flow",
+    "reverse_sde",
     "sample",
     "sample_steps",
     "schedule_from_config",

@@ -5,10 +5,12 @@ s_k^2 + sigma^2)`: the score, the best prediction of noise, and where the probab
 sample (in one dimension it keeps the value of the distribution function) follow.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -112,3 +114,16 @@ def moments(
         cov[0, 0] += c["c_n"] ** 2
         scale = c["m"]
     return m[0].item(), cov[0, 0].item()
+
+
+def assert_moments(samples, mean, variance):
+    """Within four standard errors."""
+    n = samples.numel()
+    assert samples.mean().item() == pytest.approx(mean, abs=4 * math.sqrt(variance / n))
+    assert samples.var().item() == pytest.approx(variance, rel=4 * math.sqrt(2 / n))
+
+
+def network(x, t, cond=None):
+    """Something non-linear in x and t, and tame enough for a score: large steps stay stable."""
+    t = t.flatten()[0].float()
+    return -(x + 0.3 * (1.3 * x.roll(1, -1) + t).sin()) / (1 + t**2)

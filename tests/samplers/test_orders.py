@@ -89,7 +89,7 @@ SOLVERS = {
 def test_order(solver):
     make, order = SOLVERS[solver]
     errors = []
-    for n in (80, 160):
+    for n in (60, 120):
         grid, table = make(n)
         x = X * table.init_noise_sigma
         start = grid.alpha[0], grid.sigma[0]
@@ -97,5 +97,5 @@ def test_order(solver):
         samples = sample(DATA.model(grid, table.prediction), table, X, progress=False)
         assert samples.dtype == torch.float64
         errors.append((samples - DATA.flow(x, start, end)).abs().max().item())
-    assert errors[1] < 0.15  # VE, whose 160 steps go from 50 to 0.02, has the largest
+    assert errors[1] < 0.2  # VE, whose 120 steps go from 50 to 0.02, has the largest
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.3)

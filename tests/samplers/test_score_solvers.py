@@ -1,4 +1,4 @@
-"""Score-based solvers, consistency models and Langevin dynamics."""
+"""Score-based solvers and Langevin dynamics: their rows, beside the papers and other code."""
 
 import math
 from dataclasses import replace
@@ -6,18 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastlora import ops
 from fastlora.ops import _philox
-from fastlora.samplers import (
-    Schedule,
-    ddim,
-    ddpm,
-    dpm_solver,
-    euler_ancestral,
-    noise,
-    sample,
-    sample_steps,
-)
+from fastlora.samplers import Schedule, ddpm, noise, sample
 from fastlora.samplers.continuous import geometric, karras, linear_log_snr
 from fastlora.samplers.grid import grid_of, strided
 from fastlora.samplers.sde import VE, VP, SubVP
@@ -25,16 +15,10 @@ from fastlora.samplers.solvers.consistency import consistency
 from fastlora.samplers.solvers.langevin import annealed_langevin, langevin
 from fastlora.samplers.solvers.log_snr_ancestral import log_snr_ancestral
 from fastlora.samplers.solvers.score import predictor_corrector, probability_flow, reverse_sde
-from tests.samplers.exact import Mixture, gaussian, moments
+from tests.samplers.exact import Mixture, network
 
 SDES = [VE(), VP(), SubVP()]
 each_sde = pytest.mark.parametrize("sde", SDES, ids=["VE", "VP", "SubVP"])
-
-
-def network(x, t, cond=None):
-    """Something non-linear in x and t, and tame enough for a score: large steps stay stable."""
-    t = t.flatten()[0].float()
-    return -(x + 0.3 * (1.3 * x.roll(1, -1) + t).sin()) / (1 + t**2)
 
 
 def drawn(seeds, step, x):
@@ -172,127 +156,11 @@ def test_annealed_langevin_of_the_paper():
     torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
 
 
-def stepped(table, x, noises):
-    """x after all rows of a table with the given noise."""
-    coefficients, weights = table.coefficients.to(x.dtype), torch.ones(1, 1, 1, dtype=x.dtype)
-    x = x * table.init_noise_sigma
-    seen = x * table.input_scale
-    for i, z in enumerate(noises):
-        output = network(seen, table.timesteps[i][None])
-        x, _, seen = ops.sampler_step(
-            x, [output], weights, coefficients, torch.tensor(i), noise=z, input_dtype=x.dtype
-        )
-    return x
-
-
-@pytest.mark.parametrize("clip", [None, 1.0])
-@pytest.mark.parametrize("levels", [[0], [0, 22, 39], [0, 10, 20, 30]], ids=["1", "3", "4"])
-def test_consistency_like_diffusers(levels, clip):
-    diffusers = pytest.importorskip("diffusers")
-    scheduler = diffusers.CMStochasticIterativeScheduler(clip_denoised=clip is not None)
-    scheduler.set_timesteps(timesteps=levels[::-1])
-    table = consistency(karras(40).sigma[levels], network=True, clip=clip)
-    table = replace(table, timesteps=250 * table.timesteps.log())  # what their networks are told
-    assert scheduler.timesteps.tolist() == pytest.approx(table.timesteps.tolist(), rel=1e-6)
-    x = noise([3, 4], (6,)).double()
-    theirs, noises, generator = x * scheduler.init_noise_sigma, [], torch.Generator()
-    for i, t in enumerate(table.timesteps):
-        seen = scheduler.scale_model_input(theirs, scheduler.timesteps[i])
-        noises.append(torch.randn(x.shape, generator=generator.manual_seed(i), dtype=x.dtype))
-        theirs = scheduler.step(
-            network(seen, t[None]), scheduler.timesteps[i], theirs, generator.manual_seed(i)
-        ).prev_sample
-    ours = stepped(table, x, noises)
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)  # their sigmas are float32
-
-
-# --- marginals ------------------------------------------------------------------------------------
-
-
-def assert_moments(samples, mean, variance):
-    """Within four standard errors."""
-    n = samples.numel()
-    assert samples.mean().item() == pytest.approx(mean, abs=4 * math.sqrt(variance / n))
-    assert samples.var().item() == pytest.approx(variance, rel=4 * math.sqrt(2 / n))
-
-
-DATA = gaussian(0.4, 0.6)
-
-STOCHASTIC = {
-    "reverse_sde of VP": lambda n: (reverse_sde(VP(), n), VP().grid(n)),
-    "reverse_sde of sub-VP": lambda n: (reverse_sde(SubVP(), n), SubVP().grid(n)),
-    "reverse_sde of VE": lambda n: (reverse_sde(VE(), n), VE().grid(n)),
-    "predictor_corrector of VP": lambda n: (predictor_corrector(VP(), n), VP().grid(n)),
-    "predictor_corrector of VE": lambda n: (predictor_corrector(VE(), n), VE().grid(n)),
-    "predictor_corrector of sub-VP, euler_maruyama": lambda n: (
-        predictor_corrector(SubVP(), n, predictor="euler_maruyama"),
-        SubVP().grid(n),
-    ),
-    "predictor_corrector of VP, probability_flow": lambda n: (
-        predictor_corrector(VP(), n, predictor="probability_flow"),
-        VP().grid(n),
-    ),
-    "log_snr_ancestral": lambda n: on(linear_log_snr(n), log_snr_ancestral),
-    "ddpm": lambda n: on(grid_of(Schedule.linear(), n), ddpm),
-    "ddim with eta 1": lambda n: on(strided(Schedule.linear(), n), ddim, eta=1.0),
-    "euler_ancestral": lambda n: on(karras(n), euler_ancestral),
-    "DPM-Solver++ 2M SDE": lambda n: on(
-        strided(Schedule.linear(), n), dpm_solver, algorithm="sde-dpmsolver++"
-    ),
-}
+# --- rows ---------------------------------------------------------------------------------------
 
 
 def on(grid, solver, **options):
     return solver(grid, **options), grid
-
-
-@pytest.mark.parametrize("solver", STOCHASTIC)
-def test_moments_of_samples(solver):
-    """Samples of 12 steps have the moments that the rows have in closed form: the noise of every
-    row is standard normal and independent of that of all others."""
-    table, grid = STOCHASTIC[solver](12)
-    mean, variance = moments(table, grid, DATA)
-    seeds = range(4)
-    x = noise(seeds, (1 << 13,))
-    model = DATA.model(grid, table.prediction)
-    assert_moments(sample(model, table, x, seeds=seeds, progress=False), mean, variance)
-
-
-@pytest.mark.parametrize("solver", STOCHASTIC)
-def test_moments_approach_those_of_the_data(solver):
-    """In closed form, with ever more steps; where a solver ends by x0, the model's mean, the
-    variance is lower by what the last level still leaves open."""
-    errors = []
-    for steps in (30, 60, 120):
-        table, grid = STOCHASTIC[solver](steps)
-        alpha, sigma = grid.alpha[-1].item(), grid.sigma[-1].item()
-        square = (0.6 * alpha) ** 2 + sigma**2
-        denoised = 0.6**2 * (0.6 * alpha) ** 2 / square
-        start = grid.alpha[0].item(), grid.sigma[0].item()
-        # from the very distribution of the first level, not from noise
-        mean, variance = moments(
-            table, grid, DATA, 0.4 * start[0], (0.6 * start[0]) ** 2 + start[1] ** 2
-        )
-        errors.append(abs(math.sqrt(variance) - math.sqrt(denoised)) / 0.6)
-        assert mean == pytest.approx(0.4, abs=0.05)
-    assert errors[2] < errors[1] < errors[0] and errors[2] < 0.62 * errors[1]
-
-
-@pytest.mark.parametrize("corrector_steps", [0, 1, 3])
-def test_predictor_corrector_by_hand(corrector_steps):
-    """Algorithm 2 on N(0, s^2), whose score is -x/(s^2 + sigma^2): variances by hand."""
-    s, snr, grid = 0.7, 0.2, geometric(20, 0.01, 10.0)
-    table = predictor_corrector(grid, prediction="score", corrector_steps=corrector_steps, snr=snr)
-    levels, V = grid.sigma.tolist(), 10.0**2
-    for now, then in zip(levels[:-1], levels[1:], strict=True):
-        gap = now**2 - then**2
-        V = (1 - gap / (s**2 + now**2)) ** 2 * V + gap
-        e = 2 * (snr * then) ** 2
-        for _ in range(corrector_steps):
-            V = (1 - e / (s**2 + then**2)) ** 2 * V + 2 * e
-    V *= (s**2 / (s**2 + levels[-1] ** 2)) ** 2
-    mean, variance = moments(table, grid, gaussian(0, s))
-    assert mean == 0 and variance == pytest.approx(V, rel=1e-12)
 
 
 SOLVERS = {
@@ -361,61 +229,29 @@ def test_where_rows_arrive():
     assert walk.column("p_e").tolist() == [s for s in levels for _ in range(2)] + [0.0]
 
 
-# --- consistency and Langevin ---------------------------------------------------------------------
+@pytest.mark.parametrize(("v", "variance"), [(0.0, "small"), (1.0, "large")])
+def test_log_snr_ancestral_is_ddpm_at_both_ends(v, variance):
+    """On a schedule; the last step alone differs: here it never has noise."""
+    ours = log_snr_ancestral(Schedule.cosine(), 20, v, spacing="trailing")
+    theirs = ddpm(Schedule.cosine(), 20, spacing="trailing", variance=variance)
+    torch.testing.assert_close(
+        ours.coefficients[:-1], theirs.coefficients[:-1], rtol=1e-9, atol=1e-9
+    )
+    assert ours.column("c_n")[-1] == 0
 
 
-@pytest.mark.parametrize("network_of", [False, True], ids=["f", "F"])
-@pytest.mark.parametrize("sigmas", [[80.0], [80.0, 0.7], [80.0, 5.0, 1.0, 0.3, 0.002]], ids=len)
-def test_consistency_keeps_the_variance(sigmas, network_of):
-    """On N(0, s^2), `f = x sqrt((s^2 + eps^2)/(s^2 + t^2))`: if x at 80 has the variance
-    s^2 + 80^2, every x0 has s^2 + eps^2 and every noisy sample s^2 + tau^2."""
-    s, eps, spread = 0.8, 0.002, 0.5
-
-    def f(x, t):
-        return x * math.sqrt((s**2 + eps**2) / (s**2 + t**2))
+@pytest.mark.parametrize("solver", [log_snr_ancestral, predictor_corrector])
+def test_from_an_snr_of_zero(solver):
+    """With v prediction, whose x0 is -v there: one data point is found from noise alone."""
+    schedule, point = Schedule.scaled_linear().zero_terminal_snr(), 0.7
+    table = solver(schedule, 10, prediction="v", spacing="trailing")
 
     def model(x, t, cond):
-        t = t.flatten()[0].item()
-        if not network_of:
-            return f(x, t)
-        c_skip = spread**2 / ((t - eps) ** 2 + spread**2)
-        c_out = spread * (t - eps) / math.sqrt(t**2 + spread**2)
-        x = x * math.sqrt(t**2 + spread**2)  # it sees c_in x
-        return (f(x, t) - c_skip * x) / c_out if t > eps else torch.zeros_like(x)
+        alpha, sigma = schedule.alpha[t[0]], schedule.sigma[t[0]]
+        return alpha * (x - alpha * point) / sigma - sigma * point
 
-    table = consistency(sigmas, network=network_of)
-    assert table.init_noise_sigma == 80
-    seeds = range(4)
-    x = noise(seeds, (1 << 13,)) * math.sqrt(1 + (s / 80) ** 2)
-    for step in sample_steps(model, table, x, seeds=seeds):
-        tau = [*sigmas, eps][step.index + 1]
-        assert_moments(step.x, 0, s**2 + tau**2)
-
-
-def test_consistency_is_the_identity_at_the_end():
-    """f(x, eps) = x, whatever F is."""
-    table = consistency([0.002], network=True)
-    x = torch.linspace(-2, 2, 9).double()[None]
-    result = sample(network, table, x, progress=False)
-    torch.testing.assert_close(result, 0.002 * x, rtol=1e-15, atol=0)
-
-
-def test_consistency_on_a_grid():
-    """Its levels, timesteps and start; noise between the levels as from numbers."""
-    grid = replace(karras(5), timesteps=250 * karras(5).sigma.log())
-    table = consistency(grid)
-    assert torch.equal(table.timesteps, grid.timesteps)
-    assert torch.equal(table.coefficients, consistency(grid.sigma).coefficients)
-    assert torch.equal(table.coefficients, consistency(grid.sigma.tolist()).coefficients)
-
-
-def test_annealed_langevin_reaches_the_data():
-    """On a Gaussian, with levels close together and enough steps; variances in closed form."""
-    grid = geometric(60, 0.05, 10.0)
-    table = annealed_langevin(grid, steps_per_level=60, step_size=2e-4, prediction="epsilon")
-    mean, variance = moments(table, grid, DATA)
-    assert mean == pytest.approx(0.4, abs=2e-3)
-    assert math.sqrt(variance) == pytest.approx(0.6, rel=2e-2)
+    result = sample(model, table, noise([1], (5,)).double(), seeds=[1], progress=False)
+    torch.testing.assert_close(result, torch.full_like(result, point), rtol=0, atol=1e-12)
 
 
 # --- bad arguments --------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ def log_snr_ancestral(
     Classifier-Free Diffusion Guidance (arXiv 2207.12598), Algorithm 2: lambda is the log-SNR, and
     `s^2 = [(1-r) sigma'^2]^(1-v) [(1-r) sigma^2]^v` lies between the posterior's variance (v = 0)
     and that of the forward process (v = 1). A step that arrives at sigma' = 0 returns x0, without
-    noise. The paper samples on `linear_log_snr(256)` with v = 0.3 (0.2 at 128x128); on any other
+    noise. The paper samples on `linear_log_snr(256)` with v = 0.3 at 64x64; on any other
     Grid, or on a schedule's timesteps (default 50, `spacing` as for `spaced`), the formula is the
     same, and v = 0 is DDPM. `clip`, `threshold`: of x0, as for `ddim`.
 
