@@ -117,6 +117,8 @@ def _deviation(e: Tensor) -> Tensor:
 
 def _quantile(values: Tensor, quantile: float) -> Tensor:
     """[B], of all of a sample, linear between the two nearest. NaN where there is one."""
+    if not values.numel():
+        return values.new_ones(len(values))
     values = values.reshape(len(values), -1)
     at = quantile * (values.shape[1] - 1)
     ordered = values.sort(1).values
