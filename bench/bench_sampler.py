@@ -59,7 +59,9 @@ def fastlora_step(x: Any, output: Any, prediction: str, eta: float) -> Callable[
     dtype = x.dtype
 
     def step():
-        return ops.sampler_step(x, [output], weights, coefficients, row, None, seeds, 2, dtype)
+        return ops.sampler_step(
+            x, [output], weights, coefficients, row, seeds=seeds, copies=2, input_dtype=dtype
+        )
 
     return step
 

@@ -1,65 +1,48 @@
 // One step of a solver's table in one pass over memory: chunks that stay in the first-level cache
-// go through guidance, update and conversion one after the other.
+// go through guidance, the solver's sums, the mask and conversion one after the other. What a row
+// does not ask for costs nothing: sums leave out columns of 0, and a chunk the passes it has no use
+// for.
 #include "../sampler_step.h"
 
 #include "../philox.h"
+#include "sampler_row.h"
 #include "scalar.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {
 namespace {
 
-constexpr int64_t kChunk = 1024;  // elements of one sample; a multiple of Philox's 4
-constexpr int64_t kElementsPerParallel = 1 << 16;  // fewer than this are faster on one thread
+constexpr int kSources = 6;  // x, x0, e, h, r, z, in the order of the table's columns
 
-// What the row of the table and the weights say about one sample.
-template <class X>
-struct Row {
-  X k_x, k_e, c_x, c_0, c_e, c_h, c_n, g_x, g_0, g_e, m, clip;
-  X w[kMaxOutputs];
-};
-
-template <class X>
-static inline X element(const void* data, DType dtype, int64_t i) {
-  return dtype == DType::kFloat64 ? X(static_cast<const double*>(data)[i])
-                                  : X(static_cast<const float*>(data)[i]);
-}
-
-template <class X>
-static inline Row<X> row_of(const SamplerStep& p, int64_t sample) {
-  const int64_t step = *p.step;
-  Row<X> r;
-  X* const fields[kTableColumns] = {&r.k_x, &r.k_e, &r.c_x, &r.c_0, &r.c_e, &r.c_h,
-                                    &r.c_n, &r.g_x, &r.g_0, &r.g_e, &r.m,   &r.clip};
-  for (int i = 0; i < kTableColumns; ++i)
-    *fields[i] = element<X>(p.table, p.table_dtype, step * kTableColumns + i);
-  const int64_t weight_step = p.weight_steps > 1 ? step : 0;
-  const int64_t weight_sample = p.weight_batch > 1 ? sample : 0;
-  for (int32_t j = 0; j < p.n; ++j)
-    r.w[j] = element<X>(p.weights, p.weights_dtype,
-                        (weight_step * p.n + j) * p.weight_batch + weight_sample);
-  return r;
-}
-
-// e = sum_j w_j e_j for `count` elements from `at` on.
-template <class X, class E>
-static inline void guide(const SamplerStep& p, const Row<X>& r, int64_t at, int64_t count, X* e) {
-  const E* e0 = static_cast<const E*>(p.outputs[0]) + at;
-  const X w0 = r.w[0];
-  if (p.n == 1) {
+template <class X, int N>
+static inline void sum(const X* c, const X* const* sources, int64_t count, X* __restrict out) {
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) e[i] = w0 * X(load(e0 + i));
-    return;
+  for (int64_t i = 0; i < count; ++i) {
+    X v = N > 0 ? c[0] * sources[0][i] : X(0);
+    for (int k = 1; k < N; ++k) v += c[k] * sources[k][i];
+    out[i] = v;
   }
-  const E* e1 = static_cast<const E*>(p.outputs[1]) + at;
-  const X w1 = r.w[1];
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) e[i] = w0 * X(load(e0 + i)) + w1 * X(load(e1 + i));
-  for (int32_t j = 2; j < p.n; ++j) {
-    const E* ej = static_cast<const E*>(p.outputs[j]) + at;
-    const X wj = r.w[j];
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) e[i] += wj * X(load(ej + i));
+}
+
+// out = sum of c_k source_k over those that are there and count.
+template <class X>
+static inline void combine(const X* c, const X* const* sources, int n, int64_t count, X* out) {
+  X used[kSources];
+  const X* there[kSources];
+  int m = 0;
+  for (int k = 0; k < n; ++k)
+    if (sources[k] != nullptr && c[k] != 0) {
+      used[m] = c[k];
+      there[m++] = sources[k];
+    }
+  switch (m) {
+    case 0: return sum<X, 0>(used, there, count, out);
+    case 1: return sum<X, 1>(used, there, count, out);
+    case 2: return sum<X, 2>(used, there, count, out);
+    case 3: return sum<X, 3>(used, there, count, out);
+    case 4: return sum<X, 4>(used, there, count, out);
+    case 5: return sum<X, 5>(used, there, count, out);
+    default: return sum<X, 6>(used, there, count, out);
   }
 }
 
@@ -69,46 +52,68 @@ static inline X clipped(X v, X limit) {  // NaN stays NaN
   return v > limit ? limit : v;
 }
 
-// x' = c_x x + c_0 x0 + c_e e, and h' where there is a history.
+// x0 = clip(k_x x + k_e e).
 template <class X>
-static inline void update(const SamplerStep& p, const Row<X>& r, int64_t at, int64_t count,
-                          const X* e) {
-  const X* x = static_cast<const X*>(p.x) + at;
-  X* __restrict x_next = static_cast<X*>(p.x_next) + at;
-  const X k_x = r.k_x, k_e = r.k_e, c_x = r.c_x, c_0 = r.c_0, c_e = r.c_e, clip = r.clip;
-  if (p.history == nullptr) {
+static inline void predict(const SamplerStep& p, const Row<X>& r, int64_t sample, int64_t count,
+                           const X* x, const X* e, X* __restrict x0) {
+  const X k_x = r.c[kKx], k_e = r.c[kKe];
+  if (p.dynamic) {
+    const X s = static_cast<const X*>(p.statistics)[2 * sample + 1];
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) {
-      const X x0 = clipped(k_x * x[i] + k_e * e[i], clip);
-      x_next[i] = c_x * x[i] + c_0 * x0 + c_e * e[i];
-    }
+    for (int64_t i = 0; i < count; ++i) x0[i] = clipped(k_x * x[i] + k_e * e[i], s) / s;
     return;
   }
-  const X* h = static_cast<const X*>(p.history) + at;
-  X* __restrict h_next = static_cast<X*>(p.history_next) + at;
-  const X c_h = r.c_h, g_x = r.g_x, g_0 = r.g_0, g_e = r.g_e;
+  const X clip = r.c[kClip];
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    const X x0 = clipped(k_x * x[i] + k_e * e[i], clip);
-    x_next[i] = c_x * x[i] + c_0 * x0 + c_e * e[i] + c_h * h[i];
-    h_next[i] = g_x * x[i] + g_0 * x0 + g_e * e[i];
-  }
+  for (int64_t i = 0; i < count; ++i) x0[i] = clipped(k_x * x[i] + k_e * e[i], clip);
 }
 
-// x' += c_n z for the elements first .. first + count - 1 of a sample, `first` a multiple of 4.
+// z of the elements first .. first + count - 1 of a sample, `first` a multiple of 4.
 template <class X>
-static inline void accumulate_noise(X* x_next, X c_n, int64_t seed, int64_t step, int64_t first,
-                                    int64_t count, X* z) {
+static inline void noise(int64_t seed, int64_t step, int64_t first, int64_t count, X* z) {
   const int64_t blocks = (count + 3) / 4;
   for (int64_t i = 0; i < blocks; ++i)
     philox::normals(uint64_t(seed), uint64_t(step), uint64_t(first / 4 + i), z + 4 * i);
+}
+
+// The mask of the elements from `first` of a sample on: its own memory, or a copy where it repeats.
+template <class X>
+static inline const X* mask_of(const SamplerStep& p, int64_t sample, int64_t first, int64_t count,
+                               X* room) {
+  const X* mask = static_cast<const X*>(p.mask) + (p.mask_batch > 1 ? sample * p.mask_period : 0);
+  int64_t at = first % p.mask_period;
+  if (at + count <= p.mask_period) return mask + at;
+  for (int64_t i = 0; i < count;) {
+    const int64_t left = p.mask_period - at, some = left < count - i ? left : count - i;
+    for (int64_t k = 0; k < some; ++k) room[i + k] = mask[at + k];
+    i += some;
+    at = 0;
+  }
+  return room;
+}
+
+// x' = mask x' + (1 - mask)(p_0 known + p_e z0), z0 in `z` unless p_e is 0.
+template <class X>
+static inline void mix_known(const SamplerStep& p, const Row<X>& r, int64_t sample, int64_t first,
+                             int64_t count, X* z, X* room, X* __restrict x_next) {
+  const X* mask = mask_of(p, sample, first, count, room);
+  const X* known = static_cast<const X*>(p.known) + sample * p.inner + first;
+  const X p_0 = r.c[kP0], p_e = r.c[kPe];
+  if (p_e == 0) {
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) x_next[i] += c_n * z[i];
+    for (int64_t i = 0; i < count; ++i)
+      x_next[i] = mask[i] * x_next[i] + (1 - mask[i]) * (p_0 * known[i]);
+    return;
+  }
+  noise(p.seeds[sample], philox::kStart, first, count, z);
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i)
+    x_next[i] = mask[i] * x_next[i] + (1 - mask[i]) * (p_0 * known[i] + p_e * z[i]);
 }
 
 template <class X, class M>
-static inline void write_inputs(const SamplerStep& p, X m, int64_t at, int64_t count) {
-  const X* x_next = static_cast<const X*>(p.x_next) + at;
+static inline void write_inputs(const SamplerStep& p, X m, int64_t at, int64_t count,
+                                const X* x_next) {
   M* input = static_cast<M*>(p.model_input) + at;
   for (int64_t copy = 0; copy < p.copies; ++copy) {
     M* __restrict out = input + copy * p.batch * p.inner;
@@ -117,21 +122,67 @@ static inline void write_inputs(const SamplerStep& p, X m, int64_t at, int64_t c
   }
 }
 
+// Where x' is computed, and how it gets where it belongs.
 template <class X>
-static inline void chunk(const SamplerStep& p, const Row<X>& r, int64_t sample, int64_t first,
-                         int64_t count) {
-  X scratch[kChunk];  // e, then the noise
-  const int64_t at = sample * p.inner + first;
-  FASTLORA_FLOAT_TYPES(p.output_dtype, E, guide<X, E>(p, r, at, count, scratch));
-  update<X>(p, r, at, count, scratch);
-  if (p.seeds != nullptr && r.c_n != 0)
-    accumulate_noise<X>(static_cast<X*>(p.x_next) + at, r.c_n, p.seeds[sample], *p.step, first,
-                        count, scratch);
-  FASTLORA_FLOAT_TYPES(p.input_dtype, M, write_inputs<X, M>(p, r.m, at, count));
+static inline X* room_for(X* x_next, X*) {
+  return x_next;
+}
+template <class T, class X>
+static inline X* room_for(T*, X* room) {
+  return room;
+}
+template <class X>
+static inline void rounded(const X*, int64_t, X*) {}
+template <class T, class X>
+static inline void rounded(const X* from, int64_t count, T* __restrict x_next) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) store(x_next + i, from[i]);
 }
 
+// Whether a sum has use for x0, the column after that of x.
 template <class X>
+static inline bool wants_x0(const SamplerStep& p, const Row<X>& r) {
+  return r.c[kC0] != 0 || (p.histories > 0 && r.c[kG0] != 0) || (p.histories > 1 && r.c[kR0] != 0);
+}
+
+// T: the type of x and x'.
+template <class T>
+static inline void chunk(const SamplerStep& p, const Row<Acc<T>>& r, int64_t sample, int64_t first,
+                         int64_t count) {
+  using X = Acc<T>;
+  alignas(64) X e[kChunk], x0[kChunk], z[kChunk], wide[kChunk], next[kChunk];
+  const int64_t at = sample * p.inner + first, all = p.batch * p.inner;
+  const X* x = widened(static_cast<const T*>(p.x) + at, count, wide);
+  guided(p, r.w, sample, at, count, p.rescale != nullptr, e);
+
+  const X* sources[kSources] = {x, nullptr, e, nullptr, nullptr, nullptr};
+  if (wants_x0(p, r)) {
+    predict(p, r, sample, count, x, e, x0);
+    sources[1] = x0;
+  }
+  for (int k = 0; k < p.histories; ++k)
+    sources[3 + k] = static_cast<const X*>(p.history) + k * all + at;
+  if (p.noise != nullptr) {
+    sources[5] = static_cast<const X*>(p.noise) + at;
+  } else if (p.seeds != nullptr && r.c[kCn] != 0) {
+    noise(p.seeds[sample], *p.step, first, count, z);
+    sources[5] = z;
+  }
+
+  T* x_next = static_cast<T*>(p.x_next) + at;
+  X* result = room_for(x_next, next);
+  combine(r.c + kCx, sources, 6, count, result);
+  for (int k = 0; k < p.histories; ++k)
+    combine(r.c + (k == 0 ? kGx : kRx), sources, 5, count,
+            static_cast<X*>(p.history_next) + k * all + at);
+  if (p.mask != nullptr) mix_known(p, r, sample, first, count, z, x0, result);
+  rounded(result, count, x_next);
+  FASTLORA_FLOAT_TYPES(p.input_dtype, M, write_inputs<X, M>(p, r.c[kM], at, count, result));
+}
+
+template <class T>
 static void run(const SamplerStep& p) {
+  using X = Acc<T>;
   const int64_t chunks = (p.inner + kChunk - 1) / kChunk;  // of one sample
   const int64_t total = p.batch * chunks;
 #pragma omp parallel if (p.batch * p.inner >= kElementsPerParallel)
@@ -145,19 +196,14 @@ static void run(const SamplerStep& p) {
       if (row_sample < 0 || (p.weight_batch > 1 && sample != row_sample))
         row = row_of<X>(p, sample);
       row_sample = sample;
-      chunk<X>(p, row, sample, first, count);
+      chunk<T>(p, row, sample, first, count);
     }
   }
 }
 
 }  // namespace
 
-void sampler_step_loop(const SamplerStep& p) {
-  if (p.x_dtype == DType::kFloat64)
-    run<double>(p);
-  else
-    run<float>(p);
-}
+void sampler_step_loop(const SamplerStep& p) { FASTLORA_FLOAT_TYPES(p.x_dtype, T, run<T>(p)); }
 
 }  // namespace FASTLORA_ISA
 }  // namespace fastlora

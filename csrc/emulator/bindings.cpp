@@ -110,23 +110,32 @@ PYBIND11_MODULE(_emulator, m) {
         [&] { fastlora::spectral_dots(sums, product, u); });
   });
   m.def("sampler_step", [](TensorView x_next, TensorView history_next, TensorView model_input,
-                           TensorView x, TensorViews outputs, TensorView weights, TensorView table,
-                           TensorView step, TensorView history, TensorView seeds, int64_t copies) {
+                           TensorView statistics, TensorView x, TensorViews outputs,
+                           TensorView weights, TensorView table, TensorView step,
+                           TensorView history, TensorView seeds, TensorView noise,
+                           TensorView rescale, TensorView mask, TensorView known, double quantile,
+                           double threshold_max, int64_t copies) {
     Call call("sampler_step", g_runs, g_seed);
     for (const Argument& a : std::initializer_list<Argument>{{"x'", x_next, kOut},
                                                              {"h'", history_next, kOut},
                                                              {"model input", model_input, kOut},
+                                                             {"statistics", statistics, kScratch},
                                                              {"x", x, kIn},
                                                              {"weights", weights, kIn},
                                                              {"table", table, kIn},
                                                              {"step", step, kIn},
                                                              {"history", history, kIn},
-                                                             {"seeds", seeds, kIn}})
+                                                             {"seeds", seeds, kIn},
+                                                             {"noise", noise, kIn},
+                                                             {"rescale", rescale, kIn},
+                                                             {"mask", mask, kIn},
+                                                             {"known", known, kIn}})
       call.add(a.name, a.view, a.role);
     add_all(call, "outputs", outputs, kIn);
     call.run([&] {
-      fastlora::sampler_step(x_next, history_next, model_input, x, outputs, weights, table, step,
-                             history, seeds, copies);
+      fastlora::sampler_step(x_next, history_next, model_input, statistics, x, outputs, weights,
+                             table, step, history, seeds, noise, rescale, mask, known, quantile,
+                             threshold_max, copies);
     });
   });
   m.def("add_noise", [](TensorView x_t, TensorView target, TensorView x0, TensorView noise,

@@ -190,9 +190,7 @@ def sampler(world: World, batch: int, size: int) -> Comparison:
 
     def ours() -> Any:
         outputs = list(prediction.chunk(2))
-        return fastlora.ops.sampler_step(
-            x, outputs, weights, coefficients, row, None, None, 2, torch.float32
-        )
+        return fastlora.ops.sampler_step(x, outputs, weights, coefficients, row, copies=2)
 
     def plain() -> Tensor:
         cond, uncond = prediction.chunk(2)

@@ -128,8 +128,8 @@ def define_op(
     - `plan(*args)` returns the callable that computes the outputs for arguments of this signature
       (shapes, strides, dtypes, devices, alignment, ints; not the values of floats). It is
       remembered.
-    - `setup_context`, `backward`: as in `torch.library.register_autograd`. An operator that mutates
-      differentiates through its reference instead.
+    - `setup_context`, `backward`: as in `torch.library.register_autograd`. Without them an operator
+      is differentiated through its reference: the only way for one that mutates.
     - `autocast`: the arguments that autocast casts to its dtype.
     - `differentiable=False`: runs as under `no_grad`, whatever requires a gradient.
     """
@@ -190,8 +190,8 @@ def define_op(
         )
     elif not differentiable:
         _register_no_autograd(name, overload)
-    elif mutated:
-        _register_mutating_autograd(name, overload, reference, fake)
+    else:
+        _register_reference_autograd(name, overload, reference, fake, mutated)
     if autocast:
         _register_autocast(name, overload, [names.index(a) for a in autocast], mutated)
 
@@ -250,10 +250,10 @@ def _increment_version(value: Any) -> None:
             torch.autograd.graph.increment_version(tensor)
 
 
-def _register_mutating_autograd(
-    name: str, overload: Any, reference: Function, fake: Function
+def _register_reference_autograd(
+    name: str, overload: Any, reference: Function, fake: Function, mutated: list[int]
 ) -> None:
-    """Gradients of an in-place operator are those of its reference, which torch differentiates."""
+    """Where anything requires a gradient the reference runs, which torch differentiates."""
     below = torch._C._after_autograd_keyset
 
     def autograd_impl(keyset: Any, *args: Any) -> Any:
@@ -262,8 +262,8 @@ def _register_mutating_autograd(
             flat.extend(a if isinstance(a, list | tuple) else [a])
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in flat):
             fake(*args)  # the contract: torch alone would broadcast
-            reference(*args)
-            return None
+            result = reference(*args)
+            return None if mutated else result
         return overload.redispatch(keyset & below, *args)
 
     _library.impl(name, autograd_impl, "Autograd", with_keyset=True)

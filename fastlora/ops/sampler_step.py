@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastlora.ops import _philox
 from fastlora.ops._define import FLOATS, define_op, expect, expect_tensor, gate_dtype
+from fastlora.ops._device import device_type, kernels_of
 
 COLUMNS = (
     *("k_x", "k_e"),  # x̂0 from x and ê
@@ -98,7 +99,9 @@ def sampler_step(
     if mask is not None and known is not None and seeds is not None:
         z = _philox.normal(seeds, _philox.START, x.shape[1:].numel(), wide).view(x.shape)
         x_next = mask * x_next + (1 - mask) * (column["p_0"] * known + column["p_e"] * z)
-    history_next = torch.stack([combined(t) for t in "gr"[: len(past)]]) if past else xw.new_empty(0)
+    history_next = (
+        torch.stack([combined(t) for t in "gr"[: len(past)]]) if past else xw.new_empty(0)
+    )
     model_input = (column["m"] * x_next).to(input_dtype)
     return x_next.to(x.dtype), history_next, model_input.repeat(copies, *ones)
 
@@ -114,6 +117,8 @@ def _deviation(e: Tensor) -> Tensor:
 
 def _quantile(values: Tensor, quantile: float) -> Tensor:
     """[B], of all of a sample, linear between the two nearest. NaN where there is one."""
+    if not values.numel():
+        return values.new_ones(len(values))
     values = values.reshape(len(values), -1)
     at = quantile * (values.shape[1] - 1)
     ordered = values.sort(1).values
@@ -160,7 +165,9 @@ def _fake(
     right = right and 1 <= weights.shape[1] <= MAX_OUTPUTS
     expected = f"[{steps} or 1, n, {batch} or 1] with n from 1 to {MAX_OUTPUTS}"
     expect(right, op, "weights", expected, weights)
-    expect(weights.dtype in (torch.float32, wide), op, "weights", f"float32 or {wide_name}", weights)
+    expect(
+        weights.dtype in (torch.float32, wide), op, "weights", f"float32 or {wide_name}", weights
+    )
     n = weights.shape[1]
     count = f"{n} tensors, as weights has, or all of them in one"
     expect(len(outputs) in (1, n), op, "outputs", count, f"{len(outputs)} tensors")
@@ -197,8 +204,7 @@ def _fake(
         right = known.shape == x.shape and known.dtype == wide
         expect(right, op, "known", f"{wide_name} {shape}", known)
         expect(seeds is not None, op, "seeds", f"int64 [{batch}] beside mask", "None")
-    expect(0 <= quantile <= 1, op, "quantile", "a number from 0 to 1", quantile)
-    expect(threshold_max >= 1, op, "threshold_max", "a number >= 1", threshold_max)
+    _check_numbers(quantile, threshold_max)
     expect(copies >= 0, op, "copies", "0 or more", copies)
     expect(input_dtype in floats, op, "input_dtype", f"one of {allowed}", input_dtype)
     model_input = x.new_empty((copies * batch, *x.shape[1:]), dtype=input_dtype)
@@ -215,8 +221,66 @@ def mask_fits(mask: Sequence[int], x: Sequence[int]) -> bool:
 _reference = sampler_step
 
 
-def _plan(*args: Any) -> Any:
-    return _reference
+def _check_numbers(quantile: float, threshold_max: float) -> None:
+    op = "sampler_step"
+    expect(0 <= quantile <= 1, op, "quantile", "a number from 0 to 1", quantile)
+    expect(threshold_max >= 1, op, "threshold_max", "a number >= 1", threshold_max)
+
+
+def _plan(x: Tensor, outputs: list[Tensor], *rest: Any) -> Any:
+    *tensors, _, _, copies, input_dtype = rest
+    device, wide = device_type(x), gate_dtype(x.dtype)
+    if not (device == "cpu" or (device == "cuda" and wide == torch.float32)):
+        return _by_reference  # float64 and other devices: exactness, not speed
+    kernel, empty_like = kernels_of(x).sampler_step, torch.empty_like
+    # One element that stands for the whole model input: `empty_like` is the cheapest allocation
+    like_input = torch.empty((), dtype=input_dtype, device=x.device)
+    like_input = like_input.expand(copies * x.shape[0], *x.shape[1:])
+    nothing = x.new_empty(0, dtype=wide)
+    like_statistics = x.new_empty((), dtype=wide).expand(x.shape[0], 2)
+    on_cpu = device == "cpu"
+
+    def route(
+        x: Any,
+        outputs: Any,
+        weights: Any,
+        table: Any,
+        step: Any,
+        history: Any,
+        seeds: Any,
+        noise: Any,
+        rescale: Any,
+        mask: Any,
+        known: Any,
+        quantile: float,
+        threshold_max: float,
+        copies: int,
+        _: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if not 0 <= quantile <= 1 <= threshold_max:  # a plan holds for all floats
+            _check_numbers(quantile, threshold_max)
+        x_next, model_input = empty_like(x), empty_like(like_input)
+        h_next = empty_like(nothing if history is None else history)
+        # What is said of whole samples first; the CPU has memory of its own for it
+        plain = on_cpu or (rescale is None and quantile == 0)
+        statistics = None if plain else empty_like(like_statistics)
+        results = (x_next, h_next, model_input)
+        operands = (weights, table, step, history, seeds, noise, rescale, mask, known)
+        numbers = (quantile, threshold_max, copies)
+        kernel(*results, statistics, x, outputs, *operands, *numbers)
+        return results
+
+    def copying(x: Any, outputs: Any, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        rest = tuple(t.contiguous() if isinstance(t, Tensor) else t for t in rest)
+        return route(x.contiguous(), [t.contiguous() for t in outputs], *rest)
+
+    plain = all(t is None or t.is_contiguous() for t in (x, *outputs, *tensors))
+    return route if plain else copying
+
+
+def _by_reference(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _check_numbers(*args[11:13])  # a plan holds for all floats
+    return _reference(*args)
 
 
 sampler_step = define_op(sampler_step, fake=_fake, plan=_plan)

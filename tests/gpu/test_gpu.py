@@ -110,14 +110,15 @@ def test_a_captured_sampling_loop():
     coefficients = table.coefficients.to("cuda", torch.float32)
     rows = torch.arange(5, device="cuda").unbind()
     weights = torch.ones(1, 1, 1, device="cuda")
-    seeds = torch.tensor([1, 2], device="cuda")
+    seeds, phi = torch.tensor([1, 2], device="cuda"), torch.tensor([0.5], device="cuda")
     start = torch.randn(2, 3, 8, 8, device="cuda")
 
     def loop(x: Tensor) -> Tensor:
         for row in rows:
             e = torch.tanh(x)
-            arguments = (weights, coefficients, row, None, seeds, 1, torch.float32)
-            x, _, _ = ops.sampler_step(x, [e], *arguments)
+            x, _, _ = ops.sampler_step(
+                x, [e], weights, coefficients, row, seeds=seeds, rescale=phi, quantile=0.9
+            )
         return x
 
     expected = loop(start)
