@@ -1,0 +1,335 @@
+"""What the schedulers share: tables kept by the levels they were made for, and the one call a step.
+
+The noise levels are the scheduler's own (`alphas_cumprod`, `sigmas`, `timesteps`, as diffusers'
+`set_timesteps` or the user left them), the rows are computed of them in float64.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from fastlora import ops
+from fastlora.ops.sampler_step import COLUMNS
+from fastlora.samplers.arguments import describe, number
+from fastlora.samplers.grid import Grid
+from fastlora.samplers.options import DEFAULTS, PREDICTIONS
+from fastlora.samplers.table import Table
+
+MANY = 64  # variants of arguments whose tables are kept
+
+
+@dataclass
+class Rows:
+    """One row a step [S, 22] float64, NaN where there is none; `why` says for people what is
+    missing there. `extra`: what else a class needs of each step."""
+
+    coefficients: Tensor
+    threshold: tuple[float, float] = (0.0, 1.0)
+    why: str = "a step of the schedule"
+    extra: Any = None
+
+    @classmethod
+    def of(cls, table: Table, at: Tensor, count: int, bounds: Bounds | None = None) -> Rows:
+        """The table's rows at the places `at` of `count`; the history, if any, remembers x̂0."""
+        rows = torch.full((count, len(COLUMNS)), torch.nan, dtype=torch.float64)
+        coefficients = table.coefficients.clone()
+        if bounds is not None and bounds.divide != 1.0:
+            coefficients[:, :2] /= bounds.divide  # k_x, k_e
+        rows[at] = coefficients
+        return cls(rows, table.threshold or (0.0, 1.0))
+
+    def remember_x0(self) -> Rows:
+        self.coefficients[:, COLUMNS.index("g_0")] += 1  # NaN stays NaN
+        return self
+
+    def column(self, name: str) -> Tensor:
+        return self.coefficients[:, COLUMNS.index(name)]
+
+
+class Placed:
+    """Rows where the samples are."""
+
+    def __init__(self, rows: Rows, device: torch.device, dtype: torch.dtype) -> None:
+        self.rows, self.extra = rows, rows.extra
+        self.table = rows.coefficients.to(device, dtype)
+        self.weights = torch.ones(1, 1, 1, device=device, dtype=dtype)
+        self.threshold = rows.threshold
+        self._steps = torch.arange(len(rows.coefficients), device=device)
+        self._index: dict[int, Tensor] = {}
+        self._blank: Tensor | None = None
+
+    def row(self, step: int, owner: object = None) -> Tensor:
+        """Where the table is, the number of a row [] int64. Raises ValueError where there is none."""
+        found = self._index.get(step)
+        if found is None:
+            rows = self.rows.coefficients
+            if not 0 <= step < len(rows) or bool(rows[step, 0].isnan()):
+                name = type(owner).__name__
+                raise ValueError(f"{name}: timestep: expected {self.rows.why}, got {step}")
+            found = self._index[step] = self._steps[step]
+        return found
+
+    def blank(self, sample: Tensor, parts: int = 1) -> Tensor:
+        """[parts, *sample] for histories that nothing is read of: their columns are 0."""
+        if parts == 1 and sample.dtype == self.table.dtype:
+            return sample.unsqueeze(0)
+        shape = (parts, *sample.shape)
+        if self._blank is None or self._blank.shape != shape:
+            self._blank = torch.zeros(shape, device=sample.device, dtype=self.table.dtype)
+        return self._blank
+
+
+@dataclass
+class Bounds:
+    """How x̂0 is bounded: arguments of solvers, and by what it is divided afterwards."""
+
+    clip: float | None = None
+    threshold: tuple[float, float] | None = None
+    divide: float = 1.0
+
+
+@dataclass
+class Tables:
+    """All that was computed of the same levels."""
+
+    levels: tuple[Any, ...]
+    versions: tuple[int, ...]
+    timesteps: list[float]
+    rows: dict[Any, Rows] = field(default_factory=dict)
+    placed: dict[Any, Placed] = field(default_factory=dict)
+
+
+def _version(level: Any) -> int:
+    return level._version if isinstance(level, Tensor) and not level.is_inference() else 0
+
+
+class FastScheduler:
+    """Goes before a scheduler class of diffusers. A subclass says which `_levels` its tables depend
+    on, and makes the `_rows` of a variant of `step`'s arguments from them."""
+
+    predictions: ClassVar[tuple[str, ...]] = ("epsilon", "sample", "v_prediction")
+    replaces: ClassVar[type]  # diffusers' own class
+    replaced: Any = None  # diffusers' own object, where `accelerate` took its place
+
+    _tables: Tables | None = None
+    config: Any
+    timesteps: Tensor
+    _internal_dict: Any
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        base: Any = next((c for c in cls.__bases__ if c.__module__.startswith("diffusers.")), None)
+        if base is None:  # no scheduler yet, or somebody's own, with methods of its own
+            return
+        cls.replaces = base
+
+        # diffusers reads the options' names from the signatures, which `wraps` hands on
+        @functools.wraps(base.__init__)
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            base.__init__(self, *args, **kwargs)
+            self.check_config()
+
+        @functools.wraps(base.set_timesteps)
+        def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
+            base.set_timesteps(self, *args, **kwargs)
+            self._check_timesteps()
+
+        cls.__init__ = init  # type: ignore[method-assign]
+        cls.set_timesteps = set_timesteps  # type: ignore[attr-defined]
+
+    # --- what a class defines ---
+
+    def _levels(self) -> tuple[Any, ...]:
+        """Objects that the tables were made of: whoever changes one of them changes the tables."""
+        raise NotImplementedError
+
+    def _rows(self, variant: Any) -> Rows:
+        raise NotImplementedError
+
+    def _check_timesteps(self) -> None:
+        """Says before the loop what the loop would say."""
+        self._made(None)
+
+    def check_config(self) -> None:
+        """Raises ValueError for an option that the table cannot honour, by its name."""
+        known = DEFAULTS[self.replaces.__name__]
+        parameters = inspect.signature(self.replaces.__init__).parameters
+        for option, parameter in list(parameters.items())[1:]:
+            value = getattr(self.config, option, parameter.default)
+            if option not in known and value != parameter.default:
+                self._refuse(option, f"{parameter.default!r}, unknown here otherwise", value)
+        prediction = getattr(self.config, "prediction_type", None)
+        if prediction is not None and prediction not in self.predictions:
+            self._refuse("prediction_type", f"one of {', '.join(self.predictions)}", prediction)
+        self._bounds()
+
+    # --- what they use ---
+
+    def _refuse(self, option: str, expected: str, got: object) -> None:
+        raise ValueError(
+            f"{type(self).__name__}: {option}: expected {expected}, got {got!r}"
+            f" (diffusers.{self.replaces.__name__} may take it)"
+        )
+
+    def _prediction(self) -> str:
+        return PREDICTIONS[self.config.prediction_type]
+
+    def _bounds(self) -> Bounds:
+        """Of clip_sample and thresholding, which comes first."""
+        config = self.config
+        if getattr(config, "thresholding", False):
+            quantile, largest = config.dynamic_thresholding_ratio, config.sample_max_value
+            if not 0 <= number(quantile) <= 1:
+                self._refuse("dynamic_thresholding_ratio", "a number from 0 to 1", quantile)
+            if not 0 < number(largest) < torch.inf:
+                self._refuse("sample_max_value", "a number > 0", largest)
+            if largest <= 1:  # then it is the threshold whatever the sample: clip(x̂0)/largest
+                return Bounds(clip=1.0, divide=float(largest))
+            return Bounds(threshold=(max(float(quantile), 1e-30), float(largest)))
+        if getattr(config, "clip_sample", False):
+            limit = config.clip_sample_range
+            if not 0 < number(limit) < torch.inf:
+                self._refuse("clip_sample_range", "a number > 0", limit)
+            return Bounds(clip=float(limit))
+        return Bounds()
+
+    def _current(self) -> Tables:
+        tables, levels = self._tables, self._levels()
+        if tables is not None and len(levels) == len(tables.levels):
+            for new, old, version in zip(levels, tables.levels, tables.versions, strict=True):
+                if new is not old or _version(new) != version:
+                    break
+            else:
+                return tables
+        timesteps = self.timesteps.tolist()
+        self._tables = Tables(levels, tuple(map(_version, levels)), timesteps)
+        return self._tables
+
+    def _made(self, variant: Any) -> Rows:
+        tables = self._current()
+        rows = tables.rows.get(variant)
+        if rows is None:
+            if len(tables.rows) >= MANY:
+                tables.rows.clear()
+                tables.placed.clear()
+            rows = tables.rows[variant] = self._rows(variant)
+        return rows
+
+    def _placed(self, sample: Tensor, variant: Any = None) -> Placed:
+        """The table of a variant where the sample is, in the dtype of its arithmetic."""
+        wide = torch.float64 if sample.dtype == torch.float64 else torch.float32
+        key = variant, sample.device, wide
+        placed = self._current().placed.get(key)
+        if placed is None:
+            rows = self._made(variant)
+            placed = self._current().placed[key] = Placed(rows, sample.device, wide)
+        return placed
+
+    def _told(self, timestep: Any) -> float | None:
+        """The timestep as a number; None where only the device knows it.
+
+        Elements of `timesteps` are known by their addresses: as long as they live nothing else is
+        there. So a loop over a scheduler's timesteps never waits for the device.
+        """
+        if not isinstance(timestep, Tensor):
+            return timestep
+        if timestep.numel() != 1:
+            name, got = type(self).__name__, describe(timestep)
+            raise ValueError(f"{name}: timestep: expected one number, got {got}")
+        if timestep.device.type == "cpu":
+            return timestep.item()
+        listed = self.timesteps
+        if listed.device == timestep.device and listed.dtype == timestep.dtype:
+            size = listed.element_size()
+            at = timestep.data_ptr() - listed.data_ptr()
+            if listed.is_contiguous() and 0 <= at < size * listed.numel():
+                return self._current().timesteps[at // size]
+        return None
+
+    def _row(self, placed: Placed, timestep: Any, told: float | None) -> Tensor:
+        """The row of a table over all timesteps."""
+        if told is None:
+            return timestep.reshape(()).long()
+        step = int(told)
+        if step != told:
+            name = type(self).__name__
+            raise ValueError(f"{name}: timestep: expected a whole number, got {told!r}")
+        return placed.row(step, self)
+
+    def _advance(
+        self,
+        placed: Placed,
+        row: Tensor,
+        output: Tensor,
+        sample: Tensor,
+        dtype: torch.dtype,
+        noise: Tensor | None = None,
+        history: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """x' in `dtype` and the history, by one `sampler_step`."""
+        if noise is not None:
+            noise = noise.to(sample.device, placed.table.dtype)
+            if noise.shape != sample.shape:
+                noise = noise.expand(sample.shape)
+        quantile, largest = placed.threshold
+        x_next, history_next, _ = ops.sampler_step(
+            sample,
+            [output],
+            placed.weights,
+            placed.table,
+            row,
+            history,
+            None,
+            noise,
+            None,
+            None,
+            None,
+            quantile,
+            largest,
+            0,
+            torch.float32,
+        )
+        return x_next if x_next.dtype == dtype else x_next.to(dtype), history_next
+
+    # --- what diffusers' own methods say ---
+
+    def to_json_string(self) -> str:
+        """As diffusers writes it, for the class that everybody has."""
+        config = json.loads(super().to_json_string())  # type: ignore[misc]
+        config["_class_name"] = self.replaces.__name__
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles make their own tables."""
+        return {k: v for k, v in self.__dict__.items() if k != "_tables"}
+
+
+def widened(sample: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sample in the dtype of the result where that has more bits: x' is rounded to it once."""
+    return sample if sample.dtype.itemsize >= dtype.itemsize else sample.to(dtype)
+
+
+def draw(like: Tensor, generator: Any, dtype: torch.dtype) -> Tensor:
+    """The numbers that diffusers would draw."""
+    return randn_tensor(like.shape, generator=generator, device=like.device, dtype=dtype)  # type: ignore[arg-type]
+
+
+def abar_grid(
+    timesteps: Tensor, abar: Tensor, abar_next: Tensor, prediction: str
+) -> tuple[Grid, Tensor]:
+    """The grid of the steps between these levels, and which of them are steps at all: not from
+    outside of [0, 1], and not from SNR 0 where the model predicts noise."""
+    lowest = 0.0 if prediction != "epsilon" else torch.finfo(torch.float64).tiny
+    fine = (abar >= lowest) & (abar <= 1) & (abar_next > 0) & (abar_next <= 1)
+    alpha, sigma = abar[fine].sqrt(), (1 - abar[fine]).sqrt()
+    alpha_next, sigma_next = abar_next[fine].sqrt(), (1 - abar_next[fine]).sqrt()
+    ones = torch.ones_like(alpha)
+    return Grid(timesteps[fine], alpha, sigma, alpha_next, sigma_next, ones), fine
