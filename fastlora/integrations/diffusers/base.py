@@ -307,6 +307,10 @@ class FastScheduler:
         config["_class_name"] = self.replaces.__name__
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
+    @classmethod
+    def _get_compatibles(cls) -> list[type]:
+        return [cls.replaces, *(c for c in super()._get_compatibles() if c is not cls.replaces)]  # type: ignore[misc]
+
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles make their own tables."""
         return {k: v for k, v in self.__dict__.items() if k != "_tables"}

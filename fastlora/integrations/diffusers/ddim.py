@@ -45,6 +45,7 @@ class FastDDIMScheduler(FastScheduler, DDIMScheduler):
         return rows
 
     def _check_timesteps(self) -> None:
+        drop_negative(self)
         check_snr(self, self.timesteps, self.alphas_cumprod)
         super()._check_timesteps()
 
@@ -87,8 +88,9 @@ class FastDDIMScheduler(FastScheduler, DDIMScheduler):
 
 
 def check_snr(scheduler: Any, timesteps: Tensor, abar: Tensor) -> None:
-    """Raises ValueError for a timestep at which predicted noise says nothing about x0."""
-    if scheduler.config.prediction_type != "epsilon":
+    """Raises ValueError for a listed timestep at which predicted noise says nothing about x0."""
+    config = scheduler.config
+    if config.prediction_type != "epsilon" or not config.rescale_betas_zero_snr:
         return
     timesteps, abar = timesteps.cpu(), abar.cpu()
     for t in timesteps[(abar[timesteps.clamp(0, len(abar) - 1)] == 0)].tolist():
@@ -97,3 +99,10 @@ def check_snr(scheduler: Any, timesteps: Tensor, abar: Tensor) -> None:
             f" SNR is 0, at timestep {t}, got epsilon: predicted noise says nothing about x0 there"
             " (rescale_betas_zero_snr is for models that predict v)"
         )
+
+
+def drop_negative(scheduler: Any) -> None:
+    """Trailing spacing of some numbers of steps (61 of 1000) ends at -1, by the rounding of numpy's
+    arange; diffusers steps from there as from the noisiest timestep. The step before it is last."""
+    if scheduler.timesteps[-1] < 0:
+        scheduler.timesteps = scheduler.timesteps[:-1]

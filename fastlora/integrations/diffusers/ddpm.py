@@ -17,31 +17,31 @@ from fastlora.integrations.diffusers.base import (
     draw,
     widened,
 )
-from fastlora.integrations.diffusers.ddim import check_snr
-from fastlora.samplers.solvers.ddpm import ddpm
+from fastlora.integrations.diffusers.ddim import check_snr, drop_negative
+from fastlora.ops.sampler_step import COLUMNS
+from fastlora.samplers.table import X0, Table, X
 
 FIXED = ("fixed_small", "fixed_small_log", "fixed_large")
 LEARNED = ("learned", "learned_range")
 
 
 class FastDDPMScheduler(FastScheduler, DDPMScheduler):
-    """diffusers' DDPMScheduler whose `step` is one `sampler_step`; see `fastlora.samplers.ddpm`.
+    """diffusers' DDPMScheduler whose `step` is one `sampler_step`; the rows
+    are those of `fastlora.samplers.ddpm`.
 
     A timestep tensor on a GPU is not read by the host. Where it is no element of `timesteps`
     either, noise is drawn also for timestep 0, which has no use for it: the samples are the same,
-    the generator has advanced. Learned variances scale the noise before the kernel adds it.
+    the generator has advanced. Learned variances scale the noise before the kernel adds it. As in
+    diffusers a variance_type that is no name, such as None, is fixed_small.
     """
 
     variance_type: str
 
     def check_config(self) -> None:
         super().check_config()
-        kind = self.config.variance_type
-        if kind not in FIXED + LEARNED:
-            expected = f"one of {', '.join(FIXED + LEARNED)}"
-            if kind == "fixed_large_log":
-                expected += ", since it would be the root of a negative logarithm"
-            self._refuse("variance_type", expected, kind)
+        if self.config.variance_type == "fixed_large_log":
+            expected = f"one of {', '.join(FIXED + LEARNED)}, since the root of a logarithm is none"
+            self._refuse("variance_type", expected, self.config.variance_type)
 
     def _levels(self) -> tuple[Any, ...]:
         levels = self.alphas_cumprod, self.variance_type
@@ -49,7 +49,8 @@ class FastDDPMScheduler(FastScheduler, DDPMScheduler):
         return self._internal_dict, self.timesteps, *levels, *listed
 
     def _rows(self, variant: Any) -> Rows:
-        abar = self.alphas_cumprod.detach().to("cpu", torch.float64)
+        given = self.alphas_cumprod.detach().cpu()
+        abar = given.double()
         if self.custom_timesteps or self.num_inference_steps:
             t = self.timesteps.cpu().long()
             before = torch.cat((t[1:], torch.tensor([-1])))
@@ -57,30 +58,34 @@ class FastDDPMScheduler(FastScheduler, DDPMScheduler):
             t = torch.arange(len(abar))
             before = t - 1
         abar_next = torch.where(before >= 0, abar[before.clamp(min=0)], 1.0)
-        prediction, bounds = self._prediction(), self._bounds()
+        prediction, bounds, kind = self._prediction(), self._bounds(), self.variance_type
         grid, fine = abar_grid(t, abar[t], abar_next, prediction)
-        kind = self.variance_type
-        table = ddpm(
-            grid,
-            prediction=prediction,
-            variance="large" if kind == "fixed_large" else "small",
-            clip=bounds.clip,
-            threshold=bounds.threshold,
-        )
+        # diffusers' beta, which is 1 - abar/abar' in float32: near 1 that has few digits left, and
+        # over hundreds of steps it shows
+        a = (given[t] / abar_next.to(given.dtype))[fine]
+        beta = (1 - a).double()
+        inverse = 1 / grid.sigma**2
+        small = beta * grid.sigma_next**2 * inverse
+        s = (beta if kind == "fixed_large" else small).clamp(min=0).sqrt()
+        mean = X * (a.double().sqrt() * grid.sigma_next**2 * inverse)
+        mean = mean + X0 * (grid.alpha_next * beta * inverse)
+        s = torch.where(grid.timesteps > 0, s, 0.0)
+        limits = bounds.clip, bounds.threshold
+        table = Table.build("ddpm", grid, prediction, mean, (), s, *limits)
         at = t[fine]
         rows = Rows.of(table, at, len(abar), bounds).remember_x0()
         rows.why = "one of the listed timesteps, with SNR > 0 where noise is predicted"
         if kind in LEARNED:
             # the noise comes with its standard deviation: exp(half + span v), v what is predicted
-            large = (1 - (grid.alpha / grid.alpha_next) ** 2).log()
-            small = (rows.column("c_n")[at] ** 2).clamp(min=1e-20).log()
+            large, small = beta.log(), small.clamp(min=1e-20).log()
             spread = torch.full((len(abar), 2), torch.nan, dtype=torch.float64)
             spread[at, 0], spread[at, 1] = (large + small) / 4, (large - small) / 4
             rows.extra = spread
-            rows.column("c_n")[at] = torch.where(at > 0, 1.0, 0.0).double()
+            rows.coefficients[at, COLUMNS.index("c_n")] = torch.where(at > 0, 1.0, 0.0).double()
         return rows
 
     def _check_timesteps(self) -> None:
+        drop_negative(self)
         check_snr(self, self.timesteps, self.alphas_cumprod)
         super()._check_timesteps()
 

@@ -59,9 +59,9 @@ class FastDPMSolverMultistepScheduler(FastScheduler, DPMSolverMultistepScheduler
         stays[:-1] = sigmas[1:count] == sigmas[: count - 1]
         for i in stays.nonzero().flatten().tolist():
             sigmas[i + 1] = sigmas[i] * (1 - 1e-9)
-        sigmas[-1] = torch.minimum(sigmas[-1], sigmas[-2])
+        sigmas[-1] = torch.minimum(sigmas[-1], sigmas[-2] * (1 - 1e-9))
         looked = torch.zeros_like(stays)
-        for back in range(1, config.solver_order):
+        for back in range(1, min(config.solver_order, count)):
             looked[back:] |= stays[:-back] & (torch.arange(back, count) >= variant + back)
         grid = (flow if config.use_flow_sigmas else preserving)(torch.arange(count), sigmas)
         table = dpm_solver(
