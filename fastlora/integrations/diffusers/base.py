@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-from dataclasses import dataclass, field
+import weakref
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -41,6 +42,7 @@ class Rows:
         """The table's rows at the places `at` of `count`; the history, if any, remembers x̂0."""
         rows = torch.full((count, len(COLUMNS)), torch.nan, dtype=torch.float64)
         coefficients = table.coefficients.clone()
+        coefficients[:, COLUMNS.index("m")] = 1.0  # what comes out is x', not the model's input
         if bounds is not None and bounds.divide != 1.0:
             coefficients[:, :2] /= bounds.divide  # k_x, k_e
         rows[at] = coefficients
@@ -64,7 +66,6 @@ class Placed:
         self.threshold = rows.threshold
         self._steps = torch.arange(len(rows.coefficients), device=device)
         self._index: dict[int, Tensor] = {}
-        self._blank: Tensor | None = None
 
     def row(self, step: int, owner: object = None) -> Tensor:
         """Where the table is, the number of a row [] int64. Raises ValueError where there is none."""
@@ -77,14 +78,6 @@ class Placed:
             found = self._index[step] = self._steps[step]
         return found
 
-    def blank(self, sample: Tensor, parts: int = 1) -> Tensor:
-        """[parts, *sample] for histories that nothing is read of: their columns are 0."""
-        if parts == 1 and sample.dtype == self.table.dtype:
-            return sample.unsqueeze(0)
-        shape = (parts, *sample.shape)
-        if self._blank is None or self._blank.shape != shape:
-            self._blank = torch.zeros(shape, device=sample.device, dtype=self.table.dtype)
-        return self._blank
 
 
 @dataclass
@@ -96,19 +89,26 @@ class Bounds:
     divide: float = 1.0
 
 
-@dataclass
 class Tables:
-    """All that was computed of the same levels."""
+    """All that was computed of the same levels: as long as these objects are the same, and nobody
+    has written to them."""
 
-    levels: tuple[Any, ...]
-    versions: tuple[int, ...]
-    timesteps: list[float]
-    rows: dict[Any, Rows] = field(default_factory=dict)
-    placed: dict[Any, Placed] = field(default_factory=dict)
+    def __init__(self, levels: tuple[Any, ...], timesteps: list[float]) -> None:
+        self.timesteps = timesteps
+        self.rows: dict[Any, Rows] = {}
+        self.placed: dict[Any, Placed] = {}
+        self._levels = levels  # alive, so that what has the same id is the same
+        self._ids = [*map(id, levels)]
+        # tensors of inference mode have no versions
+        tensors = (level for level in levels if isinstance(level, Tensor))
+        self._watched = [tensor for tensor in tensors if not tensor.is_inference()]
+        self._versions = [tensor._version for tensor in self._watched]
 
-
-def _version(level: Any) -> int:
-    return level._version if isinstance(level, Tensor) and not level.is_inference() else 0
+    def hold(self, levels: tuple[Any, ...]) -> bool:
+        """Whether they are of these levels."""
+        if [*map(id, levels)] != self._ids:
+            return False
+        return [tensor._version for tensor in self._watched] == self._versions
 
 
 class FastScheduler:
@@ -119,7 +119,10 @@ class FastScheduler:
     replaces: ClassVar[type]  # diffusers' own class
     replaced: Any = None  # diffusers' own object, where `accelerate` took its place
 
+    keep_float32 = True  # between steps, where samples have 16 bits
+
     _tables: Tables | None = None
+    _precise: tuple[Any, int, Tensor] | None = None  # the last x' in 16 bits, and in float32
     config: Any
     timesteps: Tensor
     _internal_dict: Any
@@ -203,15 +206,9 @@ class FastScheduler:
 
     def _current(self) -> Tables:
         tables, levels = self._tables, self._levels()
-        if tables is not None and len(levels) == len(tables.levels):
-            for new, old, version in zip(levels, tables.levels, tables.versions, strict=True):
-                if new is not old or _version(new) != version:
-                    break
-            else:
-                return tables
-        timesteps = self.timesteps.tolist()
-        self._tables = Tables(levels, tuple(map(_version, levels)), timesteps)
-        return self._tables
+        if tables is None or not tables.hold(levels):
+            tables = self._tables = Tables(levels, self.timesteps.tolist())
+        return tables
 
     def _made(self, variant: Any) -> Rows:
         tables = self._current()
@@ -227,10 +224,11 @@ class FastScheduler:
         """The table of a variant where the sample is, in the dtype of its arithmetic."""
         wide = torch.float64 if sample.dtype == torch.float64 else torch.float32
         key = variant, sample.device, wide
-        placed = self._current().placed.get(key)
+        tables = self._current()
+        placed = tables.placed.get(key)
         if placed is None:
             rows = self._made(variant)
-            placed = self._current().placed[key] = Placed(rows, sample.device, wide)
+            placed = tables.placed[key] = Placed(rows, sample.device, wide)
         return placed
 
     def _told(self, timestep: Any) -> float | None:
@@ -244,7 +242,7 @@ class FastScheduler:
         if timestep.numel() != 1:
             name, got = type(self).__name__, describe(timestep)
             raise ValueError(f"{name}: timestep: expected one number, got {got}")
-        if timestep.device.type == "cpu":
+        if timestep.is_cpu:
             return timestep.item()
         listed = self.timesteps
         if listed.device == timestep.device and listed.dtype == timestep.dtype:
@@ -273,20 +271,31 @@ class FastScheduler:
         dtype: torch.dtype,
         noise: Tensor | None = None,
         history: Tensor | None = None,
+        blank: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """x' in `dtype` and the history, by one `sampler_step`."""
+        """x' in `dtype` and the history, by one `sampler_step`; `blank`: a history of one part that
+        is only written.
+
+        Where `dtype` has 16 bits, x' is computed and remembered in float32, and rounded for the
+        caller: the next step, if it is given that very tensor and nobody has written to it, goes on
+        from what was remembered.
+        """
+        wide = placed.table.dtype
+        narrow = dtype != wide
+        if sample.dtype != wide:
+            sample = self._remembered(sample, wide)
         if noise is not None:
-            noise = noise.to(sample.device, placed.table.dtype)
+            noise = noise.to(sample.device, wide)
             if noise.shape != sample.shape:
                 noise = noise.expand(sample.shape)
         quantile, largest = placed.threshold
-        x_next, history_next, _ = ops.sampler_step(
+        x_next, history_next, rounded = ops.sampler_step(
             sample,
             [output],
             placed.weights,
             placed.table,
             row,
-            history,
+            sample.unsqueeze(0) if blank else history,
             None,
             noise,
             None,
@@ -294,10 +303,24 @@ class FastScheduler:
             None,
             quantile,
             largest,
-            0,
-            torch.float32,
+            1 if narrow else 0,
+            dtype if narrow else wide,
         )
-        return x_next if x_next.dtype == dtype else x_next.to(dtype), history_next
+        if not narrow:
+            return x_next, history_next
+        if self.keep_float32 and not (x_next.requires_grad or rounded.is_inference()):
+            self._precise = weakref.ref(rounded), rounded._version, x_next
+        return rounded, history_next
+
+    def _remembered(self, sample: Tensor, wide: torch.dtype) -> Tensor:
+        """The sample in the arithmetic's dtype: what it was rounded from, if that is known."""
+        given, version, precise = self._precise or (None, 0, None)
+        self._precise = None
+        if given is not None and given() is sample and sample._version == version:
+            assert precise is not None
+            if precise.dtype == wide:
+                return precise
+        return sample.to(wide)
 
     # --- what diffusers' own methods say ---
 
@@ -313,12 +336,17 @@ class FastScheduler:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles make their own tables."""
-        return {k: v for k, v in self.__dict__.items() if k != "_tables"}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_tables", "_precise")}
+
+
+def promoted(a: Tensor, b: Tensor) -> torch.dtype:
+    return a.dtype if a.dtype == b.dtype else torch.promote_types(a.dtype, b.dtype)
 
 
 def widened(sample: Tensor, dtype: torch.dtype) -> Tensor:
     """The sample in the dtype of the result where that has more bits: x' is rounded to it once."""
-    return sample if sample.dtype.itemsize >= dtype.itemsize else sample.to(dtype)
+    fits = sample.dtype == dtype or sample.dtype.itemsize >= dtype.itemsize
+    return sample if fits else sample.to(dtype)
 
 
 def draw(like: Tensor, generator: Any, dtype: torch.dtype) -> Tensor:

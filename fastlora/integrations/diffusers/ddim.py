@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
-from fastlora.integrations.diffusers.base import FastScheduler, Rows, abar_grid, draw, widened
+from fastlora.integrations.diffusers.base import FastScheduler, Rows, abar_grid, draw, promoted, widened
 from fastlora.samplers.solvers.ddim import ddim
 
 
@@ -66,7 +66,7 @@ class FastDDIMScheduler(FastScheduler, DDIMScheduler):
             raise ValueError(
                 "FastDDIMScheduler: step: expected set_timesteps to be called before it"
             )
-        dtype = torch.promote_types(sample.dtype, model_output.dtype)
+        dtype = promoted(sample, model_output)
         sample = widened(sample, dtype)
         rederive = bool(use_clipped_model_output)
         placed = self._placed(sample, (float(eta), rederive) if eta or rederive else None)
@@ -79,9 +79,8 @@ class FastDDIMScheduler(FastScheduler, DDIMScheduler):
             raise ValueError(
                 "FastDDIMScheduler: variance_noise: expected none beside a generator, got both"
             )
-        history = placed.blank(sample)
-        x, h = self._advance(placed, row, model_output, sample, dtype, variance_noise, history)
-        x0 = h[0].to(dtype)
+        x, h = self._advance(placed, row, model_output, sample, dtype, variance_noise, blank=True)
+        x0 = h.squeeze(0).to(dtype)
         if not return_dict:
             return x, x0
         return DDIMSchedulerOutput(prev_sample=x, pred_original_sample=x0)

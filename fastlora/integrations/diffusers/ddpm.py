@@ -15,6 +15,7 @@ from fastlora.integrations.diffusers.base import (
     Rows,
     abar_grid,
     draw,
+    promoted,
     widened,
 )
 from fastlora.integrations.diffusers.ddim import check_snr, drop_negative
@@ -107,7 +108,7 @@ class FastDDPMScheduler(FastScheduler, DDPMScheduler):
                     f" variance_type {self.variance_type}, got {model_output.shape[1]}"
                 )
             model_output, predicted = model_output.split(sample.shape[1], dim=1)
-        dtype = torch.promote_types(sample.dtype, model_output.dtype)
+        dtype = promoted(sample, model_output)
         sample = widened(sample, dtype)
         placed = self._placed(sample)
         told = self._told(timestep)
@@ -117,9 +118,8 @@ class FastDDPMScheduler(FastScheduler, DDPMScheduler):
             noise = draw(model_output, generator, model_output.dtype)
             if predicted is not None:
                 noise = noise * self._deviation(placed, row, predicted)
-        history = placed.blank(sample)
-        x, h = self._advance(placed, row, model_output, sample, dtype, noise, history)
-        x0 = h[0].to(dtype)
+        x, h = self._advance(placed, row, model_output, sample, dtype, noise, blank=True)
+        x0 = h.squeeze(0).to(dtype)
         if not return_dict:
             return x, x0
         return DDPMSchedulerOutput(prev_sample=x, pred_original_sample=x0)

@@ -132,7 +132,8 @@ class FastDPMSolverMultistepScheduler(FastScheduler, DPMSolverMultistepScheduler
         if not parts:
             return None
         if not self.lower_order_nums:
-            return placed.blank(sample, parts)
+            shape = (parts, *sample.shape)
+            return torch.zeros(shape, device=sample.device, dtype=placed.table.dtype)
         last = self.model_outputs[: -parts - 1 : -1]  # the newest first
         kept = self._kept
         if len(kept) == parts + 1 and all(a is b for a, b in zip(last, kept[1:], strict=True)):

@@ -120,12 +120,14 @@ class FastEulerDiscreteScheduler(_Euler, EulerDiscreteScheduler):
         row = placed.row(step, self)
         if variant is not None and placed.extra[step] > 0:
             noise = draw(model_output, generator, dtype).to(placed.table.dtype)
-            sample = sample.to(noise.dtype) + noise * (placed.extra[step] * s_noise)
-        x, h = self._advance(placed, row, model_output, sample, dtype, None, placed.blank(sample))
+            sample = self._remembered(sample, noise.dtype)
+            sample = sample + noise * (placed.extra[step] * s_noise)
+        x, h = self._advance(placed, row, model_output, sample, dtype, blank=True)
         self._step_index += 1
+        x0 = h.squeeze(0)
         if not return_dict:
-            return x, h[0]
-        return their_euler.EulerDiscreteSchedulerOutput(prev_sample=x, pred_original_sample=h[0])
+            return x, x0
+        return their_euler.EulerDiscreteSchedulerOutput(prev_sample=x, pred_original_sample=x0)
 
 
 class FastEulerAncestralDiscreteScheduler(_Euler, EulerAncestralDiscreteScheduler):
@@ -156,10 +158,11 @@ class FastEulerAncestralDiscreteScheduler(_Euler, EulerAncestralDiscreteSchedule
         placed = self._placed_at_step(timestep, sample)
         row = placed.row(self._step_index, self)
         noise = draw(model_output, generator, dtype)
-        x, h = self._advance(placed, row, model_output, sample, dtype, noise, placed.blank(sample))
+        x, h = self._advance(placed, row, model_output, sample, dtype, noise, blank=True)
         self._step_index += 1
+        x0 = h.squeeze(0)
         if not return_dict:
-            return x, h[0]
+            return x, x0
         return their_ancestral.EulerAncestralDiscreteSchedulerOutput(
-            prev_sample=x, pred_original_sample=h[0]
+            prev_sample=x, pred_original_sample=x0
         )

@@ -9,7 +9,7 @@ from diffusers import LCMScheduler
 from diffusers.schedulers.scheduling_lcm import LCMSchedulerOutput
 from torch import Tensor
 
-from fastlora.integrations.diffusers.base import FastScheduler, Rows, abar_grid, draw, widened
+from fastlora.integrations.diffusers.base import FastScheduler, Rows, abar_grid, draw, promoted, widened
 from fastlora.integrations.diffusers.ddim import check_snr
 from fastlora.samplers.solvers.lcm import SIGMA_DATA
 from fastlora.samplers.table import X0, Table, X
@@ -79,7 +79,7 @@ class FastLCMScheduler(FastScheduler, LCMScheduler):
         if self._step_index is None:
             self._init_step_index(timestep)
         step = self._step_index
-        dtype = torch.promote_types(sample.dtype, model_output.dtype)
+        dtype = promoted(sample, model_output)
         sample = widened(sample, dtype)
         placed = self._placed(sample)
         told, listed = self._told(timestep), self._current().timesteps
@@ -88,10 +88,9 @@ class FastLCMScheduler(FastScheduler, LCMScheduler):
         row = placed.row(step, self)
         last = step == self.num_inference_steps - 1
         noise = None if last else draw(model_output, generator, dtype)
-        history = placed.blank(sample)
-        x, h = self._advance(placed, row, model_output, sample, dtype, noise, history)
+        x, h = self._advance(placed, row, model_output, sample, dtype, noise, blank=True)
         self._step_index += 1
-        denoised = h[0].to(dtype)
+        denoised = h.squeeze(0).to(dtype)
         if not return_dict:
             return x, denoised
         return LCMSchedulerOutput(prev_sample=x, denoised=denoised)
