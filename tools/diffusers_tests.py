@@ -50,7 +50,7 @@ def scheduler_tests(checkout: Path) -> list[str]:
 
 
 def run(kind: str, checkout: Path, paths: list[str]) -> dict[str, Any]:
-    """One pytest in a process of its own, since classes are exchanged before anything is imported."""
+    """One pytest in a process of its own: classes are exchanged before it imports any test."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         command = [sys.executable, str(Path(__file__).resolve()), str(checkout), *paths]
@@ -79,11 +79,10 @@ class Outcomes:
 
 
 def inside(kind: str, checkout: Path, paths: list[str], result: Path) -> int:
+    import diffusers
     import pytest
 
-    import diffusers
-
-    if checkout in Path(diffusers.__file__).resolve().parents:
+    if checkout in Path(str(diffusers.__file__)).resolve().parents:
         raise SystemExit("diffusers_tests: expected diffusers to be installed, got the checkout's")
     steps = exchange(diffusers) if kind == "fast" else Counter()
     outcomes = Outcomes()

@@ -82,7 +82,7 @@ def restore(pipeline: Any) -> Accelerated:
 def _schedulers(pipeline: Any, operator: str) -> list[tuple[str, Any, str, Any]]:
     """(path, owner, name, scheduler) of each in the pipeline, and in pipelines inside of it."""
     try:
-        from diffusers import DiffusionPipeline
+        from diffusers.pipelines.pipeline_utils import DiffusionPipeline
         from diffusers.schedulers.scheduling_utils import SchedulerMixin
     except ImportError as error:
         message = f'{operator} needs diffusers: pip install "fastlora[diffusers]"'

@@ -1,4 +1,4 @@
-"""diffusers' schedulers with one kernel a step: subclasses, so that whatever takes the one takes the
+"""diffusers' schedulers with one kernel a step: subclasses, so that what takes the one takes the
 other. `fastlora.accelerate(pipeline)` puts them in."""
 
 try:

@@ -68,7 +68,7 @@ class Placed:
         self._index: dict[int, Tensor] = {}
 
     def row(self, step: int, owner: object = None) -> Tensor:
-        """Where the table is, the number of a row [] int64. Raises ValueError where there is none."""
+        """The number of a row [] int64, where the table is. Raises ValueError where it has none."""
         found = self._index.get(step)
         if found is None:
             rows = self.rows.coefficients
@@ -77,7 +77,6 @@ class Placed:
                 raise ValueError(f"{name}: timestep: expected {self.rows.why}, got {step}")
             found = self._index[step] = self._steps[step]
         return found
-
 
 
 @dataclass
@@ -123,7 +122,6 @@ class FastScheduler:
 
     _tables: Tables | None = None
     _precise: tuple[Any, int, Tensor] | None = None  # the last x' in 16 bits, and in float32
-    config: Any
     timesteps: Tensor
     _internal_dict: Any
 
@@ -166,15 +164,37 @@ class FastScheduler:
         known = DEFAULTS[self.replaces.__name__]
         parameters = inspect.signature(self.replaces.__init__).parameters
         for option, parameter in list(parameters.items())[1:]:
-            value = getattr(self.config, option, parameter.default)
+            value = getattr(self._options, option, parameter.default)
             if option not in known and value != parameter.default:
                 self._refuse(option, f"{parameter.default!r}, unknown here otherwise", value)
-        prediction = getattr(self.config, "prediction_type", None)
+        prediction = getattr(self._options, "prediction_type", None)
         if prediction is not None and prediction not in self.predictions:
             self._refuse("prediction_type", f"one of {', '.join(self.predictions)}", prediction)
         self._bounds()
 
     # --- what they use ---
+
+    @property
+    def _options(self: Any) -> Any:
+        return self.config
+
+    def _due(self: Any, timestep: Any) -> int:
+        """The index of the step, of those who count: from the begin index or the timestep on."""
+        if self._step_index is None:
+            self._init_step_index(timestep)
+        index: Any = self._step_index
+        return index
+
+    def _check_no_index(self, timestep: Any) -> None:
+        """Raises ValueError for an int where timesteps are not whole, as diffusers does."""
+        index = isinstance(timestep, int)
+        if isinstance(timestep, Tensor) and timestep.is_cpu:
+            index = timestep.dtype in (torch.int32, torch.int64)
+        if index:
+            raise ValueError(
+                f"{type(self).__name__}: timestep: expected one of scheduler.timesteps, not an"
+                f" index, got {timestep!r}"
+            )
 
     def _refuse(self, option: str, expected: str, got: object) -> None:
         raise ValueError(
@@ -183,11 +203,11 @@ class FastScheduler:
         )
 
     def _prediction(self) -> str:
-        return PREDICTIONS[self.config.prediction_type]
+        return PREDICTIONS[self._options.prediction_type]
 
     def _bounds(self) -> Bounds:
         """Of clip_sample and thresholding, which comes first."""
-        config = self.config
+        config = self._options
         if getattr(config, "thresholding", False):
             quantile, largest = config.dynamic_thresholding_ratio, config.sample_max_value
             if not 0 <= number(quantile) <= 1:

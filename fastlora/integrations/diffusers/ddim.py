@@ -5,11 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
-from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler, DDIMSchedulerOutput
 from torch import Tensor
 
-from fastlora.integrations.diffusers.base import FastScheduler, Rows, abar_grid, draw, promoted, widened
+from fastlora.integrations.diffusers.base import (
+    FastScheduler,
+    Rows,
+    abar_grid,
+    draw,
+    promoted,
+    widened,
+)
 from fastlora.samplers.solvers.ddim import ddim
 
 
@@ -27,7 +33,7 @@ class FastDDIMScheduler(FastScheduler, DDIMScheduler):
         eta, rederive = variant or (0.0, False)
         abar = self.alphas_cumprod.detach().to("cpu", torch.float64)
         t = torch.arange(len(abar))
-        before = t - self.config.num_train_timesteps // (self.num_inference_steps or 1)
+        before = t - self._options.num_train_timesteps // (self.num_inference_steps or 1)
         final = self.final_alpha_cumprod.detach().to("cpu", torch.float64)
         abar_next = torch.where(before >= 0, abar[before.clamp(min=0)], final)
         prediction, bounds = self._prediction(), self._bounds()
@@ -94,9 +100,9 @@ def check_snr(scheduler: Any, timesteps: Tensor, abar: Tensor) -> None:
     timesteps, abar = timesteps.cpu(), abar.cpu()
     for t in timesteps[(abar[timesteps.clamp(0, len(abar) - 1)] == 0)].tolist():
         raise ValueError(
-            f"{type(scheduler).__name__}: prediction_type: expected v_prediction or sample where the"
-            f" SNR is 0, at timestep {t}, got epsilon: predicted noise says nothing about x0 there"
-            " (rescale_betas_zero_snr is for models that predict v)"
+            f"{type(scheduler).__name__}: prediction_type: expected v_prediction or sample where"
+            f" the SNR is 0, at timestep {t}, got epsilon: predicted noise says nothing about x0"
+            " there (rescale_betas_zero_snr is for models that predict v)"
         )
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
-from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler, DDPMSchedulerOutput
 from torch import Tensor
 
 from fastlora.integrations.diffusers.base import (
@@ -40,9 +39,9 @@ class FastDDPMScheduler(FastScheduler, DDPMScheduler):
 
     def check_config(self) -> None:
         super().check_config()
-        if self.config.variance_type == "fixed_large_log":
+        if self._options.variance_type == "fixed_large_log":
             expected = f"one of {', '.join(FIXED + LEARNED)}, since the root of a logarithm is none"
-            self._refuse("variance_type", expected, self.config.variance_type)
+            self._refuse("variance_type", expected, self._options.variance_type)
 
     def _levels(self) -> tuple[Any, ...]:
         levels = self.alphas_cumprod, self.variance_type

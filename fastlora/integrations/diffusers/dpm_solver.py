@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
@@ -26,7 +26,7 @@ class FastDPMSolverMultistepScheduler(FastScheduler, DPMSolverMultistepScheduler
 
     def check_config(self) -> None:
         super().check_config()
-        config, by_flow = self.config, bool(self.config.use_flow_sigmas)
+        config, by_flow = self._options, bool(self._options.use_flow_sigmas)
         algorithm, prediction = config.algorithm_type, config.prediction_type
         on = "with" if by_flow else "without"
         if (prediction == "flow_prediction") != by_flow and prediction in (
@@ -50,7 +50,7 @@ class FastDPMSolverMultistepScheduler(FastScheduler, DPMSolverMultistepScheduler
 
     def _rows(self, variant: int) -> Rows:
         """Those from the step `variant` on, which has nothing to look back on."""
-        config, bounds = self.config, self._bounds()
+        config, bounds = self._options, self._bounds()
         sigmas = self.sigmas.detach().to("cpu", torch.float64)
         count = len(sigmas) - 1
         # A level that comes twice is a step that stays where it is. What looks back over it divides
@@ -96,9 +96,8 @@ class FastDPMSolverMultistepScheduler(FastScheduler, DPMSolverMultistepScheduler
             raise ValueError(
                 "FastDPMSolverMultistepScheduler: step: expected set_timesteps to be called before"
             )
-        if self._step_index is None:
-            self._init_step_index(timestep)
-        config = self.config
+        step = self._due(timestep)
+        config = self._options
         data, prediction = config.algorithm_type in DATA, config.prediction_type
         if config.variance_type in ("learned", "learned_range") and prediction == "epsilon":
             model_output = model_output[:, :3]  # then come the variances, which it does not use
@@ -107,9 +106,9 @@ class FastDPMSolverMultistepScheduler(FastScheduler, DPMSolverMultistepScheduler
             dtype = torch.promote_types(sample.dtype, dtype)
         sample = widened(sample, dtype)
         if self.lower_order_nums < config.solver_order:
-            self._began = self._step_index - self.lower_order_nums
+            self._began = step - self.lower_order_nums
         placed = self._placed(sample, self._began)
-        row = placed.row(self._step_index, self)
+        row = placed.row(step, self)
         noise = None
         if config.algorithm_type.startswith("sde"):
             noise = variance_noise
@@ -120,7 +119,7 @@ class FastDPMSolverMultistepScheduler(FastScheduler, DPMSolverMultistepScheduler
         self._remember(h)
         if self.lower_order_nums < config.solver_order:
             self.lower_order_nums += 1
-        self._step_index += 1
+        self._step_index = step + 1
         if not return_dict:
             return (x,)
         return SchedulerOutput(prev_sample=x)
@@ -128,7 +127,7 @@ class FastDPMSolverMultistepScheduler(FastScheduler, DPMSolverMultistepScheduler
     def _history(self, placed: Placed, sample: Tensor) -> Tensor | None:
         """What the kernel looks back on: what it has written itself, unless somebody has put
         something else into model_outputs."""
-        parts = self.config.solver_order - 1
+        parts = self._options.solver_order - 1
         if not parts:
             return None
         if not self.lower_order_nums:
@@ -146,6 +145,6 @@ class FastDPMSolverMultistepScheduler(FastScheduler, DPMSolverMultistepScheduler
             return
         parts = history.unbind()
         self._kept = (history, *parts)
-        outputs = self.model_outputs
+        outputs: list[Any] = self.model_outputs
         outputs[:-1] = outputs[1:]
         outputs[-len(parts) :] = parts[::-1]

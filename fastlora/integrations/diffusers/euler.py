@@ -6,12 +6,11 @@ import math
 from typing import Any
 
 import torch
-from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 from diffusers.schedulers import scheduling_euler_ancestral_discrete as their_ancestral
 from diffusers.schedulers import scheduling_euler_discrete as their_euler
 from torch import Tensor
 
-from fastlora.integrations.diffusers.base import FastScheduler, Placed, Rows, draw, widened
+from fastlora.integrations.diffusers.base import FastScheduler, Rows, draw, widened
 from fastlora.samplers.grid import Grid
 from fastlora.samplers.solvers.euler import euler, euler_ancestral
 from fastlora.samplers.table import Table
@@ -22,9 +21,6 @@ class _Euler(FastScheduler):
 
     sigmas: Tensor
     is_scale_input_called: bool
-    step_index: Any
-    _step_index: Any
-    _init_step_index: Any
 
     def _levels(self) -> tuple[Any, ...]:
         return self._internal_dict, self.timesteps, self.sigmas
@@ -39,21 +35,6 @@ class _Euler(FastScheduler):
         t = torch.arange(len(fine))[fine]
         return Grid(t, ones, sigma, ones, sigma_next, scale), fine
 
-    def _placed_at_step(self, timestep: Any, sample: Tensor, variant: Any = None) -> Placed:
-        """Raises ValueError for a timestep that is an index, as diffusers does."""
-        if isinstance(timestep, int) or (
-            isinstance(timestep, Tensor)
-            and timestep.device.type == "cpu"
-            and timestep.dtype in (torch.int32, torch.int64)
-        ):
-            raise ValueError(
-                f"{type(self).__name__}: timestep: expected one of scheduler.timesteps, not an"
-                f" index, got {timestep!r}"
-            )
-        if self._step_index is None:
-            self._init_step_index(timestep)
-        return self._placed(sample, variant)
-
     def _warn_unless_scaled(self, logger: Any) -> None:
         if not self.is_scale_input_called:
             logger.warning(
@@ -62,7 +43,7 @@ class _Euler(FastScheduler):
             )
 
 
-class FastEulerDiscreteScheduler(_Euler, EulerDiscreteScheduler):
+class FastEulerDiscreteScheduler(_Euler, their_euler.EulerDiscreteScheduler):
     """diffusers' EulerDiscreteScheduler whose `step` is one `sampler_step`; see
     `fastlora.samplers.euler`. With s_churn > 0 noise is added to x before it."""
 
@@ -77,11 +58,9 @@ class FastEulerDiscreteScheduler(_Euler, EulerDiscreteScheduler):
         rows.why = f"a step index below {len(fine)}, from sigma > 0"
         return rows.remember_x0()
 
-    def _churned(
-        self, grid: Grid, fine: Tensor, churn: float, low: float, high: float
-    ) -> Rows:
-        """Karras et al. (2022), Algorithm 2: from `sigma_hat = (1 + gamma) sigma` on, to which noise
-        of deviation sqrt(sigma_hat^2 - sigma^2) leads. v is read at sigma, as diffusers does."""
+    def _churned(self, grid: Grid, fine: Tensor, churn: float, low: float, high: float) -> Rows:
+        """Karras et al. (2022), Algorithm 2: from `sigma_hat = (1 + gamma) sigma` on, to which
+        noise of deviation sqrt(sigma_hat^2 - sigma^2) leads. As in diffusers v is read at sigma."""
         gamma = min(churn / len(fine), math.sqrt(2) - 1)
         gamma = torch.where((grid.sigma >= low) & (grid.sigma <= high), gamma, 0.0).double()
         hat = grid.sigma * (1 + gamma)
@@ -112,25 +91,26 @@ class FastEulerDiscreteScheduler(_Euler, EulerDiscreteScheduler):
         """x' and x̂0 as diffusers' `step` gives them, by one kernel; arguments and results are
         those. Raises ValueError for a timestep that is an index."""
         self._warn_unless_scaled(their_euler.logger)
+        self._check_no_index(timestep)
+        step = self._due(timestep)
         dtype = model_output.dtype
         sample = widened(sample, dtype)
         variant = (float(s_churn), float(s_tmin), float(s_tmax)) if s_churn > 0 else None
-        placed = self._placed_at_step(timestep, sample, variant)
-        step = self._step_index
+        placed = self._placed(sample, variant)
         row = placed.row(step, self)
         if variant is not None and placed.extra[step] > 0:
             noise = draw(model_output, generator, dtype).to(placed.table.dtype)
             sample = self._remembered(sample, noise.dtype)
             sample = sample + noise * (placed.extra[step] * s_noise)
         x, h = self._advance(placed, row, model_output, sample, dtype, blank=True)
-        self._step_index += 1
+        self._step_index = step + 1
         x0 = h.squeeze(0)
         if not return_dict:
             return x, x0
         return their_euler.EulerDiscreteSchedulerOutput(prev_sample=x, pred_original_sample=x0)
 
 
-class FastEulerAncestralDiscreteScheduler(_Euler, EulerAncestralDiscreteScheduler):
+class FastEulerAncestralDiscreteScheduler(_Euler, their_ancestral.EulerAncestralDiscreteScheduler):
     """diffusers' EulerAncestralDiscreteScheduler whose `step` is one `sampler_step`; see
     `fastlora.samplers.euler_ancestral`."""
 
@@ -153,13 +133,15 @@ class FastEulerAncestralDiscreteScheduler(_Euler, EulerAncestralDiscreteSchedule
         """x' and x̂0 as diffusers' `step` gives them, by one kernel; arguments and results are
         those. Raises ValueError for a timestep that is an index."""
         self._warn_unless_scaled(their_ancestral.logger)
+        self._check_no_index(timestep)
+        step = self._due(timestep)
         dtype = model_output.dtype
         sample = widened(sample, dtype)
-        placed = self._placed_at_step(timestep, sample)
-        row = placed.row(self._step_index, self)
+        placed = self._placed(sample)
+        row = placed.row(step, self)
         noise = draw(model_output, generator, dtype)
         x, h = self._advance(placed, row, model_output, sample, dtype, noise, blank=True)
-        self._step_index += 1
+        self._step_index = step + 1
         x0 = h.squeeze(0)
         if not return_dict:
             return x, x0

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+    FlowMatchEulerDiscreteScheduler,
     FlowMatchEulerDiscreteSchedulerOutput,
 )
 from torch import Tensor
@@ -26,9 +26,9 @@ class FastFlowMatchEulerDiscreteScheduler(FastScheduler, FlowMatchEulerDiscreteS
     def _rows(self, variant: Any) -> Rows:
         """`x' = x + (sigma' - sigma) v`, or `(1 - sigma') (x - sigma v) + sigma' z`. Levels as they
         are, also those that count from 0 to 1 (invert_sigmas)."""
-        sigmas = self.sigmas.detach().to("cpu", torch.float64)
+        sigmas = torch.as_tensor(self.sigmas).detach().to("cpu", torch.float64)
         sigma, sigma_next = sigmas[:-1], sigmas[1:]
-        if self.config.stochastic_sampling:
+        if self._options.stochastic_sampling:
             keep = 1 - sigma_next
             columns = {"c_x": keep, "c_e": -keep * sigma, "c_n": sigma_next}
         else:
@@ -56,33 +56,24 @@ class FastFlowMatchEulerDiscreteScheduler(FastScheduler, FlowMatchEulerDiscreteS
         """
         if per_token_timesteps is not None:
             return super().step(
-                model_output,
+                model_output,  # type: ignore[arg-type]
                 timestep,  # type: ignore[arg-type]
                 sample,  # type: ignore[arg-type]
                 generator=generator,
                 per_token_timesteps=per_token_timesteps,
                 return_dict=return_dict,
             )
-        if isinstance(timestep, int) or (
-            isinstance(timestep, Tensor)
-            and timestep.device.type == "cpu"
-            and timestep.dtype in (torch.int32, torch.int64)
-        ):
-            raise ValueError(
-                "FastFlowMatchEulerDiscreteScheduler: timestep: expected one of"
-                f" scheduler.timesteps, not an index, got {timestep!r}"
-            )
-        if self._step_index is None:
-            self._init_step_index(timestep)  # type: ignore[arg-type]
+        self._check_no_index(timestep)
+        step = self._due(timestep)
         dtype = model_output.dtype
         sample = widened(sample, dtype)
         placed = self._placed(sample)
-        row = placed.row(self._step_index, self)
+        row = placed.row(step, self)
         noise = None
-        if self.config.stochastic_sampling:
+        if self._options.stochastic_sampling:
             noise = draw(sample, generator, torch.float32)
         x, _ = self._advance(placed, row, model_output, sample, dtype, noise)
-        self._step_index += 1
+        self._step_index = step + 1
         if not return_dict:
             return (x,)
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=x)  # type: ignore[arg-type]

@@ -5,11 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import LCMScheduler
-from diffusers.schedulers.scheduling_lcm import LCMSchedulerOutput
+from diffusers.schedulers.scheduling_lcm import LCMScheduler, LCMSchedulerOutput
 from torch import Tensor
 
-from fastlora.integrations.diffusers.base import FastScheduler, Rows, abar_grid, draw, promoted, widened
+from fastlora.integrations.diffusers.base import (
+    FastScheduler,
+    Rows,
+    abar_grid,
+    draw,
+    promoted,
+    widened,
+)
 from fastlora.integrations.diffusers.ddim import check_snr
 from fastlora.samplers.solvers.lcm import SIGMA_DATA
 from fastlora.samplers.table import X0, Table, X
@@ -41,7 +47,7 @@ class FastLCMScheduler(FastScheduler, LCMScheduler):
             abar_next[self.num_inference_steps - 1] = 1.0
         prediction, bounds = self._prediction(), self._bounds()
         grid, fine = abar_grid(t, abar[t], abar_next, prediction)
-        tau = self.config.timestep_scaling * grid.timesteps.double()
+        tau = self._options.timestep_scaling * grid.timesteps.double()
         skip = SIGMA_DATA**2 / (tau**2 + SIGMA_DATA**2)
         denoised = X * skip + X0 * (tau * (tau**2 + SIGMA_DATA**2).rsqrt())
         table = Table.build(
@@ -76,9 +82,7 @@ class FastLCMScheduler(FastScheduler, LCMScheduler):
             raise ValueError(
                 "FastLCMScheduler: step: expected set_timesteps to be called before it"
             )
-        if self._step_index is None:
-            self._init_step_index(timestep)
-        step = self._step_index
+        step = self._due(timestep)
         dtype = promoted(sample, model_output)
         sample = widened(sample, dtype)
         placed = self._placed(sample)
@@ -89,7 +93,7 @@ class FastLCMScheduler(FastScheduler, LCMScheduler):
         last = step == self.num_inference_steps - 1
         noise = None if last else draw(model_output, generator, dtype)
         x, h = self._advance(placed, row, model_output, sample, dtype, noise, blank=True)
-        self._step_index += 1
+        self._step_index = step + 1
         denoised = h.squeeze(0).to(dtype)
         if not return_dict:
             return x, denoised
