@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastlora.samplers.arguments import number
+from fastlora.samplers.arguments import integer, number
 from fastlora.samplers.config_grids import GRIDS, Request
 from fastlora.samplers.grid import Grid
 from fastlora.samplers.options import (
@@ -121,9 +121,12 @@ def _check(name: str, wanted: Request) -> None:
     takes = (*ARGUMENTS[name], "begin")
     for field in fields(Request):
         value = getattr(wanted, field.name)
-        if field.name not in takes and not _equal(value, field.default):
+        unset = value is field.default if field.default is None else number(value) == field.default
+        if field.name not in takes and not unset:
             expected = f"none ({name} takes {', '.join(takes)})"
             raise refuse("table_from_config", field.name, expected, value)
+    if integer(wanted.begin) is None:
+        raise refuse("table_from_config", "begin", "an int", wanted.begin)
     lists = [a for a in ("steps", "timesteps", "sigmas") if getattr(wanted, a) is not None]
     several = name == "FlowMatchEulerDiscreteScheduler"  # checks their lengths
     all_of_ddpm = name == "DDPMScheduler" and wanted.every
@@ -134,10 +137,6 @@ def _check(name: str, wanted: Request) -> None:
         raise ValueError(f"table_from_config: steps: expected {expected}, got {got}")
     if wanted.mu is not None and not abs(number(wanted.mu)) < 1e3:
         raise refuse("table_from_config", "mu", "a number", wanted.mu)
-
-
-def _equal(value: Any, default: Any) -> bool:
-    return value is default or (not isinstance(value, (Tensor, Sequence)) and value == default)
 
 
 def _ddim(name: str, options: Options, wanted: Request, grid: Grid, prediction: str) -> Table:

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastlora.samplers import levels
 from fastlora.samplers.arguments import describe, integer
 from fastlora.samplers.grid import Grid, as_timesteps, between, listed, spaced
-from fastlora.samplers.options import Options, refuse, schedule_of
+from fastlora.samplers.options import Options, refuse, schedule_of, single_precision_ratios
 from fastlora.samplers.solvers.lcm import distilled
 
 
@@ -64,14 +64,14 @@ def ddpm_grid(name: str, options: Options, wanted: Request) -> Grid:
     if wanted.every:
         return listed(schedule, torch.arange(len(schedule)).flip(0))
     if wanted.timesteps is not None:
-        return listed(schedule, wanted.timesteps)
+        return listed(schedule, wanted.timesteps, name)
     return listed(schedule, _spaced(options, wanted.steps))
 
 
 def lcm_grid(name: str, options: Options, wanted: Request) -> Grid:
     schedule = schedule_of(name, options)
     if wanted.timesteps is not None:
-        return listed(schedule, wanted.timesteps)
+        return listed(schedule, wanted.timesteps, name)
     original = options["original_inference_steps"]
     return listed(schedule, distilled(len(schedule), wanted.steps, original))  # type: ignore[arg-type]
 
@@ -102,7 +102,7 @@ def _timesteps(name: str, options: Options, wanted: Request, *conflicts: str) ->
     for option in conflicts:
         if options.get(option):
             raise refuse(name, "timesteps", f"none beside {option}", wanted.timesteps)
-    return as_timesteps(wanted.timesteps, options["num_train_timesteps"])
+    return as_timesteps(wanted.timesteps, options["num_train_timesteps"], name)
 
 
 RAMPS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
@@ -210,7 +210,8 @@ def _dynamic(name: str, options: Options, mu: float | None, sigmas: Tensor) -> T
     """`e^mu / (e^mu + 1/sigma - 1)`, which is a shift by e^mu; linear: by mu."""
     if mu is None:
         raise refuse(name, "mu", "a number, since use_dynamic_shifting is on", mu)
-    return levels.shifted(sigmas, _shift_of(name, options, mu))
+    shift = _shift_of(name, options, mu)
+    return shift / (shift + (1 / sigmas - 1))  # as it is rounded where it is cut off to an int
 
 
 def _shift_of(name: str, options: Options, mu: float) -> float:
@@ -244,7 +245,7 @@ def dpm_solver_grid(name: str, options: Options, wanted: Request) -> Grid:
     if ramp is not None:
         steps = _count(name, wanted.steps)
         sigmas = _ramp(options, ramp, table[-1], table[0], steps)
-        t = levels.timesteps_of(sigmas, table)
+        t = _told_by_ramp(name, options, ramp, steps)
         if ramp in ("karras", "lu") and options["beta_schedule"] != "squaredcos_cap_v2":
             t = t.round()
     elif by_flow:
@@ -278,7 +279,7 @@ def unipc_grid(name: str, options: Options, wanted: Request) -> Grid:
     smallest = table[0].item()
     if ramp is not None:
         sigmas = _ramp(options, ramp, table[-1], table[0], steps)
-        t = levels.timesteps_of(sigmas, table)
+        t = _told_by_ramp(name, options, ramp, steps)
         if by_flow:
             sigmas = sigmas / (sigmas + 1)
             t = sigmas * T
@@ -305,14 +306,27 @@ def unipc_grid(name: str, options: Options, wanted: Request) -> Grid:
     return _multistep(name, t, sigmas, last, by_flow)
 
 
+def _told_by_ramp(name: str, options: Options, ramp: str, steps: int) -> Tensor:
+    """Timesteps to be cut off, as diffusers has them, whose schedule is float32: where the level is
+    that of 999 its models may be told 998."""
+    table = single_precision_ratios(name, options)
+    logs = table.float().log().double()
+    if ramp == "lu":
+        high, low = logs[-1].item(), logs[0].item()
+        sigmas = torch.from_numpy(np.exp(high + np.linspace(0, 1, steps) * (low - high)))
+    else:
+        sigmas = _ramp(options, ramp, table[-1], table[0], steps)
+    return levels.timesteps_of(sigmas, table, logs)
+
+
 def _multistep_timesteps(options: Options, steps: Any, last: int) -> Tensor:
     T, spacing = options["num_train_timesteps"], options["timestep_spacing"]
     return levels.multistep_positions(T, steps, spacing, options["steps_offset"], last)
 
 
 def _multistep(name: str, t: Tensor, sigmas: Tensor, last: float, by_flow: bool) -> Grid:
-    """The model is told ints, cut off; what rounding alone has put below one counts as that."""
-    told = (t + 1e-6).floor().long()
+    """The model is told ints, cut off."""
+    told = t.long()
     sigmas = levels.descending([*sigmas.tolist(), last], name)
     return levels.flow(told, sigmas) if by_flow else levels.preserving(told, sigmas)
 

@@ -122,6 +122,21 @@ class Grid:
         return a * scale / square, -s / square, s * scale / square, a / square
 
 
+def gaps(grid: Grid, operator: str) -> Tensor:
+    """`lambda' - lambda` [S] of half the log-SNR, +inf where the last step arrives at sigma = 0.
+
+    Raises ValueError where levels do not descend (the last may repeat), or have an SNR of 0.
+    """
+    h = grid.half_log_snr_next - grid.half_log_snr
+    falls = bool((h[:-1] > 0).all() & (h[-1] >= 0))
+    if not falls or not bool((grid.sigma > 0).all() & (grid.alpha > 0).all()):
+        raise ValueError(
+            f"{operator}: schedule: expected levels that descend, from an SNR above 0 to clean,"
+            f" without repetition, got sigma/alpha = {(grid.sigma / grid.alpha).tolist()}"
+        )
+    return h
+
+
 def spaced(T: int, steps: int, spacing: str, offset: int = 0) -> Tensor:
     """`steps` timesteps of 0..T-1, from noisy to clean, int64 (Lin et al., 2023, Table 2).
 
@@ -170,12 +185,14 @@ def strided(schedule: Schedule, steps: int, spacing: str = "leading", offset: in
     return between(schedule, timesteps, timesteps, timesteps - len(schedule) // len(timesteps))
 
 
-def listed(schedule: Schedule, timesteps: Sequence[float] | Tensor) -> Grid:
+def listed(
+    schedule: Schedule, timesteps: Sequence[float] | Tensor, operator: str = "listed"
+) -> Grid:
     """These timesteps of a schedule, each step arriving at the next one, the last one at
     `final_alpha_cumprod`. Raises ValueError unless they are ints of 0..T-1 that descend."""
-    t = as_timesteps(timesteps, len(schedule))
+    t = as_timesteps(timesteps, len(schedule), operator)
     if t.is_floating_point() and not bool((t == t.floor()).all()):
-        raise ValueError(f"listed: timesteps: expected ints, got {t.tolist()}")
+        raise ValueError(f"{operator}: timesteps: expected ints, got {t.tolist()}")
     t = t.long()
     return between(schedule, t, t, torch.cat((t[1:], torch.tensor([-1]))))
 
@@ -192,21 +209,25 @@ def between(schedule: Schedule, told: Tensor, start: Tensor, end: Tensor) -> Gri
     return Grid(told, *levels, torch.ones(len(told), dtype=torch.float64))
 
 
-def as_timesteps(timesteps: Sequence[float] | Tensor, T: int) -> Tensor:
-    """[S] int64 or float64, which have to lie within 0..T-1 and to descend."""
+def as_timesteps(timesteps: Sequence[float] | Tensor, T: int, operator: str) -> Tensor:
+    """[S] int64 or float64, which have to lie within 0..T-1 and to descend.
+
+    Raises TypeError for what is no list of numbers, ValueError for what is wrong in it.
+    """
+    where, got = f"{operator}: timesteps: expected", describe(timesteps)
     try:
         t = torch.as_tensor(timesteps).cpu()
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"timesteps: expected numbers, got {describe(timesteps)}") from None
+        raise TypeError(f"{where} numbers, got {got}") from None
     if t.dim() != 1 or t.numel() == 0 or t.dtype == torch.bool or t.is_complex():
-        raise ValueError(f"timesteps: expected a list of numbers, got {describe(timesteps)}")
+        raise ValueError(f"{where} a list of numbers, got {got}")
     t = t.double() if t.is_floating_point() else t.long()
     if not bool(((t >= 0) & (t <= T - 1)).all()):
-        raise ValueError(f"timesteps: expected numbers from 0 to {T - 1}, got {t.tolist()}")
+        raise ValueError(f"{where} numbers from 0 to {T - 1}, got {t.tolist()}")
     if not bool((t.diff() < 0).all()):
         raise ValueError(
-            "timesteps: expected numbers that descend, from noisy to clean, without repetition,"
-            f" got {t.tolist()}"
+            f"{where} numbers that descend, from noisy to clean, without repetition, got"
+            f" {t.tolist()}"
         )
     return t
 

@@ -45,13 +45,17 @@ def interpolated(values: Tensor, timesteps: Tensor) -> Tensor:
     return torch.from_numpy(at)
 
 
-def timesteps_of(sigmas: Tensor, table: Tensor) -> Tensor:
-    """The timesteps [S] float64 at which `table` [T] has these sigmas, log-linear between."""
-    logs, log_sigmas = table.log(), sigmas.clamp(min=1e-10).log()
+def timesteps_of(sigmas: Tensor, table: Tensor, logs: Tensor | None = None) -> Tensor:
+    """The timesteps [S] float64 at which `table` [T] has these sigmas, log-linear between.
+
+    `logs`: those of the table, as they are rounded elsewhere.
+    """
+    logs, log_sigmas = table.log() if logs is None else logs, sigmas.clamp(min=1e-10).log()
     low = (torch.searchsorted(logs, log_sigmas, right=True) - 1).clamp(0, max(len(table) - 2, 0))
     high = (low + 1).clamp(max=len(table) - 1)
     gap = logs[high] - logs[low]
-    return low + torch.where(gap > 0, (log_sigmas - logs[low]) / gap, 0.0).clamp(0, 1)
+    w = torch.where(gap > 0, (log_sigmas - logs[low]) / gap, 0.0).clamp(0, 1)
+    return (1 - w) * low + w * high
 
 
 def ramp(name: str, sigma_max: float, sigma_min: float, steps: int) -> Tensor:
@@ -230,7 +234,7 @@ def shifted(sigmas: Shifted, shift: float) -> Shifted:
 
 def stretched(sigmas: Tensor, terminal: float) -> Tensor:
     """Stretched away from 1, so that the last one becomes `terminal` (LTX-Video)."""
-    return 1 - (1 - sigmas) * (1 - terminal) / (1 - sigmas[-1])
+    return 1 - (1 - sigmas) / ((1 - sigmas[-1]) / (1 - terminal))
 
 
 def flow_grid(steps: int, shift: float = 1.0, T: int = 1000) -> Grid:

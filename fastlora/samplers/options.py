@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastlora.samplers.arguments import describe, integer, number
 from fastlora.samplers.schedule import Schedule
@@ -241,6 +242,31 @@ def bounds(options: Options) -> dict[str, Any]:
         return {"clip": None, "threshold": threshold}
     clip = options["clip_sample_range"] if options.get("clip_sample") else None
     return {"clip": clip, "threshold": None}
+
+
+def single_precision_ratios(name: str, options: Options) -> Tensor:
+    """sigma / alpha [T] as diffusers has it: float32, computed in float32, held as float64.
+
+    For what is cut off to an int, and so depends on how this is rounded.
+    """
+    T, kind = options["num_train_timesteps"], options["beta_schedule"]
+    start, end = options["beta_start"], options["beta_end"]
+    if options["trained_betas"] is None and kind == "linear":
+        betas = torch.linspace(start, end, T)
+    elif options["trained_betas"] is None and kind == "scaled_linear":
+        betas = torch.linspace(start**0.5, end**0.5, T) ** 2
+    else:
+        exact = schedule_of(name, options | {"rescale_betas_zero_snr": False}).alphas_cumprod
+        betas = (1 - exact / torch.cat((torch.ones(1).double(), exact[:-1]))).float()
+    abar = (1 - betas).cumprod(0)
+    if options["rescale_betas_zero_snr"]:
+        root = abar.sqrt()
+        first, last = root[0].clone(), root[-1].clone()
+        root = ((root - last) * (first / (first - last))) ** 2
+        betas = 1 - torch.cat((root[:1], root[1:] / root[:-1]))
+        abar = (1 - betas).cumprod(0)
+        abar[-1] = 2.0**-24
+    return (((1 - abar) / abar) ** 0.5).double()
 
 
 def schedule_of(name: str, options: Options) -> Schedule:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastlora.samplers.arguments import integer
-from fastlora.samplers.grid import Grid, grid_or
+from fastlora.samplers.grid import Grid, gaps, grid_or
 from fastlora.samplers.levels import multistep_grid
 from fastlora.samplers.schedule import Schedule
 from fastlora.samplers.table import EPS, X0, Combination, H, R, Table, X, rederived
@@ -94,7 +94,12 @@ def _update(
     grid: Grid, orders: torch.Tensor, algorithm: str, solver_type: str, m: Combination
 ) -> tuple[Combination, torch.Tensor]:
     """x' and the standard deviation of its noise."""
-    h = _gaps(grid, algorithm)
+    h = gaps(grid, "dpm_solver")
+    if not algorithm.endswith("++") and grid.sigma_next[-1] == 0:
+        raise ValueError(
+            f"dpm_solver: final: expected sigma_min for {algorithm}, got zero: steps in eps cannot"
+            " arrive at sigma = 0"
+        )
     h_0 = torch.cat((torch.ones(1).double(), h[:-1]))  # of the step before, and before that
     h_1 = torch.cat((torch.ones(1).double(), h_0[:-1]))
     finite = torch.where(orders > 1, h, 1.0)
@@ -127,22 +132,6 @@ def _update(
     before = (H - R) * (1 / r_1)
     bend = (slope - before) * (torch.where(third, 1.0, 0.0) / (r_0 + r_1))
     return X * lead + m * a + (slope + bend * r_0) * b + bend * c, noise
-
-
-def _gaps(grid: Grid, algorithm: str) -> torch.Tensor:
-    """`lambda' - lambda` [S]: +inf where the step arrives at sigma 0."""
-    h = grid.half_log_snr_next - grid.half_log_snr
-    if not bool((h[:-1] > 0).all() & (h[-1] >= 0) & (grid.sigma > 0).all()):
-        raise ValueError(
-            "dpm_solver: schedule: expected levels that descend, from noisy to clean, without"
-            f" repetition, got sigma/alpha = {(grid.sigma / grid.alpha).tolist()}"
-        )
-    if not algorithm.endswith("++") and grid.sigma_next[-1] == 0:
-        raise ValueError(
-            f"dpm_solver: final: expected sigma_min for {algorithm}, got zero: steps in eps cannot"
-            " arrive at sigma = 0"
-        )
-    return h
 
 
 def _over(e: torch.Tensor, h: torch.Tensor, limit: float) -> torch.Tensor:

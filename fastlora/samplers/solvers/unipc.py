@@ -16,7 +16,7 @@ from collections.abc import Collection
 import torch
 
 from fastlora.samplers.arguments import integer
-from fastlora.samplers.grid import Grid, grid_or
+from fastlora.samplers.grid import Grid, gaps, grid_or
 from fastlora.samplers.levels import multistep_grid
 from fastlora.samplers.schedule import Schedule
 from fastlora.samplers.table import EPS, X0, Combination, H, R, Table, X
@@ -92,7 +92,7 @@ def _rows(
     begin: int,
 ) -> tuple[Combination, Combination]:
     """x' and h', row by row."""
-    h, before = _gaps(grid), 0.0
+    h, before = gaps(grid, "unipc").tolist(), 0.0
     m = X0 if predict_x0 else EPS
     weight = 0.0  # b, of the row to come
     rows: list[tuple[Combination, Combination]] = []
@@ -131,16 +131,6 @@ def _weights(order: int, r: float, hh: float, b_h: float) -> tuple[float, tuple[
     b_1, b_2 = phi_2 / b_h, (phi_2 / hh - 0.5) * 2 / b_h
     rho = (b_1 - b_2) / (1 - r)  # of rho + rho' = b_1, r rho + rho' = b_2
     return 0.5, (rho, b_1 - rho)
-
-
-def _gaps(grid: Grid) -> list[float]:
-    h = grid.half_log_snr_next - grid.half_log_snr
-    if not bool((h[:-1] > 0).all() & (h[-1] >= 0) & (grid.sigma > 0).all()):
-        raise ValueError(
-            "unipc: schedule: expected levels that descend, from noisy to clean, without"
-            f" repetition, got sigma/alpha = {(grid.sigma / grid.alpha).tolist()}"
-        )
-    return h.tolist()
 
 
 def _stacked(rows: list[Combination]) -> Combination:
