@@ -1,17 +1,22 @@
 // One step of a solver's table in one pass over memory: chunks that stay in the first-level cache
 // go through guidance, the solver's sums, the mask and conversion one after the other. What a row
-// does not ask for costs nothing: sums leave out columns of 0, and a chunk the passes it has no use
-// for.
+// does not ask for costs nothing: sums leave out columns of 0, and chunks the passes that nobody
+// wants.
 #include "../sampler_step.h"
+
+#include <string.h>
 
 #include "../philox.h"
 #include "sampler_row.h"
 #include "scalar.h"
+#include "vector.h"
 
 namespace fastlora {
 namespace FASTLORA_ISA {
 namespace {
 
+// Where so much is written, nothing of it will be in a cache when it is read.
+constexpr int64_t kStreamedBytes = 16 << 20;
 constexpr int kSources = 6;  // x, x0, e, h, r, z, in the order of the table's columns
 
 template <class X, int N>
@@ -111,32 +116,41 @@ static inline void mix_known(const SamplerStep& p, const Row<X>& r, int64_t samp
     x_next[i] = mask[i] * x_next[i] + (1 - mask[i]) * (p_0 * known[i] + p_e * z[i]);
 }
 
+// Past the caches: what nobody reads before it has left them need not be read first either.
+template <class M>
+static inline void stream_all(M* to, const M* from, int64_t count) {
+  int64_t i = 0;
+  for (; i < count && reinterpret_cast<uintptr_t>(to + i) % kVectorBytes != 0; ++i) to[i] = from[i];
+  constexpr int64_t kStep = kVectorBytes / sizeof(M);
+  for (; i + kStep <= count; i += kStep) stream(to + i, from + i);
+  for (; i < count; ++i) to[i] = from[i];
+}
+
+// Writes m v `copies` times, `apart` elements apart.
 template <class X, class M>
-static inline void write_inputs(const SamplerStep& p, X m, int64_t at, int64_t count,
-                                const X* x_next) {
-  M* input = static_cast<M*>(p.model_input) + at;
-  for (int64_t copy = 0; copy < p.copies; ++copy) {
-    M* __restrict out = input + copy * p.batch * p.inner;
+static inline void write(X m, const X* v, int64_t count, bool streaming, M* to, int64_t copies = 1,
+                         int64_t apart = 0) {
+  if (copies == 0) return;
+  alignas(64) M line[kChunk];
+  M* __restrict first = streaming ? line : to;
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) store(out + i, Acc<M>(m * x_next[i]));
+  for (int64_t i = 0; i < count; ++i) store(first + i, Acc<M>(m * v[i]));
+  for (int64_t copy = streaming ? 0 : 1; copy < copies; ++copy) {
+    if (streaming)
+      stream_all(to + copy * apart, line, count);
+    else
+      memcpy(to + copy * apart, to, size_t(count) * sizeof(M));
   }
 }
 
-// Where x' is computed, and how it gets where it belongs.
+// The memory of x' itself where it has the type of the arithmetic.
 template <class X>
-static inline X* room_for(X* x_next, X*) {
+static inline X* as_wide(X* x_next, X*) {
   return x_next;
 }
 template <class T, class X>
-static inline X* room_for(T*, X* room) {
+static inline X* as_wide(T*, X* room) {
   return room;
-}
-template <class X>
-static inline void rounded(const X*, int64_t, X*) {}
-template <class T, class X>
-static inline void rounded(const X* from, int64_t count, T* __restrict x_next) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) store(x_next + i, from[i]);
 }
 
 // Whether a sum has use for x0, the column after that of x.
@@ -148,9 +162,9 @@ static inline bool wants_x0(const SamplerStep& p, const Row<X>& r) {
 // T: the type of x and x'.
 template <class T>
 static inline void chunk(const SamplerStep& p, const Row<Acc<T>>& r, int64_t sample, int64_t first,
-                         int64_t count) {
+                         int64_t count, bool streaming) {
   using X = Acc<T>;
-  alignas(64) X e[kChunk], x0[kChunk], z[kChunk], wide[kChunk], next[kChunk];
+  alignas(64) X e[kChunk], x0[kChunk], z[kChunk], wide[kChunk], next[kChunk], room[kChunk];
   const int64_t at = sample * p.inner + first, all = p.batch * p.inner;
   const X* x = widened(static_cast<const T*>(p.x) + at, count, wide);
   guided(p, r.w, sample, at, count, p.rescale != nullptr, e);
@@ -169,15 +183,24 @@ static inline void chunk(const SamplerStep& p, const Row<Acc<T>>& r, int64_t sam
     sources[5] = z;
   }
 
+  // Where all of it does not fit into the caches it is put together here and written past them.
   T* x_next = static_cast<T*>(p.x_next) + at;
-  X* result = room_for(x_next, next);
+  X* result = streaming ? next : as_wide(x_next, next);
   combine(r.c + kCx, sources, 6, count, result);
-  for (int k = 0; k < p.histories; ++k)
-    combine(r.c + (k == 0 ? kGx : kRx), sources, 5, count,
-            static_cast<X*>(p.history_next) + k * all + at);
-  if (p.mask != nullptr) mix_known(p, r, sample, first, count, z, x0, result);
-  rounded(result, count, x_next);
-  FASTLORA_FLOAT_TYPES(p.input_dtype, M, write_inputs<X, M>(p, r.c[kM], at, count, result));
+  for (int k = 0; k < p.histories; ++k) {
+    X* history_next = static_cast<X*>(p.history_next) + k * all + at;
+    combine(r.c + (k == 0 ? kGx : kRx), sources, 5, count, streaming ? room : history_next);
+    if (streaming) stream_all(history_next, room, count);
+  }
+  if (p.mask != nullptr) mix_known(p, r, sample, first, count, z, room, result);
+  if (result == next) write<X, T>(1, result, count, streaming, x_next);
+  FASTLORA_FLOAT_TYPES(p.input_dtype, M,
+                       write<X, M>(r.c[kM], result, count, streaming,
+                                   static_cast<M*>(p.model_input) + at, p.copies, all));
+}
+
+static inline int64_t bytes_of(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
 template <class T>
@@ -185,6 +208,9 @@ static void run(const SamplerStep& p) {
   using X = Acc<T>;
   const int64_t chunks = (p.inner + kChunk - 1) / kChunk;  // of one sample
   const int64_t total = p.batch * chunks;
+  const int64_t element = int64_t(sizeof(T)) + p.histories * int64_t(sizeof(X)) +
+                          p.copies * bytes_of(p.input_dtype);  // all that is written for one
+  const bool streaming = p.batch * p.inner * element > kStreamedBytes;
 #pragma omp parallel if (p.batch * p.inner >= kElementsPerParallel)
   {
     Row<X> row;  // of the sample that this thread is in; of all where they share their weights
@@ -196,8 +222,9 @@ static void run(const SamplerStep& p) {
       if (row_sample < 0 || (p.weight_batch > 1 && sample != row_sample))
         row = row_of<X>(p, sample);
       row_sample = sample;
-      chunk<T>(p, row, sample, first, count);
+      chunk<T>(p, row, sample, first, count, streaming);
     }
+    if (streaming) finish_streams();
   }
 }
 

@@ -195,19 +195,24 @@ def define_op(
     if autocast:
         _register_autocast(name, overload, [names.index(a) for a in autocast], mutated)
 
+    indices = {parameter: i for i, parameter in enumerate(names)}
+    missing = object()
+    usual = [defaults.get(parameter, missing) for parameter in names]
+    required = len(names) - len(defaults)
+
     def bind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        if len(args) > len(names):
-            raise TypeError(f"{name}: expected {len(names)} arguments, got {len(args)}")
-        bound = list(args)
-        for parameter in names[len(args) :]:
-            if parameter in kwargs:
-                bound.append(kwargs.pop(parameter))
-            elif parameter in defaults:
-                bound.append(defaults[parameter])
-            else:
-                raise TypeError(f"{name}: missing argument '{parameter}'")
-        if kwargs:
-            raise TypeError(f"{name}: unexpected or repeated argument '{next(iter(kwargs))}'")
+        given = len(args)
+        if given > len(names):
+            raise TypeError(f"{name}: expected {len(names)} arguments, got {given}")
+        bound = [*args, *usual[given:]]
+        for parameter, value in kwargs.items():
+            i = indices.get(parameter, -1)
+            if i < given:
+                raise TypeError(f"{name}: unexpected or repeated argument '{parameter}'")
+            bound[i] = value
+        for i in range(given, required):
+            if bound[i] is missing:
+                raise TypeError(f"{name}: missing argument '{names[i]}'")
         return bound
 
     def operator(*args: Any, **kwargs: Any) -> Any:

@@ -57,7 +57,10 @@ def sampler_step(
     All arithmetic is float32, float64 where x is. x' has x's dtype, any floating one; history,
     noise, known, mask and rescale are float32 (float64); weights and table that or float32; the
     outputs and `input_dtype` any of 32 and 16 bits, and float64 where x is. The model input holds
-    `copies` times the batch, tiled. Differentiable in x, outputs, weights, history, noise, known.
+    `copies` times the batch, tiled. A column of 0 may leave out what it would multiply, so that NaN
+    and infinities do not show there; elsewhere they do, and one NaN makes a threshold or a standard
+    deviation, so all of a sample, NaN. A sample has the same bits in any batch. Differentiable in
+    every floating argument, twice, by way of this reference.
 
     Raises ContractError (a ValueError) naming argument, expected, got; a step outside 0..S-1 raises
     on the CPU and gives NaN on CUDA.
@@ -236,7 +239,8 @@ def _plan(x: Tensor, outputs: list[Tensor], *rest: Any) -> Any:
     # One element that stands for the whole model input: `empty_like` is the cheapest allocation
     like_input = torch.empty((), dtype=input_dtype, device=x.device)
     like_input = like_input.expand(copies * x.shape[0], *x.shape[1:])
-    nothing = x.new_empty(0, dtype=wide)
+    with torch.inference_mode(False):  # one for all calls, whatever mode they are in
+        nothing = torch.empty(0, dtype=wide, device=x.device)
     like_statistics = x.new_empty((), dtype=wide).expand(x.shape[0], 2)
     on_cpu = device == "cpu"
 
@@ -260,15 +264,31 @@ def _plan(x: Tensor, outputs: list[Tensor], *rest: Any) -> Any:
         if not 0 <= quantile <= 1 <= threshold_max:  # a plan holds for all floats
             _check_numbers(quantile, threshold_max)
         x_next, model_input = empty_like(x), empty_like(like_input)
-        h_next = empty_like(nothing if history is None else history)
+        h_next = nothing if history is None else empty_like(history)
         # What is said of whole samples first; the CPU has memory of its own for it
         plain = on_cpu or (rescale is None and quantile == 0)
         statistics = None if plain else empty_like(like_statistics)
-        results = (x_next, h_next, model_input)
-        operands = (weights, table, step, history, seeds, noise, rescale, mask, known)
-        numbers = (quantile, threshold_max, copies)
-        kernel(*results, statistics, x, outputs, *operands, *numbers)
-        return results
+        kernel(
+            x_next,
+            h_next,
+            model_input,
+            statistics,
+            x,
+            outputs,
+            weights,
+            table,
+            step,
+            history,
+            seeds,
+            noise,
+            rescale,
+            mask,
+            known,
+            quantile,
+            threshold_max,
+            copies,
+        )
+        return x_next, h_next, model_input
 
     def copying(x: Any, outputs: Any, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
         rest = tuple(t.contiguous() if isinstance(t, Tensor) else t for t in rest)

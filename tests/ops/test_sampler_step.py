@@ -180,6 +180,20 @@ def test_a_sample_does_not_depend_on_its_batch(shape, statistics):
         assert same_bits(ops.sampler_step(**alone(arguments, b)), expected)
 
 
+def test_results_larger_than_the_caches():
+    """They are written past them, at addresses that are no multiples of anything."""
+    shape = (3, 4, 211, 199)  # 18 MB with 12 model inputs
+    arguments = Case(
+        shape, copies=12, input_dtype=torch.bfloat16, mask=(1, 1, *shape[2:])
+    ).arguments()
+    x_next, history_next, model_input = ops.sampler_step(**arguments)
+    for b in range(3):
+        one = ops.sampler_step(**alone(arguments, b))
+        parts = (x_next[b : b + 1], history_next[:, b : b + 1], model_input[b : b + 1])
+        assert same_bits(one, parts)
+    assert torch.equal(model_input, model_input[:3].repeat(12, 1, 1, 1))
+
+
 def test_threads_do_not_change_bits():
     threads = torch.get_num_threads()
     case = Case((3, 4, 128, 128), rescale=1, quantile=0.995, mask=(1, 1, 128, 128))
