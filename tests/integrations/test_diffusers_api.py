@@ -178,6 +178,20 @@ def test_ddim_from_a_timestep_that_is_not_listed():
     torch.testing.assert_close(ours.step(network(x, 5), 333, x).prev_sample, expected)
 
 
+def test_elements_are_known_by_their_places():
+    """So that timesteps on a GPU need not be read there."""
+    from fastlora.integrations.diffusers.base import place_of
+
+    timesteps = torch.tensor([30, 20, 10, 0])
+    assert [place_of(t, timesteps) for t in timesteps] == [0, 1, 2, 3]
+    assert [place_of(t, timesteps) for t in timesteps[2:]] == [2, 3]
+    assert place_of(timesteps[1:2], timesteps) == 1
+    assert place_of(timesteps[1].clone(), timesteps) is None
+    assert place_of(timesteps[1].int(), timesteps) is None
+    assert place_of(torch.tensor([40, *timesteps.tolist()])[2], timesteps) is None
+    assert place_of(timesteps[0], timesteps[1:]) is None  # before its first
+
+
 def test_lcm_with_another_timestep_than_is_due():
     theirs, ours = pair("LCMScheduler")
     x = start()

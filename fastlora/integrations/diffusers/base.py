@@ -252,11 +252,8 @@ class FastScheduler:
         return placed
 
     def _told(self, timestep: Any) -> float | None:
-        """The timestep as a number; None where only the device knows it.
-
-        Elements of `timesteps` are known by their addresses: as long as they live nothing else is
-        there. So a loop over a scheduler's timesteps never waits for the device.
-        """
+        """The timestep as a number; None where only the device knows it. A loop over a scheduler's
+        timesteps never waits for the device: its elements are known by their places."""
         if not isinstance(timestep, Tensor):
             return timestep
         if timestep.numel() != 1:
@@ -264,13 +261,8 @@ class FastScheduler:
             raise ValueError(f"{name}: timestep: expected one number, got {got}")
         if timestep.is_cpu:
             return timestep.item()
-        listed = self.timesteps
-        if listed.device == timestep.device and listed.dtype == timestep.dtype:
-            size = listed.element_size()
-            at = timestep.data_ptr() - listed.data_ptr()
-            if listed.is_contiguous() and 0 <= at < size * listed.numel():
-                return self._current().timesteps[at // size]
-        return None
+        place = place_of(timestep, self.timesteps)
+        return None if place is None else self._current().timesteps[place]
 
     def _row(self, placed: Placed, timestep: Any, told: float | None) -> Tensor:
         """The row of a table over all timesteps."""
@@ -357,6 +349,16 @@ class FastScheduler:
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles make their own tables."""
         return {k: v for k, v in self.__dict__.items() if k not in ("_tables", "_precise")}
+
+
+def place_of(element: Tensor, listed: Tensor) -> int | None:
+    """Which element of `listed` this tensor is, by its address: as long as it lives nothing else is
+    there. None for a copy."""
+    if element.device != listed.device or element.dtype != listed.dtype:
+        return None
+    size, at = listed.element_size(), element.data_ptr() - listed.data_ptr()
+    inside = listed.is_contiguous() and 0 <= at < size * listed.numel()
+    return at // size if inside else None
 
 
 def promoted(a: Tensor, b: Tensor) -> torch.dtype:
