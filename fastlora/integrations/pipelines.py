@@ -70,7 +70,7 @@ def restore(pipeline: Any) -> Accelerated:
     replaced: dict[str, str] = {}
     left: dict[str, str] = {}
     for path, owner, name, scheduler in _schedulers(pipeline, "restore"):
-        original = vars(scheduler).get("replaced")
+        original = vars(scheduler).get("original")
         if original is None:
             left[path] = f"{type(scheduler).__name__} replaces nothing"
             continue
@@ -119,7 +119,7 @@ def _counterpart(cls: Any, scheduler: Any) -> Any:
         # tensors and the configuration are shared, what steps write to in place is not
         vars(drop_in)[name] = list(value) if type(value) is list else value
     drop_in.check_config()
-    drop_in.replaced = scheduler
+    drop_in.original = scheduler
     return drop_in
 
 

@@ -180,7 +180,7 @@ def test_ddim_from_a_timestep_that_is_not_listed():
 
 def test_elements_are_known_by_their_places():
     """So that timesteps on a GPU need not be read there."""
-    from fastlora.integrations.diffusers.base import place_of
+    from fastlora.integrations.diffusers.base import nth, place_of
 
     timesteps = torch.tensor([30, 20, 10, 0])
     assert [place_of(t, timesteps) for t in timesteps] == [0, 1, 2, 3]
@@ -190,6 +190,11 @@ def test_elements_are_known_by_their_places():
     assert place_of(timesteps[1].int(), timesteps) is None
     assert place_of(torch.tensor([40, *timesteps.tolist()])[2], timesteps) is None
     assert place_of(timesteps[0], timesteps[1:]) is None  # before its first
+    scheduler = Case("EulerDiscreteScheduler").theirs()
+    for listed in ([30.0, 20.0, 10.0], [30.0, 20.0, 20.0, 20.0, 10.0]):
+        assert [nth(t, listed) for t in listed] == [
+            scheduler.index_for_timestep(t, torch.tensor(listed)) for t in listed
+        ]
 
 
 def test_lcm_with_another_timestep_than_is_due():

@@ -116,7 +116,7 @@ class FastScheduler:
 
     predictions: ClassVar[tuple[str, ...]] = ("epsilon", "sample", "v_prediction")
     replaces: ClassVar[type]  # diffusers' own class
-    replaced: Any = None  # diffusers' own object, where `accelerate` took its place
+    original: Any = None  # the object in the place of which `accelerate` has put this one
 
     keep_float32 = True  # between steps, where samples have 16 bits
 
@@ -184,6 +184,16 @@ class FastScheduler:
             self._init_step_index(timestep)
         index: Any = self._step_index
         return index
+
+    def _init_step_index(self: Any, timestep: Any) -> None:
+        """As diffusers does, but without asking a GPU for a timestep that is known."""
+        told = None
+        if isinstance(timestep, Tensor) and not timestep.is_cpu and self._begin_index is None:
+            told = self._told(timestep)
+        if told is None:
+            super()._init_step_index(timestep)  # type: ignore[misc]
+        else:
+            self._step_index = nth(told, self._current().timesteps)
 
     def _check_no_index(self, timestep: Any) -> None:
         """Raises ValueError for an int where timesteps are not whole, as diffusers does."""
@@ -359,6 +369,12 @@ def place_of(element: Tensor, listed: Tensor) -> int | None:
     size, at = listed.element_size(), element.data_ptr() - listed.data_ptr()
     inside = listed.is_contiguous() and 0 <= at < size * listed.numel()
     return at // size if inside else None
+
+
+def nth(told: float, timesteps: list[float]) -> int:
+    """Where it is listed; the second place where there are more, which is diffusers' rule."""
+    found = [i for i, listed in enumerate(timesteps) if listed == told]
+    return found[1] if len(found) > 1 else found[0]
 
 
 def promoted(a: Tensor, b: Tensor) -> torch.dtype:
