@@ -28,6 +28,7 @@ from fastlora.adapters import (
     unfold,
 )
 from fastlora.formats.files import FormatError
+from fastlora.integrations.pipelines import accelerate, restore
 from fastlora.ops import ContractError, emulated
 from fastlora.samplers import Sampler, Schedule, ddim, noise, sample, sample_steps
 from fastlora.tuning import TuneReport, tune
@@ -46,6 +47,7 @@ __all__ = [
     "Spectral",
     "TuneReport",
     "VerifyReport",
+    "accelerate",
     "adapters",
     "ddim",
     "disable",
@@ -59,6 +61,7 @@ __all__ = [
     "parameters",
     "remove",
     "reserve",
+    "restore",
     "sample",
     "sample_steps",
     "save",

@@ -67,6 +67,7 @@ def test_layers_below_do_not_know_those_above():
         "samplers": {"ops", "adapters"},
         "training": {"ops", "adapters", "samplers"},
         "methods": {"ops", "adapters", "samplers", "training", "models"},
+        "integrations": {"ops", "adapters", "samplers"},
     }
     graph = imports(PACKAGE)
     for part, below in allowed.items():
