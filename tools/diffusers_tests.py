@@ -72,10 +72,19 @@ class Outcomes:
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.when == "call" or report.outcome != "passed":
-            self.tests[report.nodeid] = report.outcome
-            if report.outcome == "failed":
-                crash = getattr(report.longrepr, "reprcrash", None)
-                self.errors[report.nodeid] = crash.message if crash else str(report.longrepr)
+            self.keep(report)
+
+    def pytest_collectreport(self, report: Any) -> None:
+        """A file that cannot be imported is a failure too."""
+        if report.outcome == "failed":
+            self.keep(report)
+
+    def keep(self, report: Any) -> None:
+        self.tests[report.nodeid] = report.outcome
+        if report.outcome == "failed":
+            crash = getattr(report.longrepr, "reprcrash", None)
+            error = crash.message if crash else str(report.longrepr).strip().splitlines()[-1]
+            self.errors[report.nodeid] = error
 
 
 def inside(kind: str, checkout: Path, paths: list[str], result: Path) -> int:
@@ -86,7 +95,16 @@ def inside(kind: str, checkout: Path, paths: list[str], result: Path) -> int:
         raise SystemExit("diffusers_tests: expected diffusers to be installed, got the checkout's")
     steps = exchange(diffusers) if kind == "fast" else Counter()
     outcomes = Outcomes()
-    arguments = ["-q", "--tb=no", "-p", "no:cacheprovider", "-p", "no:warnings", "--no-header"]
+    arguments = [
+        "-q",
+        "--tb=no",
+        "--continue-on-collection-errors",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:warnings",
+        "--no-header",
+    ]
     code = pytest.main([*arguments, f"--rootdir={checkout}", *paths], plugins=[outcomes])
     kept = {"tests": outcomes.tests, "errors": outcomes.errors, "steps": steps}
     result.write_text(json.dumps(kept | {"version": diffusers.__version__}))

@@ -14,6 +14,15 @@ from torch import Tensor
 
 diffusers: Any = pytest.importorskip("diffusers")
 
+NAMES = [
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "LCMScheduler",
+]
 SHAPE = (2, 3, 8, 8)
 
 
@@ -158,3 +167,20 @@ def distance(a: list[Tensor], b: list[Tensor]) -> float:
         scale = v.abs().max().item()
         worst = max(worst, (u.double() - v.double()).abs().max().item() / scale)
     return worst
+
+
+def pair(name: str, steps: int = 4, **options: Any) -> tuple[Any, Any]:
+    """diffusers' scheduler and the drop-in, their timesteps set."""
+    case = Case(name, options)
+    both = case.theirs(), case.ours()
+    for scheduler in both:
+        scheduler.set_timesteps(steps)
+    return both
+
+
+def first_step(scheduler: Any, x: Tensor | None = None, **arguments: Any) -> Any:
+    x = start() if x is None else x
+    t = scheduler.timesteps[0]
+    if hasattr(scheduler, "scale_model_input"):
+        scheduler.scale_model_input(x, t)
+    return scheduler.step(network(x, t), t, x, **arguments)

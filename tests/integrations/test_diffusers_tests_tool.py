@@ -37,6 +37,7 @@ def run(tmp_path, source):
     folder = tmp_path / "tests" / "schedulers"
     folder.mkdir(parents=True)
     (folder / "test_scheduler_ddim.py").write_text(source)
+    (folder / "test_scheduler_ddpm.py").write_text("import no_such_module")
     command = [sys.executable, str(TOOL), str(tmp_path)]
     return subprocess.run(command, capture_output=True, text=True)
 
@@ -47,6 +48,7 @@ def test_counts_and_exit_code(tmp_path):
     done = run(tmp_path, GOOD + NAME + NEVER)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "2 / 1 / 0" in done.stdout and "1 / 2 / 0" in done.stdout
+    assert re.search(r"test_scheduler_ddpm.py +0 / 1 / 0 +0 / 1 / 0\n", done.stdout)
     assert "FastDDIMScheduler 1" in done.stdout
     assert re.search(r"failed with the drop-ins only: \S+test_name\n", done.stdout)
     assert re.search(r"failed without them too: \S+test_never\n", done.stdout)

@@ -247,7 +247,8 @@ class FastScheduler:
             if len(tables.rows) >= MANY:
                 tables.rows.clear()
                 tables.placed.clear()
-            rows = tables.rows[variant] = self._rows(variant)
+            with torch.inference_mode(False):  # so that gradients may be taken of them elsewhere
+                rows = tables.rows[variant] = self._rows(variant)
         return rows
 
     def _placed(self, sample: Tensor, variant: Any = None) -> Placed:
@@ -258,7 +259,8 @@ class FastScheduler:
         placed = tables.placed.get(key)
         if placed is None:
             rows = self._made(variant)
-            placed = tables.placed[key] = Placed(rows, sample.device, wide)
+            with torch.inference_mode(False):
+                placed = tables.placed[key] = Placed(rows, sample.device, wide)
         return placed
 
     def _told(self, timestep: Any) -> float | None:
@@ -331,8 +333,13 @@ class FastScheduler:
         if not narrow:
             return x_next, history_next
         if self.keep_float32 and not (x_next.requires_grad or rounded.is_inference()):
-            self._precise = weakref.ref(rounded), rounded._version, x_next
+            given = weakref.ref(rounded, self._forget)
+            self._precise = given, rounded._version, x_next
         return rounded, history_next
+
+    def _forget(self, given: Any) -> None:
+        if self._precise is not None and self._precise[0] is given:
+            self._precise = None
 
     def _remembered(self, sample: Tensor, wide: torch.dtype) -> Tensor:
         """The sample in the arithmetic's dtype: what it was rounded from, if that is known."""

@@ -51,7 +51,7 @@ class FastDPMSolverMultistepScheduler(FastScheduler, DPMSolverMultistepScheduler
     def _rows(self, variant: int) -> Rows:
         """Those from the step `variant` on, which has nothing to look back on."""
         config, bounds = self._options, self._bounds()
-        sigmas = self.sigmas.detach().to("cpu", torch.float64)
+        sigmas = self.sigmas.detach().to("cpu", torch.float64, copy=True)
         count = len(sigmas) - 1
         # A level that comes twice is a step that stays where it is. What looks back over it divides
         # by nothing: those rows are left out, and the others do not depend on a billionth.
