@@ -17,6 +17,11 @@ PEFT, COMPILED = 2.5, 1.05
 # The share of the library's rate that the main loop is to reach, by compute capability.
 LOOP = {80: 0.90, 90: 0.55}
 GEMM = [4096, 4096, 4096]
+# A sampler step with guidance: against diffusers by shape, over a copy of its bytes, of bandwidth.
+STEPS = {"1x4x64x64": 10.0, "4x4x128x128": 5.0}
+SOLVERS = {"DDIM": "epsilon eta=0", "2M": "2M"}
+COPIED, LARGE = 1.5, "16x4x128x128"
+BANDWIDTH, HUGE = 0.85, "64x16x128x128"
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ def rows(report: dict[str, Any]) -> list[Row]:
             microseconds, "that nothing waits for the device: tests/gpu")
     )  # fmt: skip
     found.append(cpu_forward(on_cpu, gpu))
-    return found
+    return found + stepping(on_cpu, on_gpu, gpu)
 
 
 def row(
@@ -164,6 +169,43 @@ def folding(items: Items, machine: dict[str, Any], gpu: bool) -> list[Row]:
         row("fold of SD 1.5, bf16, over copy bandwidth", "<=", 1.3, over, gpu, times, note),
         row("fold of SD 1.5, bf16, against PEFT's merge", ">=", 50.0, faster, gpu, times),
     ]
+
+
+def stepping(on_cpu: Items, on_gpu: Items, gpu: bool) -> list[Row]:
+    """Medians of one run: `sampler_step` beside diffusers, and beside copying the same bytes."""
+
+    def ratio(items: Items, group: str, over: str, clock: str | None = None) -> float | None:
+        """How often longer `over` takes than fastlora."""
+
+        def taken(contender: str) -> float | None:
+            found = named(items, f"sampler_step {group}", contender)
+            return first(
+                i["extra_info"].get(clock) if clock else i["stats"]["median"] for i in found
+            )
+
+        ours, other = taken("fastlora"), taken(over)
+        return other / ours if ours and other else None
+
+    found = [
+        row(f"CFG + {solver} step, {shape}, CPU, against diffusers", ">=", target,
+            ratio(on_cpu, f"{shape} {group}", "diffusers"), not gpu, times)
+        for solver, group in SOLVERS.items()
+        for shape, target in STEPS.items()
+    ]  # fmt: skip
+    copy = ratio(on_cpu, f"{LARGE} epsilon eta=0", "floor")
+    found.append(
+        row(f"CFG + DDIM step, {LARGE}, CPU, over a copy of its bytes", "<=", COPIED,
+            None if copy is None else 1 / copy, not gpu, times)
+    )  # fmt: skip
+    share = ratio(on_gpu, f"{HUGE} epsilon eta=0", "floor", "captured")
+    found.append(
+        row(f"CFG + DDIM step, {HUGE}, of copy bandwidth", ">=", BANDWIDTH, share, gpu, percent)
+    )
+    if not gpu:
+        return found
+    why = "needs a run without a GPU"
+    return [Row(r.measure, r.target, why, None) if "CPU" in r.measure and r.met is None else r
+            for r in found]  # fmt: skip
 
 
 # --- picking and averaging ------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def whole(models: tuple[str, ...], contender: str, ratio: float, **extra: Any) -
 
 def by_measure(items: list[Any], **machine: Any) -> dict[str, targets.Row]:
     found = targets.rows({"benchmarks": items, "machine_info": machine})
-    assert len(found) == 12
+    assert len(found) == 18
     return {row.measure: row for row in found}
 
 
@@ -73,7 +73,7 @@ def test_a_part_of_the_layers_meets_no_target():
 
 def test_without_a_gpu_its_rows_say_so():
     found = by_measure(whole(MODELS[:1], "fastlora", 1.0))
-    assert sum(row.measured == "needs a GPU" for row in found.values()) == 10
+    assert sum(row.measured == "needs a GPU" for row in found.values()) == 11
     assert all(row.met is None for row in found.values() if row.measured == "needs a GPU")
 
 
@@ -94,7 +94,11 @@ def test_rows_of_a_gpu():
     items += [item("set_scale", "fastlora", strengths=True, host=49.0, device="cuda")]
     machine = {"gpu": "NVIDIA H200", "capability": 90, "ceilings": {"bytes": 4e12}}
     found = by_measure(items, **machine)
-    shown = {m.split(",")[0]: (r.measured, r.met) for m, r in found.items() if "fold" not in m}
+    shown = {
+        m.split(",")[0]: (r.measured, r.met)
+        for m, r in found.items()
+        if "fold" not in m and "step" not in m
+    }
     assert shown == {
         "forward r=16": ("needs a run without a GPU", None),  # the CPU's; the GPU's below
         "forward r=64": ("1.210x", False),
@@ -171,3 +175,30 @@ def test_calls_are_counted():
     """A round of many calls is shown as one of them."""
     lines = report.others([item("tiny", "fastlora", 1e-3, calls=200)], {}).lines
     assert lines[1][1] == "5.00 µs"
+
+
+def test_sampler_steps():
+    def both(group: str, ours: float, **others: float) -> list[Any]:
+        found = [item(f"sampler_step {group}", "fastlora", ours)]
+        return found + [item(f"sampler_step {group}", n, s) for n, s in others.items()]
+
+    items = both("1x4x64x64 epsilon eta=0", 10e-6, diffusers=105e-6, floor=5e-6)
+    items += both("4x4x128x128 2M", 10e-6, diffusers=45e-6)
+    items += both("16x4x128x128 epsilon eta=0", 300e-6, floor=225e-6)
+    found = by_measure(items)
+    ddim = found["CFG + DDIM step, 1x4x64x64, CPU, against diffusers"]
+    assert (ddim.measured, ddim.target, ddim.met) == ("10x", ">= 10x", True)
+    multistep = found["CFG + 2M step, 4x4x128x128, CPU, against diffusers"]
+    assert (multistep.measured, multistep.met) == ("4.50x", False)
+    copied = found["CFG + DDIM step, 16x4x128x128, CPU, over a copy of its bytes"]
+    assert (copied.measured, copied.met) == ("1.33x", True)
+    assert found["CFG + DDIM step, 64x16x128x128, of copy bandwidth"].measured == "needs a GPU"
+    captured = {"device": "cuda", "captured": 100.0}
+    items = [item("sampler_step 64x16x128x128 epsilon eta=0", "fastlora", **captured)]
+    items += [item("sampler_step 64x16x128x128 epsilon eta=0", "floor", device="cuda", captured=90)]
+    found = by_measure(items, gpu="H200")
+    share = found["CFG + DDIM step, 64x16x128x128, of copy bandwidth"]
+    assert (share.measured, share.met) == ("90 %", True)
+    assert found["CFG + DDIM step, 1x4x64x64, CPU, against diffusers"].measured == (
+        "needs a run without a GPU"
+    )

@@ -298,3 +298,18 @@ def test_what_is_no_schedule(solver):
 def test_what_is_no_flow(grid):
     with pytest.raises(TypeError, match="flow_heun: grid: expected a Grid or a number of steps"):
         flow_heun(grid)
+
+
+@pytest.mark.parametrize("solver_type", ["midpoint", "heun"])
+@pytest.mark.parametrize(
+    ("algorithm", "order"),
+    [(a, n) for a in ("dpmsolver++", "dpmsolver", "sde-dpmsolver++") for n in (1, 2, 3)]
+    + [("sde-dpmsolver", 1), ("sde-dpmsolver", 2)],
+)
+def test_a_last_step_that_repeats_its_level_stays_there(algorithm, order, solver_type):
+    alpha = torch.tensor([0.2, 0.5, 0.8, 0.95, 0.99, 0.99]).double()
+    grid = Grid.through(torch.tensor([900, 600, 300, 100, 0]), alpha, (1 - alpha**2).sqrt())
+    options = {"order": order, "algorithm": algorithm, "solver_type": solver_type}
+    table = dpm_solver(grid, **options, lower_order_final=False)
+    row = {name: table.column(name)[-1].item() for name in ("c_x", "c_e", "c_h", "c_r", "c_n")}
+    assert row == pytest.approx({"c_x": 1, "c_e": 0, "c_h": 0, "c_r": 0, "c_n": 0}, abs=1e-12)

@@ -39,7 +39,8 @@ def dpm_solver(
     m by lambda from the steps before; the sde forms add noise (section 5 of the second). The first
     steps have fewer to look back on. The last is of first order where it arrives at sigma 0, with
     `euler_at_final`, and, with `lower_order_final`, of fewer than 15 steps (then the last but one
-    is at most of second order).
+    is at most of second order). Order 3 is as published and as diffusers has it, and converges with
+    order 2: the curvature enters with half of the weight that order 3 takes.
 
     `spacing`, `sigmas` and `final` are those of `multistep_grid`; final is zero, or sigma_min for
     dpmsolver and sde-dpmsolver, which cannot arrive at 0. A Grid in the place of the schedule has
@@ -103,31 +104,33 @@ def _update(
     h_0 = torch.cat((torch.ones(1).double(), h[:-1]))  # of the step before, and before that
     h_1 = torch.cat((torch.ones(1).double(), h_0[:-1]))
     finite = torch.where(orders > 1, h, 1.0)
-    r_0, r_1 = h_0 / finite, h_1 / finite
+    still = finite == 0  # a last step that repeats its level: all that it adds is 0
+    over = torch.where(still, 1.0, finite)
+    r_0, r_1 = h_0 / over, h_1 / over
     alpha, sigma = grid.alpha_next, grid.sigma_next
     second, third = orders == 2, orders == 3
     if algorithm == "dpmsolver++":
         e = torch.expm1(-h)
         lead, a = sigma / grid.sigma, -alpha * e
         midpoint, heun = -0.5 * alpha * e, alpha * (_over(e, finite, -1.0) + 1)
-        curvature = -alpha * ((e + finite) / finite**2 - 0.5)
+        curvature = -alpha * ((e + finite) / over**2 - 0.5)
         noise = torch.zeros_like(h)
     elif algorithm == "sde-dpmsolver++":
         q = -torch.expm1(-2 * h)
         lead, a = sigma / grid.sigma * torch.exp(-h), alpha * q
         midpoint, heun = 0.5 * alpha * q, alpha * (1 - _over(q, 2 * finite, 1.0))
-        curvature = alpha * ((q - 2 * finite) / (2 * finite) ** 2 - 0.5)
+        curvature = alpha * ((q - 2 * finite) / (2 * over) ** 2 - 0.5)
         noise = sigma * q.sqrt()
     else:
         e, twice = torch.expm1(h), 2.0 if algorithm.startswith("sde") else 1.0
         lead, a = alpha / grid.alpha, -twice * sigma * e
         midpoint, heun = -0.5 * twice * sigma * e, -twice * sigma * (_over(e, finite, 1.0) - 1)
-        curvature = -sigma * ((e - finite) / finite**2 - 0.5)
+        curvature = -sigma * ((e - finite) / over**2 - 0.5)
         noise = sigma * torch.expm1(2 * h).sqrt() * (twice - 1)
     b = torch.where(
         third, heun, torch.where(second, heun if solver_type == "heun" else midpoint, 0.0)
     )
-    c = torch.where(third, curvature, 0.0)
+    c = torch.where(third & ~still, curvature, 0.0)
     slope = (m - H) * (1 / r_0)
     before = (H - R) * (1 / r_1)
     bend = (slope - before) * (torch.where(third, 1.0, 0.0) / (r_0 + r_1))
