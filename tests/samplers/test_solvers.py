@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastlora.samplers import (
+    Grid,
     Schedule,
     ddim,
     ddim_inversion,
