@@ -50,8 +50,18 @@ def fastlora_step(x: Any, output: Any, table: Table, **options: Any) -> Step:
     names = ("history", "seeds", "noise", "rescale", "mask", "known")
     optional = [options.get(name) for name in names]
     quantile = options.get("quantile", 0.0)
-    rest = (*optional, quantile, LARGEST, 2, x.dtype)
-    return lambda: ops.sampler_step(x, [output], weights, coefficients, row, *rest)
+    arguments: Any = (
+        [output],
+        weights,
+        coefficients,
+        row,
+        *optional,
+        quantile,
+        LARGEST,
+        2,
+        x.dtype,
+    )
+    return lambda: ops.sampler_step(x, *arguments)
 
 
 def diffusers_step(scheduler: Any, x: Any, output: Any, rescale: bool = False, **more: Any) -> Step:

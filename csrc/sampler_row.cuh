@@ -29,12 +29,13 @@ __device__ __forceinline__ const float* weights_of(const SamplerStep& p, int64_t
          (p.weight_batch > 1 ? sample : 0);
 }
 
-// e = sum_j w_j e_j for kWidth elements from `at` on. N: the number of outputs, 0 for any.
-template <class E, int N>
+// e = sum_j w_j e_j for kWidth elements from `at` on. N: the number of outputs, 0 for any;
+// kAtOnce: of how many the loads may be on their way together.
+template <class E, int N, int kAtOnce = (N > 0 ? N : 2)>
 __device__ __forceinline__ void guide(const SamplerStep& p, const float* w, int64_t at,
                                       bool vectors, int count, float* e) {
   const int n = N > 0 ? N : p.n;
-#pragma unroll
+#pragma unroll kAtOnce
   for (int j = 0; j < n; ++j) {
     float e_j[kWidth];
     load(static_cast<const E*>(p.outputs[j]) + at, vectors, count, e_j);

@@ -62,7 +62,7 @@ __device__ __forceinline__ float rescaling(const SamplerStep& p, const float* w,
       float v[kWidth];
       load(static_cast<const E*>(p.outputs[0]) + at, vectors, count, v);
       add_moments(v, count, means[0], sums);
-      guide<E, 0>(p, w, at, vectors, count, v);
+      guide<E, 0, 1>(p, w, at, vectors, count, v);
       add_moments(v, count, means[1], sums + 2);
     });
 #pragma unroll
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kMostThreads)
           const int64_t at = sample * p.inner + first;
           float x[kWidth], e[kWidth];
           load(static_cast<const T*>(p.x) + at, vectors, count, x);
-          guide<E, 0>(p, w, at, vectors, count, e);
+          guide<E, 0, 1>(p, w, at, vectors, count, e);
 #pragma unroll
           for (int i = 0; i < kWidth; ++i)
             if (i < count)

@@ -175,12 +175,10 @@ template <class T, class E>
 void launch_typed(const SamplerStep& p, bool vectors, void* stream) {
   const bool plain = p.histories == 0 && p.seeds == nullptr && p.noise == nullptr &&
                      p.mask == nullptr && !p.reduces();
-  const auto kernel =
-      plain
-          ? (p.n == 1   ? sampler_step_kernel<T, E, 1, true>
-             : p.n == 2 ? sampler_step_kernel<T, E, 2, true>
-                        : sampler_step_kernel<T, E, 0, true>)
-          : (p.n == 2 ? sampler_step_kernel<T, E, 2, false> : sampler_step_kernel<T, E, 0, false>);
+  const auto kernel = !plain     ? sampler_step_kernel<T, E, 0, false>
+                      : p.n == 1 ? sampler_step_kernel<T, E, 1, true>
+                      : p.n == 2 ? sampler_step_kernel<T, E, 2, true>
+                                 : sampler_step_kernel<T, E, 0, true>;
   launch("sampler_step", kernel, elementwise_grid(p.batch, p.inner), dim3(kThreads), 0, stream, p,
          vectors);
 }

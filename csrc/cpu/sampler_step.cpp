@@ -210,7 +210,7 @@ static void run(const SamplerStep& p) {
   const int64_t total = p.batch * chunks;
   const int64_t element = int64_t(sizeof(T)) + p.histories * int64_t(sizeof(X)) +
                           p.copies * bytes_of(p.input_dtype);  // all that is written for one
-  const bool streaming = p.batch * p.inner * element > kStreamedBytes;
+  const bool streaming = p.batch * p.inner * element >= kStreamedBytes;
 #pragma omp parallel if (p.batch * p.inner >= kElementsPerParallel)
   {
     Row<X> row;  // of the sample that this thread is in; of all where they share their weights
