@@ -61,6 +61,7 @@ BENCHMARKS = {
         for model in NAMES
     },
     "other operators": ["bench/bench_sampler.py", "bench/bench_spectral.py"],
+    "loops": ["bench/bench_loop.py", "bench/bench_schedulers.py"],
 }  # fmt: skip
 LEAST = 30.0  # seconds: with less time left no step begins
 UNFINISHED = 3  # the exit code where steps are left for another call

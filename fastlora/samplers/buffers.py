@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastlora.samplers.arguments import describe, moved
+from fastlora.samplers.arguments import describe, equal, moved
 
 Writes = list[tuple[Tensor, Tensor]]  # (buffer, its new values)
 
@@ -56,13 +56,6 @@ def fitting(buffers: Any, values: Any, part: slice, argument: str) -> Iterator[t
             f"Sampler: {argument}: expected {buffers!r}, which cannot change after the Sampler was"
             f" made, got {values!r}"
         )
-
-
-def equal(a: Any, b: Any) -> bool:
-    try:
-        return bool(a == b)
-    except (TypeError, ValueError, RuntimeError):
-        return False
 
 
 def write(writes: Writes) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.ops.sampler_step import MAX_OUTPUTS, mask_fits
-from fastlora.samplers.arguments import describe, number
+from fastlora.samplers.arguments import describe, equal, number
 from fastlora.samplers.noise import as_seeds
 from fastlora.samplers.table import Table
 
@@ -172,12 +172,14 @@ def rescaling(operator: str, phi: float | Tensor, batch: int) -> Tensor | None:
 def inpainting(operator: str, mask: Tensor, known: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """mask as `sampler_step` takes it and known as large as x."""
     shape = list(x.shape)
-    if not isinstance(mask, Tensor) or not mask_fits(mask.shape, x.shape):
+    real = isinstance(mask, Tensor) and not mask.is_complex()
+    if not real or not mask_fits(mask.shape, x.shape):
         raise ValueError(
             f"{operator}: mask: expected a tensor {shape}, its first two sizes 1 where it is the"
             f" same for all samples or channels, got {describe(mask)}"
         )
-    if not isinstance(known, Tensor) or list(known.shape) not in (shape, [1, *shape[1:]]):
+    real = isinstance(known, Tensor) and not known.is_complex()
+    if not real or list(known.shape) not in (shape, [1, *shape[1:]]):
         raise ValueError(
             f"{operator}: known: expected the clean values {shape}, got {describe(known)}"
         )
@@ -217,8 +219,8 @@ def concatenated(operator: str, parts: list[Any], batch: int, argument: str, at:
             concatenated(operator, list(column), batch, argument, f"{at}[{i}]")
             for i, column in enumerate(zip(*parts, strict=True))
         )
-    if all(p is None for p in parts):  # an optional part that none of them uses
-        return None
+    if all(p is first or equal(p, first) for p in parts):  # the same for all: None, a flag
+        return first
     raise ValueError(
         f"{where}: expected tensors in the same tuples and dicts as cond, got"
         f" {describe(parts[-1])} beside {describe(first)}"

@@ -71,8 +71,8 @@ def sample(
     clean values, where it is 0; on the way there the known part has the noise of the seeds. The
     mask's first two sizes may be 1.
 
-    `start`: timesteps by adapter name. Such an adapter is off at steps whose timestep is above its,
-    so that a slider leaves the layout alone (Concept Sliders, Gandikota et al. 2023, arXiv
+    `start`: timesteps by adapter name. Such an adapter is off at steps whose timestep is above its
+    (what the model is told: the other way round on grids that tell it a log-SNR), so that a slider leaves the layout alone (Concept Sliders, Gandikota et al. 2023, arXiv
     2311.12092); afterwards strengths and switches are what they were. A model that was folded
     before is folded again at such a step where the cost model says that this takes less time than
     the adapters in the steps that follow, and runs unmerged else; it is folded at the end.
@@ -113,9 +113,6 @@ def sample_steps(
     return run_steps(model, Rows(table, inputs), inputs, start, check_finite)
 
 
-sample.steps = sample_steps  # type: ignore[attr-defined]
-
-
 def run(
     model: Model,
     rows: Rows,
@@ -146,9 +143,8 @@ def run_steps(
     start: Mapping[str, float] | None,
     check_finite: bool,
 ) -> Iterator[Step]:
-    """Step by step; the model is as it was between them."""
-    with _phases(model, start, []):
-        pass  # what does not fit is said now
+    """Step by step; the model is as it was between them, and every step's x is its own."""
+    check_start(model, start)
 
     @contextmanager
     def around(timestep: float) -> Iterator[None]:
@@ -157,7 +153,13 @@ def run_steps(
             switch(timestep)
             yield
 
-    return _steps(model, rows, inputs, around, check_finite)
+    return _steps(model, rows, inputs, around, check_finite, own=True)
+
+
+def check_start(model: Model, start: Mapping[str, float] | None) -> None:
+    """Raises what a sampling with it would."""
+    with _phases(model, start, []):
+        pass
 
 
 def watched(steps: Any, progress: bool, timesteps: Sequence[float]) -> Any:
@@ -176,6 +178,7 @@ def _steps(
     inputs: Inputs,
     around: Callable[[float], AbstractContextManager[Any]],  # each call of the model, by timestep
     check_finite: bool,
+    own: bool = False,  # somebody looks at the steps, and may write to them
 ) -> Iterator[Step]:
     state = rows.begin(inputs)
     places = rows.table.timesteps.tolist(), rows.numbers.unbind(), rows.times.unbind()
@@ -185,12 +188,14 @@ def _steps(
             state, prediction = rows.advance(model, inputs, state, row, time)
         if check_finite and not bool(prediction.isfinite().all()):
             raise FloatingPointError(not_finite(prediction, index, timestep))
+        if own:  # a model may use its output's memory again
+            prediction = prediction.clone()
 
         def clean(before: Any = before, prediction: Any = prediction, index: int = index) -> Tensor:
             with torch.no_grad():
                 return rows.clean(inputs, before, prediction, index)
 
-        yield Step(index, timestep, state.x, clean)
+        yield Step(index, timestep, state.x.clone() if own else state.x, clean)
 
 
 def not_finite(prediction: Tensor, index: int, timestep: float) -> str:

@@ -15,6 +15,7 @@ from fastlora.samplers.buffers import Writes, copied, fitting, write
 from fastlora.samplers.graph import Graph
 from fastlora.samplers.inputs import (
     Guidance,
+    Inputs,
     Model,
     given_weights,
     guided,
@@ -22,7 +23,7 @@ from fastlora.samplers.inputs import (
     prepare,
     rescaling,
 )
-from fastlora.samplers.loop import Step, run, run_steps, watched
+from fastlora.samplers.loop import Step, check_start, run, run_steps, watched
 from fastlora.samplers.noise import as_seeds, noise
 from fastlora.samplers.stepping import Rows, State
 from fastlora.samplers.table import Table
@@ -100,6 +101,7 @@ class Sampler:
         self.model, self.table, self.captures = model, table, 0
         self._graph: Graph[Any] | None = None
         self._per_step = False
+        self._calls = 0
         self._strengths: Any = None
         self._state: State | None = None  # of a graph of one step
         self._check = check_finite
@@ -129,11 +131,14 @@ class Sampler:
                      weights=weights, guidance_rescale=guidance_rescale, mask=mask,
                      known=known)  # fmt: skip
         if self._graph is None:
+            check_start(self.model, start)
             self._take(given)
             return run(self.model, self._rows, self._inputs, start, progress, self._check)
         graph = self._ready(given, start)
         if self._per_step:
-            for _ in watched(self._replayed(graph), progress, self.table.timesteps.tolist()):
+            for _ in watched(
+                self._replayed(graph, self._calls), progress, self.table.timesteps.tolist()
+            ):
                 pass
         else:
             graph.replay()
@@ -155,18 +160,20 @@ class Sampler:
         start: Mapping[str, float] | None = None,
     ) -> Iterator[Step]:
         """The same step by step; stop whenever you like. Where the whole loop is captured there are
-        no steps: RuntimeError."""
+        no steps: RuntimeError; so it is for steps of a graph after another call has begun."""
         given = dict(x=x, seeds=seeds, cond=cond, uncond=uncond, guidance_scale=guidance_scale,
                      weights=weights, guidance_rescale=guidance_rescale, mask=mask,
                      known=known)  # fmt: skip
         if self._graph is None:
+            check_start(self.model, start)
             self._take(given)
-            return run_steps(self.model, self._rows, self._inputs, start, self._check)
+            return run_steps(self.model, self._rows, snapshot(self._inputs), start, self._check)
         if not self._per_step:
             raise RuntimeError(
                 "Sampler: steps: the whole loop is one CUDA graph; expected capture(per_step=True)"
             )
-        return self._replayed_steps(self._ready(given, start))
+        graph = self._ready(given, start)
+        return self._replayed_steps(graph, self._calls)
 
     # --- capturing --------------------------------------------------------------------------------
 
@@ -243,27 +250,40 @@ class Sampler:
                 self._capture()
             self._strengths.write(self.table.timesteps.tolist(), start)
         self._take(given)
+        self._calls += 1
         if self._state is not None:
             write_state(self._state, self._rows.begin(self._inputs))
             self._row.zero_()
         assert self._graph is not None
         return self._graph
 
-    def _replayed(self, graph: Graph[Any]) -> Iterator[int]:
-        """Replays the graph of one step for each."""
+    def _replayed(self, graph: Graph[Any], call: int) -> Iterator[int]:
+        """Replays the graph of one step for each, as long as `call` is the last one."""
         for index in range(len(self.table)):
+            if call != self._calls:
+                raise RuntimeError(
+                    "Sampler: steps: expected no other call before the last step, got one: they"
+                    " share the memory of one graph"
+                )
             graph.replay()
             self._look([index])
             yield index
 
     @torch.no_grad()
-    def _replayed_steps(self, graph: Graph[Any]) -> Iterator[Step]:
-        for index in self._replayed(graph):
+    def _replayed_steps(self, graph: Graph[Any], call: int) -> Iterator[Step]:
+        inputs: Inputs | None = None
+        for index in self._replayed(graph, call):
+            inputs = inputs or snapshot(self._inputs)
             x, before, prediction = (t.clone() for t in graph.result)  # the next writes over them
 
-            def clean(x: Tensor = before, e: Tensor = prediction, index: int = index) -> Tensor:
+            def clean(
+                x: Tensor = before,
+                e: Tensor = prediction,
+                index: int = index,
+                inputs: Inputs = inputs,
+            ) -> Tensor:
                 with torch.no_grad():
-                    return self._rows.clean(self._inputs, State(x, None, e), e, index)
+                    return self._rows.clean(inputs, State(x, None, e), e, index)
 
             yield Step(index, self.table.timesteps[index].item(), x, clean)
 
@@ -290,8 +310,12 @@ class Sampler:
 
     def _noise(self, said: Mapping[str, Any]) -> Writes:
         inputs, x = self._inputs, said.get("x")
-        if x is not None and (not isinstance(x, Tensor) or tuple(x.shape) != self.shape):
-            raise ValueError(f"Sampler: x: expected {list(self.shape)}, got {describe(x)}")
+        right = isinstance(x, Tensor) and tuple(x.shape) == self.shape and x.is_floating_point()
+        if x is not None and not right:
+            raise ValueError(
+                f"Sampler: x: expected a floating-point tensor {list(self.shape)}, got"
+                f" {describe(x)}"
+            )
         seeds = as_seeds(said.get("seeds"), self.shape[0], torch.device("cpu"), "Sampler")
         writes = [(inputs.seeds, seeds)] if inputs.seeds is not None else []
         if x is None:
@@ -363,6 +387,11 @@ class Sampler:
                 f" got {list(mask.shape)}"
             )
         return [(inputs.mask, mask), (inputs.known, known)]
+
+
+def snapshot(inputs: Inputs) -> Inputs:
+    """The same with tensors of their own, for steps that somebody takes later."""
+    return Inputs(**{name: copied(value) for name, value in vars(inputs).items()})
 
 
 def write_state(to: State, source: State) -> None:

@@ -56,6 +56,12 @@ class Rows:
             raise ValueError(
                 f"sample: model: expected a prediction {list(expected)}, got {describe(prediction)}"
             )
+        if not prediction.is_floating_point():
+            raise ValueError(
+                f"sample: model: expected a floating-point prediction, got {describe(prediction)}"
+            )
+        if prediction.dtype == torch.float64:  # a closed form, say
+            prediction = prediction.to(state.x.dtype)
         x, history, model_input = self._step(
             self.coefficients, inputs, state, prediction, row, inputs.copies
         )

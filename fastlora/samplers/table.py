@@ -113,7 +113,8 @@ class Table:
         if clip is not None and not 0 < number(clip) < math.inf:
             raise ValueError(f"{operator}: clip: expected a positive number or None, got {clip!r}")
         if threshold is not None:
-            quantile, largest = map(number, threshold) if len(threshold) == 2 else (0.0, 0.0)
+            pair = isinstance(threshold, (tuple, list)) and len(threshold) == 2
+            quantile, largest = map(number, threshold) if pair else (0.0, 0.0)
             if not (0 < quantile <= 1 <= largest) or clip is not None:
                 beside = "" if clip is None else f" beside {clip}"
                 raise ValueError(
@@ -134,12 +135,15 @@ class Table:
                 f"{letter}_r": part.r,
             }
         scale = grid.input_scale
+        # What is known is as it was given in the end, also where x' keeps a trace of noise there
+        cleaner = grid.sigma_next[-1] * grid.alpha[0] < grid.sigma[0] * grid.alpha_next[-1]
+        ends = (torch.arange(len(grid)) == len(grid) - 1) & cleaner
         columns |= {
             "k_x": k_x,
             "k_e": k_e,
             "c_n": noise,
-            "p_0": grid.alpha_next,
-            "p_e": grid.sigma_next,
+            "p_0": torch.where(ends, 1.0, grid.alpha_next),
+            "p_e": torch.where(ends, 0.0, grid.sigma_next),
             "m": torch.cat((scale[1:], torch.ones_like(scale[:1]))),
             "clip": math.inf if clip is None else number(clip),
         }

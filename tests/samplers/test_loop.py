@@ -33,12 +33,24 @@ def test_steps_end_in_the_sample():
     assert len({s.x.data_ptr() for s in steps}) == 7  # each step's own, not one overwritten buffer
 
 
-def test_sample_has_the_steps():
-    table, x = ddim(Schedule.cosine(), 3), noise([1], SHAPE)
-    ours = [s.x for s in sample.steps(network, table, x)]
-    assert all(
-        torch.equal(a, b.x) for a, b in zip(ours, sample_steps(network, table, x), strict=True)
-    )
+@pytest.mark.parametrize("table", [ddim(Schedule.cosine(), 5), samplers.heun(Schedule.linear(), 3)])
+def test_steps_are_their_own(table):
+    """Whoever writes into a step's x, and a model that uses its output's memory again, disturb
+    neither the sampling nor a preview."""
+    buffer = torch.empty(2, *SHAPE)
+
+    def reusing(x, t, cond):
+        return buffer.copy_(network(x, t, cond))
+
+    x = noise([1, 2], SHAPE)
+    expected = [(s.x, s.x0()) for s in sample_steps(network, table, x)]
+    steps = []
+    for step, (there, _) in zip(sample_steps(reusing, table, x), expected, strict=True):
+        assert torch.equal(step.x, there)
+        step.x.zero_()
+        steps.append(step)
+    for step, (_, clean) in zip(steps, expected, strict=True):
+        assert torch.equal(step.x0(), clean)
 
 
 def test_the_model_runs_only_as_far_as_one_looks():
@@ -366,6 +378,7 @@ def test_strength_per_sample_inside_guidance(guided):
             r"model: expected a prediction \[4, 3, 4, 4\], got float32",
         ),
         ({"model": lambda x, t, c: {"sample": x}}, "model: expected .*, got a dict of 'sample'"),
+        ({"model": lambda x, t, c: x.long()}, "model: expected a floating-point .* got int64"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -557,3 +570,44 @@ def test_rows_that_look_back_cannot_begin():
         table.since(4)
     with pytest.raises(ValueError, match="noised: expected a table of a solver"):
         Table.of("by hand", "epsilon", torch.arange(2)).noised(torch.zeros(1), torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        samplers.table_from_config(
+            {"_class_name": name, "set_alpha_to_one": False, "clip_sample": False}, 4
+        )
+        for name in ("DDIMScheduler", "LCMScheduler")
+    ]
+    + [samplers.dpm_solver(Schedule.scaled_linear(), 5, final="sigma_min")],
+    ids=["ddim", "lcm", "dpm_solver"],
+)
+def test_what_is_known_is_exact_where_a_schedule_does_not_end_clean(table):
+    x, known = noise([1, 2], SHAPE), noise([3, 4], SHAPE)
+    mask = torch.zeros(1, 1, 4, 4)
+    mask[..., 2:] = 1
+    result = quiet(network, table, x, seeds=[1, 2], mask=mask, known=known)
+    assert torch.equal(result[..., :2], known[..., :2])
+
+
+def test_an_inversion_takes_what_is_known_to_its_noise():
+    table = samplers.ddim_inversion(Schedule.cosine(), 5)
+    x, known = noise([1, 2], SHAPE), noise([3, 4], SHAPE)
+    result = quiet(network, table, x, seeds=[1, 2], mask=torch.zeros(1, 1, 4, 4), known=known)
+    t = int(table.timesteps[-1])
+    alpha, sigma = Schedule.cosine().alpha[t].item(), Schedule.cosine().sigma[t].item()
+    torch.testing.assert_close(result, alpha * known + sigma * noise([1, 2], SHAPE))
+
+
+def test_predictions_in_float64_and_flags_beside_tensors():
+    table, x = ddim(Schedule.cosine(), 4), noise([1, 2], SHAPE)
+
+    def model(x, t, cond):
+        return network(x, t, cond["a"]).double() if cond["double"] else network(x, t, cond["a"])
+
+    cond, uncond = {"a": torch.ones(2), "double": True}, {"a": torch.zeros(2), "double": True}
+    expected = quiet(network, table, x, cond["a"], uncond["a"], 2.0)
+    torch.testing.assert_close(quiet(model, table, x, cond, uncond, 2.0), expected)
+    with pytest.raises(ValueError, match=r"uncond\['double'\]: expected tensors in the same"):
+        quiet(model, table, x, cond, uncond | {"double": False}, 2.0)

@@ -255,6 +255,23 @@ def test_steps(recorded: None, per_step: bool | None) -> None:
             close(a.x, b.x)
             close(a.x0(), b.x0())
         next(sampler.steps(seeds=[7, 8, 9]))  # left after a step
+    first, second = (
+        sampler.steps(seeds=[4, 5, 6], cond=OTHER),
+        sampler.steps(seeds=SEEDS, cond=COND),
+    )
+    preview = next(second)
+    seen = preview.x0().clone()
+    if per_step is None:
+        expected = plain(model, "noisy", [4, 5, 6], cond=OTHER)
+        close(list(first)[-1].x, expected)
+    else:
+        with pytest.raises(
+            RuntimeError, match="steps: expected no other call before the last step"
+        ):
+            next(first)
+    sampler(seeds=[7, 8, 9], guidance_scale=9.0, cond=OTHER)
+    assert torch.equal(preview.x0(), seen)
+    sampler(seeds=SEEDS, guidance_scale=2.0, cond=COND)
     before = fastlora.adapters(model)
     steps = sampler.steps(seeds=SEEDS, start={"a": 500})
     next(steps)
@@ -358,7 +375,11 @@ def test_a_capture_does_not_wait(recorded: None) -> None:
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"x": torch.zeros(3, 5)}, r"x: expected \[3, 6\], got float32 \[3, 5\]"),
+    (
+        {"x": torch.zeros(3, 5)},
+        r"x: expected a floating-point tensor \[3, 6\], got float32 \[3, 5\]",
+    ),
+    ({"x": torch.zeros(3, 6).long()}, r"x: expected a floating-point tensor \[3, 6\], got int64"),
     ({"seeds": [1, 2]}, r"seeds: expected 3 int64 numbers"),
     ({"cond": COND[:2]}, r"cond: expected float32 \[3, 6\], .* got float32 \[2, 6\]"),
     ({"cond": COND.double()}, r"cond: expected float32 \[3, 6\], .* got float64"),
@@ -382,6 +403,8 @@ def test_bad_input_changes_nothing(
     sampler = made(model, per_step)
     with pytest.raises(ValueError, match=f"^Sampler: {message}"):
         sampler(**{"cond": OTHER, "guidance_scale": 9.0, "seeds": SEEDS} | change)
+    with pytest.raises(fastlora.AdapterError, match="no adapter named 'z'"):
+        sampler(cond=OTHER, guidance_scale=9.0, seeds=SEEDS, start={"z": 1})
     close(sampler(seeds=SEEDS), plain(model))
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from fastlora import samplers
 from fastlora.samplers import (
     Grid,
     Schedule,
@@ -314,3 +315,13 @@ def test_a_last_step_that_repeats_its_level_stays_there(algorithm, order, solver
     table = dpm_solver(grid, **options, lower_order_final=False)
     row = {name: table.column(name)[-1].item() for name in ("c_x", "c_e", "c_h", "c_r", "c_n")}
     assert row == pytest.approx({"c_x": 1, "c_e": 0, "c_h": 0, "c_r": 0, "c_n": 0}, abs=1e-12)
+
+
+@pytest.mark.parametrize("variance", ["small", "large"])
+def test_ddpm_adds_noise_where_a_model_is_told_0_in_the_middle(variance):
+    grid = samplers.linear_log_snr(5)  # told -20, -10, 0, 10, 20
+    c_n = ddpm(grid, prediction="v", variance=variance).column("c_n")
+    if variance == "small":  # DDPM's posterior is Algorithm 2 with v = 0
+        theirs = samplers.log_snr_ancestral(grid, v=0.0, prediction="v").column("c_n")
+        torch.testing.assert_close(c_n, theirs)
+    assert bool((c_n[:4] > 0).all())

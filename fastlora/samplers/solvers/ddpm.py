@@ -25,8 +25,9 @@ def ddpm(
     The prime is the next *listed* timestep, so that this holds for any spacing (equation 7 with
     1 - a for beta); default: every timestep of the schedule. `variance`: small, `s^2 =
     (1-a)(1-abar')/(1-abar)`, the best for data at one point, or large, `s^2 = 1-a`, the best for
-    data N(0, 1). No noise is added at t = 0. `clip` and `threshold` as for `ddim`. Raises TypeError
-    for what is no Schedule or Grid, ValueError as `ddim` and for an unknown variance.
+    data N(0, 1). The step from t = 0 to no noise adds none. `clip` and `threshold` as for `ddim`.
+    Raises TypeError for what is no Schedule or Grid, ValueError as `ddim` and for an unknown
+    variance.
     """
     if variance not in VARIANCES:
         names = " or ".join(VARIANCES)
@@ -38,6 +39,7 @@ def ddpm(
     over = torch.where(grid.sigma == 0, 0.0, 1 / grid.sigma**2)
     s = (b * grid.sigma_next**2 * over if variance == "small" else b).clamp(min=0).sqrt()
     x_next = X * (a.sqrt() * grid.sigma_next**2 * over) + X0 * (grid.alpha_next * b * over)
-    s = torch.where(grid.timesteps == 0, 0.0, s)
+    # what the model is told may be 0 at any level of a grid
+    s = torch.where((grid.timesteps == 0) & (grid.sigma_next == 0), 0.0, s)
     name = f"ddpm(steps={len(grid)}, variance={variance})"
     return Table.build(name, grid, prediction, x_next, noise=s, clip=clip, threshold=threshold)
