@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastlora.samplers.arguments import describe
 from fastlora.samplers.inputs import Guidance, Inputs, Model, prepare
-from fastlora.samplers.stepping import Rows
+from fastlora.samplers.stepping import Stepper
 from fastlora.samplers.table import Table
 
 
@@ -72,10 +72,11 @@ def sample(
     mask's first two sizes may be 1.
 
     `start`: timesteps by adapter name. Such an adapter is off at steps whose timestep is above its
-    (what the model is told: the other way round on grids that tell it a log-SNR), so that a slider leaves the layout alone (Concept Sliders, Gandikota et al. 2023, arXiv
-    2311.12092); afterwards strengths and switches are what they were. A model that was folded
-    before is folded again at such a step where the cost model says that this takes less time than
-    the adapters in the steps that follow, and runs unmerged else; it is folded at the end.
+    (what the model is told: the other way round on grids that tell it a log-SNR), so that a slider
+    leaves the layout alone (Concept Sliders, Gandikota et al. 2023, arXiv 2311.12092); afterwards
+    strengths and switches are what they were. A model that was folded before is folded again at
+    such a step where the cost model says that this takes less time than the adapters in the steps
+    that follow, and runs unmerged else; it is folded at the end.
 
     `seeds`, one int per sample, decide the noise of a stochastic table; None draws them from
     torch's generator. A sample does not depend on the rest of its batch. `check_finite` looks at
@@ -87,7 +88,7 @@ def sample(
     """
     guidance = Guidance(guidance_scale, weights, guidance_rescale)
     inputs = prepare("sample", model, table, x, cond, uncond, guidance, seeds, mask, known)
-    return run(model, Rows(table, inputs), inputs, start, progress, check_finite)
+    return run(model, Stepper(table, inputs), inputs, start, progress, check_finite)
 
 
 def sample_steps(
@@ -110,19 +111,19 @@ def sample_steps(
     steps. Raises at once what `sample` raises before its first step."""
     guidance = Guidance(guidance_scale, weights, guidance_rescale)
     inputs = prepare("sample", model, table, x, cond, uncond, guidance, seeds, mask, known)
-    return run_steps(model, Rows(table, inputs), inputs, start, check_finite)
+    return run_steps(model, Stepper(table, inputs), inputs, start, check_finite)
 
 
 def run(
     model: Model,
-    rows: Rows,
+    stepper: Stepper,
     inputs: Inputs,
     start: Mapping[str, float] | None,
     progress: bool,
     check_finite: bool,
 ) -> Tensor:
     """All steps; nobody looks at the model between them."""
-    timesteps = rows.table.timesteps.tolist()
+    timesteps = stepper.table.timesteps.tolist()
     phases = _phases(model, start, timesteps)
     with _steady(model), _tiled(model, inputs.copies), phases as switch:
 
@@ -131,14 +132,16 @@ def run(
             return nullcontext()
 
         x = inputs.x
-        for step in watched(_steps(model, rows, inputs, around, check_finite), progress, timesteps):
+        for step in watched(
+            _steps(model, stepper, inputs, around, check_finite), progress, timesteps
+        ):
             x = step.x
     return x
 
 
 def run_steps(
     model: Model,
-    rows: Rows,
+    stepper: Stepper,
     inputs: Inputs,
     start: Mapping[str, float] | None,
     check_finite: bool,
@@ -153,7 +156,7 @@ def run_steps(
             switch(timestep)
             yield
 
-    return _steps(model, rows, inputs, around, check_finite, own=True)
+    return _steps(model, stepper, inputs, around, check_finite, own=True)
 
 
 def check_start(model: Model, start: Mapping[str, float] | None) -> None:
@@ -174,18 +177,18 @@ def watched(steps: Any, progress: bool, timesteps: Sequence[float]) -> Any:
 @torch.no_grad()
 def _steps(
     model: Model,
-    rows: Rows,
+    stepper: Stepper,
     inputs: Inputs,
     around: Callable[[float], AbstractContextManager[Any]],  # each call of the model, by timestep
     check_finite: bool,
     own: bool = False,  # somebody looks at the steps, and may write to them
 ) -> Iterator[Step]:
-    state = rows.begin(inputs)
-    places = rows.table.timesteps.tolist(), rows.numbers.unbind(), rows.times.unbind()
+    state = stepper.begin(inputs)
+    places = stepper.table.timesteps.tolist(), stepper.numbers.unbind(), stepper.times.unbind()
     for index, (timestep, row, time) in enumerate(zip(*places, strict=True)):
         before = state
         with around(timestep):
-            state, prediction = rows.advance(model, inputs, state, row, time)
+            state, prediction = stepper.advance(model, inputs, state, row, time)
         if check_finite and not bool(prediction.isfinite().all()):
             raise FloatingPointError(not_finite(prediction, index, timestep))
         if own:  # a model may use its output's memory again
@@ -193,7 +196,7 @@ def _steps(
 
         def clean(before: Any = before, prediction: Any = prediction, index: int = index) -> Tensor:
             with torch.no_grad():
-                return rows.clean(inputs, before, prediction, index)
+                return stepper.clean(inputs, before, prediction, index)
 
         yield Step(index, timestep, state.x.clone() if own else state.x, clean)
 

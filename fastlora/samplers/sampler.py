@@ -25,7 +25,7 @@ from fastlora.samplers.inputs import (
 )
 from fastlora.samplers.loop import Step, check_start, run, run_steps, watched
 from fastlora.samplers.noise import as_seeds, noise
-from fastlora.samplers.stepping import Rows, State
+from fastlora.samplers.stepping import Stepper, State
 from fastlora.samplers.table import Table
 
 
@@ -95,7 +95,7 @@ class Sampler:
                 mask=copied(inputs.mask),
                 known=copied(inputs.known),
             )
-            self._rows = Rows(table, self._inputs)
+            self._stepper = Stepper(table, self._inputs)
             self._row = torch.zeros((), dtype=torch.int64, device=x.device)  # that comes next
             self._finite = torch.ones(steps, dtype=torch.bool, device=x.device)
         self.model, self.table, self.captures = model, table, 0
@@ -133,7 +133,7 @@ class Sampler:
         if self._graph is None:
             check_start(self.model, start)
             self._take(given)
-            return run(self.model, self._rows, self._inputs, start, progress, self._check)
+            return run(self.model, self._stepper, self._inputs, start, progress, self._check)
         graph = self._ready(given, start)
         if self._per_step:
             for _ in watched(
@@ -167,7 +167,7 @@ class Sampler:
         if self._graph is None:
             check_start(self.model, start)
             self._take(given)
-            return run_steps(self.model, self._rows, snapshot(self._inputs), start, self._check)
+            return run_steps(self.model, self._stepper, snapshot(self._inputs), start, self._check)
         if not self._per_step:
             raise RuntimeError(
                 "Sampler: steps: the whole loop is one CUDA graph; expected capture(per_step=True)"
@@ -197,7 +197,7 @@ class Sampler:
         self._strengths = strengths
         with torch.inference_mode(False), torch.no_grad():
             if self._per_step:
-                self._state = self._rows.begin(self._inputs)
+                self._state = self._stepper.begin(self._inputs)
                 self._row.zero_()
             whole = self._one_step if self._per_step else self._all_steps
             with strengths.lent() if strengths else nullcontext():
@@ -206,9 +206,9 @@ class Sampler:
 
     def _all_steps(self) -> tuple[Tensor]:
         """The loop as it is captured: x at its end."""
-        state = self._rows.begin(self._inputs)
+        state = self._stepper.begin(self._inputs)
         with self._steady():
-            for row, time in zip(self._rows.numbers, self._rows.times, strict=True):
+            for row, time in zip(self._stepper.numbers, self._stepper.times, strict=True):
                 state, _ = self._advance(state, row, time)
         return (state.x,)
 
@@ -216,7 +216,7 @@ class Sampler:
         """A step as it is captured: x after it and before it, and the prediction. The state and the
         number of the row are written in place for the next."""
         assert self._state is not None
-        time = self._rows.times.index_select(0, self._row.view(1))[0]
+        time = self._stepper.times.index_select(0, self._row.view(1))[0]
         before = self._state.x.clone()
         after, prediction = self._advance(self._state, self._row, time)
         write_state(self._state, after)
@@ -226,7 +226,7 @@ class Sampler:
     def _advance(self, state: State, row: Tensor, time: Tensor) -> tuple[State, Tensor]:
         if self._strengths is not None:
             self._strengths.load(row)
-        state, prediction = self._rows.advance(self.model, self._inputs, state, row, time)
+        state, prediction = self._stepper.advance(self.model, self._inputs, state, row, time)
         if self._check:
             self._finite.index_copy_(0, row.view(1), prediction.isfinite().all().view(1))
         return state, prediction
@@ -252,7 +252,7 @@ class Sampler:
         self._take(given)
         self._calls += 1
         if self._state is not None:
-            write_state(self._state, self._rows.begin(self._inputs))
+            write_state(self._state, self._stepper.begin(self._inputs))
             self._row.zero_()
         assert self._graph is not None
         return self._graph
@@ -283,7 +283,7 @@ class Sampler:
                 inputs: Inputs = inputs,
             ) -> Tensor:
                 with torch.no_grad():
-                    return self._rows.clean(inputs, State(x, None, e), e, index)
+                    return self._stepper.clean(inputs, State(x, None, e), e, index)
 
             yield Step(index, self.table.timesteps[index].item(), x, clean)
 

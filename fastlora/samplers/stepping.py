@@ -23,7 +23,7 @@ class State:
     model_input: Tensor  # [n * B, ...]
 
 
-class Rows:
+class Stepper:
     """A table where the samples are: coefficients [S, 22], row numbers, timesteps [S, n * B]."""
 
     def __init__(self, table: Table, inputs: Inputs) -> None:
