@@ -25,7 +25,7 @@ from fastlora.samplers.inputs import (
 )
 from fastlora.samplers.loop import Step, check_start, run, run_steps, watched
 from fastlora.samplers.noise import as_seeds, noise
-from fastlora.samplers.stepping import Stepper, State
+from fastlora.samplers.stepping import State, Stepper
 from fastlora.samplers.table import Table
 
 
