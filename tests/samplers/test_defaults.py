@@ -30,7 +30,7 @@ MADE = {
     "sigmoid": lambda: Schedule.sigmoid(50),
     "laplace": lambda: Schedule.laplace(50),
     "exponential": lambda: Schedule.exponential(50),
-    "from_betas": lambda: Schedule.from_betas(torch.full((9,), 0.1, dtype=torch.float64).cpu()),
+    "from_betas": lambda: Schedule.from_betas(torch.tensor([0.25, 0.5], device="cpu")),
     "zero_terminal_snr": lambda: sd().zero_terminal_snr(),
     "alpha": lambda: [sd().alpha, sd().sigma, sd().log_snr, sd().noise_table("score")],
     "spaced": lambda: [spaced(100, 7, s) for s in ("leading", "trailing", "linspace")],
