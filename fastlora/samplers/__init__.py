@@ -2,7 +2,8 @@
 
 from fastlora.samplers.config import grid_from_config, schedule_from_config, table_from_config
 from fastlora.samplers.continuous import cosine_log_snr, geometric, karras, linear_log_snr
-from fastlora.samplers.grid import Grid
+from fastlora.samplers.grid import Grid, grid_of, listed, strided
+from fastlora.samplers.levels import euler_grid, flow, flow_grid, multistep_grid
 from fastlora.samplers.loop import Step, sample, sample_steps
 from fastlora.samplers.noise import noise
 from fastlora.samplers.sampler import Sampler
@@ -42,16 +43,22 @@ __all__ = [
     "dpm_solver",
     "euler",
     "euler_ancestral",
+    "euler_grid",
+    "flow",
     "flow_euler",
+    "flow_grid",
     "flow_heun",
     "geometric",
     "grid_from_config",
+    "grid_of",
     "heun",
     "karras",
     "langevin",
     "lcm",
     "linear_log_snr",
+    "listed",
     "log_snr_ancestral",
+    "multistep_grid",
     "noise",
     "predictor_corrector",
     "probability_flow",
@@ -59,6 +66,7 @@ __all__ = [
     "sample",
     "sample_steps",
     "schedule_from_config",
+    "strided",
     "table_from_config",
     "unipc",
 ]

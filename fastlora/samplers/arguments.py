@@ -4,11 +4,26 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
+
+
+def on_host(function: Callable[Given, Result]) -> Callable[Given, Result]:
+    """`function`, whose tensors are made on the CPU whatever `torch.set_default_device` says."""
+
+    @wraps(function)
+    def run(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+        with torch.device("cpu"):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def number(value: Any) -> float:

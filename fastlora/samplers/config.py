@@ -7,17 +7,16 @@ DDIM's). Anything that no class here knows is refused by name, and so is what ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
-from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from fastlora.samplers.arguments import integer, number
+from fastlora.samplers.arguments import integer, number, on_host
 from fastlora.samplers.config_grids import GRIDS, Request
 from fastlora.samplers.grid import Grid
 from fastlora.samplers.options import (
+    Config,
     Options,
     bounds,
     prediction_of,
@@ -37,10 +36,10 @@ from fastlora.samplers.solvers.lcm import lcm
 from fastlora.samplers.solvers.unipc import unipc
 from fastlora.samplers.table import Table
 
-Config = Mapping[str, Any] | str | Path
 Numbers = Sequence[float] | Tensor
 
 
+@on_host
 def table_from_config(
     config: Config,
     steps: int | None = None,
@@ -55,10 +54,10 @@ def table_from_config(
 ) -> Table:
     """The table of a diffusers scheduler: `from_config`, `set_timesteps` and all its `step`s.
 
-    `config`: the dict, with its `_class_name`, or the path of a scheduler_config.json or of the
-    folder that has it. One of `steps`, `timesteps` and `sigmas`, where the class takes them, as its
-    `set_timesteps` does; `mu` shifts sigmas dynamically, and is passed over by
-    FlowMatchEulerDiscreteScheduler where that is off. `eta` and `rederive`
+    `config`: the scheduler itself; or the dict, with its `_class_name`; or the path of a
+    scheduler_config.json or of the folder that has it. One of `steps`, `timesteps` and `sigmas`,
+    where the class takes them, as its `set_timesteps` does; `mu` shifts sigmas dynamically, and is
+    passed over by FlowMatchEulerDiscreteScheduler where that is off. `eta` and `rederive`
     (use_clipped_model_output) are arguments of DDIM's `step`. `begin`: the first step that is
     taken, for image to image. `every`: a step from each of the timesteps, for those that are
     called with any (DDIM: to `t - T // steps`; DDPM, without steps: to t - 1); where DDIM's SNR is
@@ -75,6 +74,7 @@ def table_from_config(
     return table if name in LOOK_BACK else table.since(begin)
 
 
+@on_host
 def grid_from_config(
     config: Config,
     steps: int | None = None,
@@ -91,6 +91,7 @@ def grid_from_config(
     return GRIDS[name](name, options, wanted)
 
 
+@on_host
 def schedule_from_config(config: Config) -> Schedule:
     """The schedule of a configuration's betas; zero-terminal-SNR ones end at 0 itself.
 
@@ -140,14 +141,14 @@ def _check(name: str, wanted: Request) -> None:
 
 
 def _ddim(name: str, options: Options, wanted: Request, grid: Grid, prediction: str) -> Table:
-    limits = bounds(options)
+    limits = bounds(name, options)
     return ddim(grid, eta=wanted.eta, prediction=prediction, rederive=wanted.rederive, **limits)
 
 
 def _ddim_inversion(
     name: str, options: Options, wanted: Request, grid: Grid, prediction: str
 ) -> Table:
-    return ddim_inversion(grid, prediction=prediction, **bounds(options))
+    return ddim_inversion(grid, prediction=prediction, **bounds(name, options))
 
 
 def _ddpm(name: str, options: Options, wanted: Request, grid: Grid, prediction: str) -> Table:
@@ -161,7 +162,7 @@ def _ddpm(name: str, options: Options, wanted: Request, grid: Grid, prediction: 
     if kind not in ("fixed_small", "fixed_small_log", "fixed_large"):
         raise refuse(name, "variance_type", "fixed_small, fixed_small_log or fixed_large", kind)
     variance = "large" if kind == "fixed_large" else "small"
-    return ddpm(grid, prediction=prediction, variance=variance, **bounds(options))
+    return ddpm(grid, prediction=prediction, variance=variance, **bounds(name, options))
 
 
 def _euler(name: str, options: Options, wanted: Request, grid: Grid, prediction: str) -> Table:
@@ -174,7 +175,7 @@ def _ancestral(name: str, options: Options, wanted: Request, grid: Grid, predict
 
 def _heun(name: str, options: Options, wanted: Request, grid: Grid, prediction: str) -> Table:
     _check_first_row(name, wanted)
-    return heun(grid, prediction=prediction, **bounds(options))
+    return heun(grid, prediction=prediction, **bounds(name, options))
 
 
 def _flow_heun(name: str, options: Options, wanted: Request, grid: Grid, prediction: str) -> Table:
@@ -203,7 +204,7 @@ def _dpm_solver(name: str, options: Options, wanted: Request, grid: Grid, predic
         lower_order_final=options["lower_order_final"],
         euler_at_final=options["euler_at_final"],
         begin=wanted.begin,
-        **bounds(options),
+        **bounds(name, options),
     )
 
 
@@ -230,13 +231,13 @@ def _unipc(name: str, options: Options, wanted: Request, grid: Grid, prediction:
         lower_order_final=options["lower_order_final"],
         disable_corrector=options["disable_corrector"],
         begin=wanted.begin,
-        **bounds(options),
+        **bounds(name, options),
     )
 
 
 def _lcm(name: str, options: Options, wanted: Request, grid: Grid, prediction: str) -> Table:
     scaling = options["timestep_scaling"]
-    return lcm(grid, prediction=prediction, timestep_scaling=scaling, **bounds(options))
+    return lcm(grid, prediction=prediction, timestep_scaling=scaling, **bounds(name, options))
 
 
 def _flow_euler(name: str, options: Options, wanted: Request, grid: Grid, prediction: str) -> Table:

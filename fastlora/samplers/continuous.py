@@ -13,10 +13,11 @@ import math
 import torch
 from torch import Tensor
 
-from fastlora.samplers.arguments import integer, number
+from fastlora.samplers.arguments import integer, number, on_host
 from fastlora.samplers.grid import Grid
 
 
+@on_host
 def karras(
     steps: int,
     sigma_min: float = 0.002,
@@ -39,6 +40,7 @@ def karras(
     return _exploding((start + u * (end - start)) ** power, low, high, clean)
 
 
+@on_host
 def geometric(
     steps: int, sigma_min: float = 0.01, sigma_max: float = 50.0, clean: bool = True
 ) -> Grid:
@@ -52,6 +54,7 @@ def geometric(
     return _exploding(high * (low / high) ** u, low, high, clean)
 
 
+@on_host
 def cosine_log_snr(
     steps: int, log_snr_min: float = -20.0, log_snr_max: float = 20.0, clean: bool = True
 ) -> Grid:
@@ -68,6 +71,7 @@ def cosine_log_snr(
     return _preserving(-2 * (a * (1 - u) + b).tan().log(), low, high, clean)
 
 
+@on_host
 def linear_log_snr(
     steps: int, log_snr_min: float = -20.0, log_snr_max: float = 20.0, clean: bool = True
 ) -> Grid:

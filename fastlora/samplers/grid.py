@@ -6,13 +6,14 @@ sigma^2 = 1), variance exploding (alpha = 1), flow matching (alpha = 1 - sigma).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from fastlora.samplers.arguments import describe, integer
+from fastlora.samplers.arguments import describe, integer, number, on_host
 from fastlora.samplers.schedule import Schedule, check_prediction
 
 SPACINGS = ("leading", "trailing", "linspace")
@@ -35,20 +36,35 @@ class Grid:
     input_scale: Tensor  # [S]
     init_noise_sigma: float = 1.0
 
+    @on_host
     def __post_init__(self) -> None:
-        steps = self.timesteps.numel()
+        told = self.timesteps
+        known = isinstance(told, Tensor) and told.dtype in (torch.int64, torch.float64)
+        if not known or told.dim() != 1:
+            got = describe(told)
+            raise ValueError(f"Grid: timesteps: expected int64 or float64 [S], got {got}")
+        if not bool(told.isfinite().all()):
+            raise ValueError(f"Grid: timesteps: expected finite numbers, got {told.tolist()}")
+        object.__setattr__(self, "timesteps", told.to("cpu"))
+        steps = told.numel()
         for name in ("alpha", "sigma", "alpha_next", "sigma_next", "input_scale"):
             values = getattr(self, name)
-            if values.shape != (steps,) or values.dtype != torch.float64:
+            fits = isinstance(values, Tensor) and values.shape == (steps,)
+            if not fits or values.dtype != torch.float64:
                 got = describe(values)
                 raise ValueError(f"Grid: {name}: expected float64 [{steps}], got {got}")
             if not bool((values.isfinite() & (values >= 0)).all()):
                 got = values.tolist()
                 raise ValueError(f"Grid: {name}: expected finite numbers >= 0, got {got}")
+            object.__setattr__(self, name, values.to("cpu"))
+        if not 0 <= number(self.init_noise_sigma) < math.inf:
+            got = repr(self.init_noise_sigma)
+            raise ValueError(f"Grid: init_noise_sigma: expected a number >= 0, got {got}")
         if steps < 1:
             raise ValueError("Grid: timesteps: expected at least one, got none")
 
     @classmethod
+    @on_host
     def through(
         cls,
         timesteps: Tensor,  # [S]
@@ -65,6 +81,7 @@ class Grid:
     def __len__(self) -> int:
         return self.timesteps.numel()
 
+    @on_host
     def exploding(self) -> Grid:
         """The same levels as `x / alpha = x0 + (sigma / alpha) eps` for the same model, which sees
         x times alpha. The coordinates of Euler, Heun and Karras et al. (2022)."""
@@ -86,6 +103,7 @@ class Grid:
     def half_log_snr_next(self) -> Tensor:
         return (self.alpha_next / self.sigma_next).log()
 
+    @on_host
     def readings(
         self, prediction: str, operator: str = "Grid"
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -137,6 +155,7 @@ def gaps(grid: Grid, operator: str) -> Tensor:
     return h
 
 
+@on_host
 def spaced(T: int, steps: int, spacing: str, offset: int = 0) -> Tensor:
     """`steps` timesteps of 0..T-1, from noisy to clean, int64 (Lin et al., 2023, Table 2).
 
@@ -172,12 +191,14 @@ def spaced(T: int, steps: int, spacing: str, offset: int = 0) -> Tensor:
     raise ValueError(f"spaced: spacing: expected one of {', '.join(SPACINGS)}, got {spacing!r}")
 
 
+@on_host
 def grid_of(schedule: Schedule, steps: int, spacing: str = "leading", offset: int = 0) -> Grid:
     """`steps` timesteps of a schedule, each step arriving at the next listed one, the last one at
     `final_alpha_cumprod`. Raises what `spaced` raises."""
     return listed(schedule, spaced(len(schedule), steps, spacing, offset))
 
 
+@on_host
 def strided(schedule: Schedule, steps: int, spacing: str = "leading", offset: int = 0) -> Grid:
     """The same timesteps, each step arriving at `t - T // steps`, as DDIM is used: that is not
     always a listed timestep. Raises what `spaced` raises."""
@@ -185,6 +206,7 @@ def strided(schedule: Schedule, steps: int, spacing: str = "leading", offset: in
     return between(schedule, timesteps, timesteps, timesteps - len(schedule) // len(timesteps))
 
 
+@on_host
 def listed(
     schedule: Schedule, timesteps: Sequence[float] | Tensor, operator: str = "listed"
 ) -> Grid:
@@ -197,6 +219,7 @@ def listed(
     return between(schedule, t, t, torch.cat((t[1:], torch.tensor([-1]))))
 
 
+@on_host
 def between(schedule: Schedule, told: Tensor, start: Tensor, end: Tensor) -> Grid:
     """Steps from the levels of `start` to those of `end` [S] int64, where any timestep below 0 is
     `final_alpha_cumprod`; the model is told `told`."""
@@ -209,6 +232,7 @@ def between(schedule: Schedule, told: Tensor, start: Tensor, end: Tensor) -> Gri
     return Grid(told, *levels, torch.ones(len(told), dtype=torch.float64))
 
 
+@on_host
 def as_timesteps(timesteps: Sequence[float] | Tensor, T: int, operator: str) -> Tensor:
     """[S] int64 or float64, which have to lie within 0..T-1 and to descend.
 
@@ -217,6 +241,8 @@ def as_timesteps(timesteps: Sequence[float] | Tensor, T: int, operator: str) -> 
     where, got = f"{operator}: timesteps: expected", describe(timesteps)
     try:
         t = torch.as_tensor(timesteps).cpu()
+        if t.is_floating_point() and not isinstance(timesteps, Tensor):
+            t = torch.as_tensor(timesteps, dtype=torch.float64)  # not by way of the default dtype
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{where} numbers, got {got}") from None
     if t.dim() != 1 or t.numel() == 0 or t.dtype == torch.bool or t.is_complex():

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlora.samplers.arguments import describe, integer
+from fastlora.samplers.arguments import describe, integer, number, on_host
 from fastlora.samplers.grid import SPACINGS, Grid
 from fastlora.samplers.schedule import Schedule
 
@@ -32,6 +32,7 @@ def ratios(schedule: Schedule, operator: str = "ratios") -> Tensor:
     return schedule.sigma / schedule.alpha
 
 
+@on_host
 def without_zero_snr(schedule: Schedule) -> Schedule:
     """The same with 2^-24 for an abar of 0: sigma / alpha = 4096, as float16 can still hold it."""
     abar = schedule.alphas_cumprod.clone()
@@ -39,12 +40,14 @@ def without_zero_snr(schedule: Schedule) -> Schedule:
     return Schedule(abar, schedule.final_alpha_cumprod)
 
 
+@on_host
 def interpolated(values: Tensor, timesteps: Tensor) -> Tensor:
     """values [T] at timesteps [S], linear between them and constant beyond."""
     at = np.interp(timesteps.numpy(), np.arange(len(values)), values.numpy())
     return torch.from_numpy(at)
 
 
+@on_host
 def timesteps_of(sigmas: Tensor, table: Tensor, logs: Tensor | None = None) -> Tensor:
     """The timesteps [S] float64 at which `table` [T] has these sigmas, log-linear between.
 
@@ -58,6 +61,7 @@ def timesteps_of(sigmas: Tensor, table: Tensor, logs: Tensor | None = None) -> T
     return (1 - w) * low + w * high
 
 
+@on_host
 def ramp(name: str, sigma_max: float, sigma_min: float, steps: int) -> Tensor:
     """`steps` sigmas from the largest to the smallest.
 
@@ -88,6 +92,7 @@ def ramp(name: str, sigma_max: float, sigma_min: float, steps: int) -> Tensor:
     raise ValueError(f"ramp: name: expected one of {', '.join(RAMPS)}, got {name!r}")
 
 
+@on_host
 def positions(T: int, steps: int, spacing: str, offset: int = 0) -> Tensor:
     """Timesteps [steps] float64 of Euler and Heun: `spaced`, but linspace is not rounded and the
     schedule is interpolated; as many as one likes. Raises ValueError for an unknown spacing."""
@@ -103,6 +108,7 @@ def positions(T: int, steps: int, spacing: str, offset: int = 0) -> Tensor:
     raise ValueError(f"positions: spacing: expected one of {', '.join(SPACINGS)}, got {spacing!r}")
 
 
+@on_host
 def multistep_positions(
     T: int, steps: int, spacing: str, offset: int = 0, last: int | None = None
 ) -> Tensor:
@@ -131,6 +137,7 @@ def _told(timesteps: np.ndarray) -> Tensor:
     return torch.from_numpy(timesteps.astype(np.float64))
 
 
+@on_host
 def descending(sigmas: Sequence[float] | Tensor, operator: str) -> Tensor:
     """[S] float64, checked to descend and to end at 0 or above; the last may repeat the one before.
 
@@ -153,6 +160,7 @@ def descending(sigmas: Sequence[float] | Tensor, operator: str) -> Tensor:
     return values
 
 
+@on_host
 def exploding(timesteps: Tensor, sigmas: Tensor, init_noise_sigma: float | None = None) -> Grid:
     """`x = x0 + sigma eps` from sigmas [S + 1]; the model sees `x / sqrt(sigma^2 + 1)`."""
     start = sigmas[0].item() if init_noise_sigma is None else init_noise_sigma
@@ -160,17 +168,20 @@ def exploding(timesteps: Tensor, sigmas: Tensor, init_noise_sigma: float | None 
     return Grid.through(timesteps, torch.ones_like(sigmas), sigmas, scale, start)
 
 
+@on_host
 def preserving(timesteps: Tensor, sigmas: Tensor) -> Grid:
     """The same levels as `alpha^2 + sigma^2 = 1`."""
     alpha = (sigmas**2 + 1).rsqrt()
     return Grid.through(timesteps, alpha, sigmas * alpha)
 
 
+@on_host
 def flow(timesteps: Tensor, sigmas: Tensor) -> Grid:
     """`x = (1 - sigma) x0 + sigma eps` from sigmas [S + 1]."""
     return Grid.through(timesteps, 1 - sigmas, sigmas)
 
 
+@on_host
 def euler_grid(
     schedule: Schedule,
     steps: int,
@@ -197,6 +208,7 @@ def started(sigmas: Tensor, spacing: str) -> float:
     return math.sqrt(largest**2 + 1) if spacing == "leading" else largest
 
 
+@on_host
 def multistep_grid(
     schedule: Schedule,
     steps: int,
@@ -237,13 +249,17 @@ def stretched(sigmas: Tensor, terminal: float) -> Tensor:
     return 1 - (1 - sigmas) / ((1 - sigmas[-1]) / (1 - terminal))
 
 
+@on_host
 def flow_grid(steps: int, shift: float = 1.0, T: int = 1000) -> Grid:
     """`flow` from 1 to 0: sigmas evenly spaced from 1 to 1/T, `shifted`, and 0; the model is told
-    T sigma. Raises ValueError for steps that are no int >= 1 and for a shift that is not > 0."""
+    T sigma. Raises ValueError for steps that are no int >= 1 a shift that
+    is not > 0, and T below 1."""
     count = integer(steps)
     if count is None or count < 1:
         raise ValueError(f"flow_grid: steps: expected an int >= 1, got {steps!r}")
-    if not 0 < shift < math.inf:
+    if not 0 < number(shift) < math.inf:
         raise ValueError(f"flow_grid: shift: expected a number > 0, got {shift!r}")
-    sigmas = shifted(torch.from_numpy(np.linspace(1, 1 / T, count)), shift)
-    return flow(sigmas * T, torch.cat((sigmas, torch.zeros(1, dtype=torch.float64))))
+    if not 1 <= number(T) < math.inf:
+        raise ValueError(f"flow_grid: T: expected a number >= 1, got {T!r}")
+    sigmas = shifted(torch.from_numpy(np.linspace(1, 1 / number(T), count)), number(shift))
+    return flow(sigmas * number(T), torch.cat((sigmas, torch.zeros(1, dtype=torch.float64))))

@@ -33,7 +33,7 @@ def noise(
     if any(size is None or size < 0 for size in sizes):
         raise ValueError(f"noise: shape: expected ints >= 0, got {shape!r}")
     keys = as_seeds(seeds, len(seeds), torch.device(device or "cpu"), "noise")
-    zeros = torch.zeros(len(seeds), *shape, device=keys.device)
+    zeros = torch.zeros(len(seeds), *shape, dtype=torch.float32, device=keys.device)
     # (0, 1, 0, 1): x_t = target = eps. Made where it is used, so that nothing waits for a copy.
     table = (torch.arange(4, device=keys.device) % 2).float()[None]
     return ops.add_noise(zeros, None, keys, torch.zeros_like(keys), table)[0]
@@ -44,7 +44,7 @@ def as_seeds(
 ) -> Tensor:
     """int64 [B] on `device`; None draws from torch's generator."""
     if seeds is None:
-        return moved(torch.randint(2**63 - 1, (batch,), dtype=torch.int64), device)
+        return moved(torch.randint(2**63 - 1, (batch,), dtype=torch.int64, device="cpu"), device)
     expected = f"{operator}: seeds: expected {batch} int64 numbers, one per sample, got"
     if not isinstance(seeds, Tensor):
         if not isinstance(seeds, Sequence):
@@ -52,7 +52,7 @@ def as_seeds(
         for seed in seeds:
             if not isinstance(seed, Integral) or not -(2**63) <= seed < 2**63:
                 raise ValueError(f"{expected} {seed!r} among them")
-        seeds = torch.tensor([int(seed) for seed in seeds], dtype=torch.int64)
+        seeds = torch.tensor([int(seed) for seed in seeds], dtype=torch.int64, device="cpu")
     integer = not (seeds.is_floating_point() or seeds.is_complex() or seeds.dtype == torch.bool)
     if not integer or tuple(seeds.shape) != (batch,):
         raise ValueError(

@@ -6,12 +6,12 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fastlora.samplers.arguments import describe, integer, number
+from fastlora.samplers.arguments import describe, integer, number, on_host
 from fastlora.samplers.schedule import Schedule
 
 Options = dict[str, Any]
@@ -142,6 +142,8 @@ UNSUPPORTED = {
     "PNDMScheduler": "it looks back on three model outputs, and a step here has two histories:"
     " DPMSolverMultistepScheduler or DDIMScheduler read the same configuration",
 }
+_NUMBERS = ("sigma_min", "sigma_max", "shift_terminal")  # or None, as they are by default
+_PAST = ("timestep_values",)  # of early versions, which knew nothing but None for it
 _ELSEWHERE = {"skip_prk_steps"}  # options of unsupported classes that configurations carry along
 
 PREDICTIONS = {
@@ -167,10 +169,25 @@ def refuse(name: str, option: str, expected: str, got: object, why: str = "") ->
     return ValueError(f"{name}: {option}: expected {expected}, got {got!r}{because}")
 
 
-def read(config: Mapping[str, Any] | str | Path) -> tuple[str, Options]:
+class Configured(Protocol):
+    """A scheduler of diffusers, or of this package in its place."""
+
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+
+
+Config = Mapping[str, Any] | str | Path | Configured
+
+
+def read(config: Config) -> tuple[str, Options]:
     """Class name and every option of the class, checked in kind; see `table_from_config`."""
     given = _load(config)
-    name = given.get("_class_name")
+    if "_class_name" not in given:
+        raise ValueError(
+            "config: _class_name: expected the class of the scheduler, got none: pass the scheduler"
+            " itself, or add its name, as in dict(scheduler.config, _class_name='DDIMScheduler')"
+        )
+    name = _known(given["_class_name"])
     if name in UNSUPPORTED:
         raise ValueError(f"config: _class_name: {name} is not supported: {UNSUPPORTED[name]}")
     if not isinstance(name, str) or name not in DEFAULTS:
@@ -183,17 +200,36 @@ def read(config: Mapping[str, Any] | str | Path) -> tuple[str, Options]:
             continue
         if option in options:
             options[option] = _checked(name, option, value, options[option])
+        elif option in _PAST:
+            if value is not None:
+                raise refuse(name, option, "None", value)
         elif option not in elsewhere:
             message = "no such option; a newer version of diffusers may have it"
             raise ValueError(f"{name}: {option}: {message}, got {value!r}")
     return name, options
 
 
-def _load(config: Mapping[str, Any] | str | Path) -> Mapping[str, Any]:
+def _known(name: Any) -> Any:
+    """FastX of `fastlora.integrations.diffusers` is X."""
+    plain = name.removeprefix("Fast") if isinstance(name, str) else name
+    return plain if isinstance(plain, str) and plain in DEFAULTS else name
+
+
+def _of_scheduler(scheduler: Configured) -> Mapping[str, Any]:
+    """The configuration of a live scheduler, which says everything but the class; where it names
+    one, that may be the class whose configuration it was made from."""
+    classes = [_known(kind.__name__) for kind in type(scheduler).__mro__]
+    known = [name for name in classes if name in DEFAULTS or name in UNSUPPORTED]
+    return dict(scheduler.config) | {"_class_name": (*known, classes[0])[0]}
+
+
+def _load(config: Config) -> Mapping[str, Any]:
     if isinstance(config, Mapping):
         return config
     if not isinstance(config, (str, Path)):
-        raise TypeError(f"config: expected a dict or a path, got {describe(config)}")
+        if isinstance(getattr(config, "config", None), Mapping):
+            return _of_scheduler(config)
+        raise TypeError(f"config: expected a dict, a path or a scheduler, got {describe(config)}")
     path = Path(config)
     path = path / "scheduler_config.json" if path.is_dir() else path
     try:
@@ -222,6 +258,10 @@ def _checked(name: str, option: str, value: Any, default: Any) -> Any:
         if math.isnan(number(value)):
             raise refuse(name, option, "a number", value)
         return number(value)
+    if option in _NUMBERS and value is not None:
+        if not math.isfinite(number(value)):
+            raise refuse(name, option, "a number or None", value)
+        return number(value)
     if isinstance(default, str) and not isinstance(value, str):
         raise refuse(name, option, "a name", value)
     return value
@@ -235,15 +275,29 @@ def prediction_of(name: str, options: Options) -> str:
     return PREDICTIONS[given]
 
 
-def bounds(options: Options) -> dict[str, Any]:
-    """clip and threshold; thresholding comes first where both are on."""
+def bounds(name: str, options: Options) -> dict[str, Any]:
+    """clip and threshold; thresholding comes first where both are on.
+
+    Raises ValueError for what is out of range, also for a sample_max_value below 1: diffusers then
+    divides by it whatever the sample, which is no dynamic thresholding.
+    """
     if options.get("thresholding"):
-        threshold = options["dynamic_thresholding_ratio"], options["sample_max_value"]
-        return {"clip": None, "threshold": threshold}
-    clip = options["clip_sample_range"] if options.get("clip_sample") else None
+        quantile, largest = options["dynamic_thresholding_ratio"], options["sample_max_value"]
+        if not 0 < quantile <= 1:
+            expected = "a number above 0 and up to 1"
+            raise refuse(name, "dynamic_thresholding_ratio", expected, quantile)
+        if not 1 <= largest < math.inf:
+            raise refuse(name, "sample_max_value", "a number >= 1 with thresholding", largest)
+        return {"clip": None, "threshold": (quantile, largest)}
+    if not options.get("clip_sample"):
+        return {"clip": None, "threshold": None}
+    clip = options["clip_sample_range"]
+    if not 0 < clip < math.inf:
+        raise refuse(name, "clip_sample_range", "a number > 0", clip)
     return {"clip": clip, "threshold": None}
 
 
+@on_host
 def single_precision_ratios(name: str, options: Options) -> Tensor:
     """sigma / alpha [T] as diffusers has it: float32, computed in float32, held as float64.
 
@@ -252,9 +306,9 @@ def single_precision_ratios(name: str, options: Options) -> Tensor:
     T, kind = options["num_train_timesteps"], options["beta_schedule"]
     start, end = options["beta_start"], options["beta_end"]
     if options["trained_betas"] is None and kind == "linear":
-        betas = torch.linspace(start, end, T)
+        betas = torch.linspace(start, end, T, dtype=torch.float32)
     elif options["trained_betas"] is None and kind == "scaled_linear":
-        betas = torch.linspace(start**0.5, end**0.5, T) ** 2
+        betas = torch.linspace(start**0.5, end**0.5, T, dtype=torch.float32) ** 2
     else:
         exact = schedule_of(name, options | {"rescale_betas_zero_snr": False}).alphas_cumprod
         betas = (1 - exact / torch.cat((torch.ones(1).double(), exact[:-1]))).float()
@@ -269,6 +323,7 @@ def single_precision_ratios(name: str, options: Options) -> Tensor:
     return (((1 - abar) / abar) ** 0.5).double()
 
 
+@on_host
 def schedule_of(name: str, options: Options) -> Schedule:
     """The schedule of its betas. Raises ValueError where it has none, or they are none."""
     if "beta_schedule" not in options:
@@ -278,9 +333,13 @@ def schedule_of(name: str, options: Options) -> Schedule:
     if T < 1:
         raise refuse(name, "num_train_timesteps", "an int >= 1", T)
     if trained is not None:
-        betas = torch.as_tensor(trained, dtype=torch.float64)
+        try:
+            betas = torch.as_tensor(trained, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError):
+            raise refuse(name, "trained_betas", "numbers", trained) from None
         if betas.shape != (T,):
-            raise refuse(name, "trained_betas", f"num_train_timesteps = {T} of them", len(betas))
+            got = len(betas) if betas.dim() == 1 else trained
+            raise refuse(name, "trained_betas", f"num_train_timesteps = {T} of them", got)
         schedule = Schedule.from_betas(betas)
     elif kind not in SCHEDULES:
         raise refuse(name, "beta_schedule", f"one of {', '.join(SCHEDULES)}", kind)

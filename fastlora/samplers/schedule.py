@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastlora.samplers.arguments import describe, integer, number
+from fastlora.samplers.arguments import describe, integer, number, on_host
 
 PREDICTIONS = ("epsilon", "v", "x0", "flow", "score")  # what a model may predict
 
@@ -45,6 +45,7 @@ class Schedule:
     alphas_cumprod: Tensor  # [T]
     final_alpha_cumprod: float = 1.0
 
+    @on_host
     def __post_init__(self) -> None:
         given = self.alphas_cumprod
         if not isinstance(given, Tensor) or given.ndim != 1 or given.numel() == 0:
@@ -69,6 +70,7 @@ class Schedule:
         object.__setattr__(self, "alphas_cumprod", abar)
 
     @classmethod
+    @on_host
     def from_betas(cls, betas: Tensor, final_alpha_cumprod: float = 1.0) -> Schedule:
         """`abar = cumprod(1 - betas)`; betas [T]. Raises TypeError where they are no tensor."""
         if not isinstance(betas, Tensor):
@@ -76,12 +78,14 @@ class Schedule:
         return cls((1 - betas.to("cpu", torch.float64)).cumprod(0), final_alpha_cumprod)
 
     @classmethod
+    @on_host
     def linear(cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
         """Betas evenly spaced (Ho et al., 2020). Raises ValueError unless T is an int >= 1."""
         T = _length(T)
         return cls.from_betas(torch.linspace(beta_start, beta_end, T, dtype=torch.float64))
 
     @classmethod
+    @on_host
     def scaled_linear(
         cls, T: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
     ) -> Schedule:
@@ -94,6 +98,7 @@ class Schedule:
         return cls.from_betas(roots**2)
 
     @classmethod
+    @on_host
     def cosine(cls, T: int = 1000) -> Schedule:
         """`abar(u) = cos^2((u + 0.008)/1.008 pi/2)`, beta <= 0.999 (Nichol and Dhariwal, 2021).
 
@@ -104,6 +109,7 @@ class Schedule:
         return cls._of_abar(((u + 0.008) / 1.008 * math.pi / 2).cos() ** 2)
 
     @classmethod
+    @on_host
     def sigmoid(cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
         """Betas along a logistic curve from -6 to 6 (GeoDiff, Xu et al., 2022).
 
@@ -114,6 +120,7 @@ class Schedule:
         return cls.from_betas(curve * (beta_end - beta_start) + beta_start)
 
     @classmethod
+    @on_host
     def laplace(cls, T: int = 1000) -> Schedule:
         """`abar(u) = sqrt(snr / (1 + snr))`, beta <= 0.999, where
         `log snr(u) = -sign(1/2 - u)/2 log(1 - 2|1/2 - u| + 1e-6)` (Hang et al., 2024, with the root
@@ -128,6 +135,7 @@ class Schedule:
         return cls._of_abar((snr / (1 + snr)).sqrt())
 
     @classmethod
+    @on_host
     def exponential(cls, T: int = 1000) -> Schedule:
         """`abar(u) = exp(-12 u)`, beta <= 0.999. Raises ValueError unless T is an int >= 1."""
         T = _length(T)
@@ -138,6 +146,7 @@ class Schedule:
         """From abar at u = 0, 1/T, ..., 1, each beta at most 0.999."""
         return cls.from_betas((1 - abar[1:] / abar[:-1]).clamp(max=0.999))
 
+    @on_host
     def zero_terminal_snr(self) -> Schedule:
         """`sqrt(abar)` moved and stretched so that the last one is 0 and the first one is kept.
 
@@ -172,6 +181,7 @@ class Schedule:
         """`log(abar / (1 - abar))` [T]; -inf where abar is 0, +inf where it is 1."""
         return self.alphas_cumprod.log() - (-self.alphas_cumprod).log1p()
 
+    @on_host
     def noise_table(self, prediction: str = "epsilon") -> Tensor:
         """The float32 [T, 4] table of `fastlora.ops.add_noise`: columns alpha, sigma, p_0, p_e.
 

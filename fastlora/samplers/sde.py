@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fastlora.samplers.arguments import number
+from fastlora.samplers.arguments import number, on_host
 from fastlora.samplers.continuous import check_range, check_steps
 from fastlora.samplers.grid import Grid
 
@@ -46,6 +47,7 @@ class SDE(ABC):
         999 t: multiply inside of the model, or replace a table's `timesteps`.)"""
         return t
 
+    @on_host
     def times(self, steps: int, end: float | None = None, clean: bool = True) -> Tensor:
         """The times at which the model is called, evenly from 1 to `end` (`self.end`), float64
         [steps]; without `clean` one more, the time that the last step arrives at.
@@ -59,6 +61,7 @@ class SDE(ABC):
             raise ValueError(f"{operator}: end: expected a number in (0, 1), got {end!r}")
         return torch.linspace(1, last, count, dtype=torch.float64)
 
+    @on_host
     def grid(self, steps: int, end: float | None = None, clean: bool = True) -> Grid:
         """The levels of `times`; `clean`: the last step goes on from `end` to x0 itself."""
         t = self.times(steps, end, clean)
@@ -100,8 +103,7 @@ class VE(SDE):
         return torch.zeros_like(t)
 
     def diffusion(self, t: Tensor) -> Tensor:
-        ratio = torch.tensor(self.sigma_max / self.sigma_min, dtype=torch.float64)
-        return self.sigma(t) * (2 * ratio.log()).sqrt()
+        return self.sigma(t) * math.sqrt(2 * math.log(self.sigma_max / self.sigma_min))
 
     def told(self, t: Tensor) -> Tensor:
         return self.sigma(t)

@@ -339,8 +339,8 @@ def test_refused(name, options, arguments, message):
 @pytest.mark.parametrize(
     ("config", "error", "message"),
     [
-        (3, TypeError, "config: expected a dict or a path, got a int"),
-        ({}, ValueError, "_class_name: expected one of .* got None"),
+        (3, TypeError, "config: expected a dict, a path or a scheduler, got a int"),
+        ({}, ValueError, "_class_name: expected the class of the scheduler, got none"),
         ("nowhere", FileNotFoundError, "expected a scheduler_config.json or its folder"),
     ],
     ids=label,

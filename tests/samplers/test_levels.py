@@ -176,9 +176,18 @@ def test_zero_snr_is_refused_or_made_large():
         (lambda: descending([1.0, math.nan], "f"), "f: sigmas: expected positive numbers"),
         (lambda: descending([1.0, 0.5, -0.1], "f"), "f: sigmas: expected positive numbers"),
         (lambda: listed(SD, [5, 9]), "listed: timesteps: expected numbers that descend"),
-        (lambda: Grid.through(torch.ones(0), *torch.ones(2, 1).double()), "expected at least one"),
-        (lambda: flow(torch.ones(1), torch.tensor([1.0, 2.0]).double()), "finite numbers >= 0"),
-        (lambda: flow(torch.ones(2), torch.tensor([1.0, 0.0]).double()), r"expected float64 \[2\]"),
+        (
+            lambda: Grid.through(torch.ones(0).double(), *torch.ones(2, 1).double()),
+            "expected at least one",
+        ),
+        (
+            lambda: flow(torch.ones(1).double(), torch.tensor([1.0, 2.0]).double()),
+            "finite numbers >= 0",
+        ),
+        (
+            lambda: flow(torch.ones(2).double(), torch.tensor([1.0, 0.0]).double()),
+            r"expected float64 \[2\]",
+        ),
     ],
 )
 def test_refused(call, message):

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from fastlora.ops.sampler_step import COLUMNS
-from fastlora.samplers.arguments import describe, number
+from fastlora.samplers.arguments import describe, number, on_host
 from fastlora.samplers.grid import Grid
 from fastlora.samplers.table import X0, Table
 
 
+@on_host
 def consistency(
     sigmas: Grid | Sequence[float] | Tensor,
     network: bool = False,

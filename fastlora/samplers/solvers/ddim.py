@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlora.samplers.arguments import number
+from fastlora.samplers.arguments import number, on_host
 from fastlora.samplers.grid import Grid, grid_or, strided
 from fastlora.samplers.schedule import Schedule
 from fastlora.samplers.table import EPS, X0, Combination, Table, rederived
 
 
+@on_host
 def ddim(
     schedule: Schedule | Grid,
     steps: int | None = None,
@@ -43,6 +44,7 @@ def ddim(
     return Table.build(name, grid, prediction, x_next, noise=s, clip=clip, threshold=threshold)
 
 
+@on_host
 def ddim_row(grid: Grid, eta: float, eps: Combination = EPS) -> tuple[Combination, Tensor]:
     """`alpha' x0 + sqrt(sigma'^2 - s^2) eps` and s [S].
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from fastlora.samplers.arguments import on_host
 from fastlora.samplers.grid import Grid, between, grid_or, spaced
 from fastlora.samplers.schedule import Schedule
 from fastlora.samplers.solvers.ddim import ddim_row
 from fastlora.samplers.table import Table
 
 
+@on_host
 def ddim_inversion(
     schedule: Schedule | Grid,
     steps: int | None = None,

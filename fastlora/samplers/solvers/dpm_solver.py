@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastlora.samplers.arguments import integer
+from fastlora.samplers.arguments import integer, on_host
 from fastlora.samplers.grid import Grid, gaps, grid_or
 from fastlora.samplers.levels import multistep_grid
 from fastlora.samplers.schedule import Schedule
@@ -15,6 +15,7 @@ TYPES = ("midpoint", "heun")
 FEW = 15  # fewer steps than that are unstable without lower orders at the end
 
 
+@on_host
 def dpm_solver(
     schedule: Schedule | Grid,
     steps: int | None = None,
@@ -48,6 +49,9 @@ def dpm_solver(
     first step that is taken. Raises TypeError for what is no Schedule or Grid, ValueError for
     names and numbers out of range, and levels that do not descend.
     """
+    first = integer(begin)
+    if first is None or first < 0:
+        raise ValueError(f"dpm_solver: begin: expected an int >= 0, got {begin!r}")
     number = integer(order)
     if number is None or not 1 <= number <= 3:
         raise ValueError(f"dpm_solver: order: expected 1, 2 or 3, got {order!r}")
@@ -68,14 +72,14 @@ def dpm_solver(
         "dpm_solver",
         lambda s, n: multistep_grid(s, n, spacing, sigmas=sigmas, final=final),
     )
-    orders = _orders(grid, number, lower_order_final, euler_at_final, begin)
+    orders = _orders(grid, number, lower_order_final, euler_at_final, first)
     plain = clip is None and threshold is None
     m = X0 if data else EPS if plain else rederived(grid)
     x_next, s = _update(grid, orders, algorithm, solver_type, m)
     history = (m, H)[: number - 1]
     name = f"dpm_solver(steps={len(grid)}, order={number}, algorithm={algorithm})"
     table = Table.build(name, grid, prediction, x_next, history, s, clip, threshold)
-    return table.since(begin)
+    return table.since(first)
 
 
 def _orders(

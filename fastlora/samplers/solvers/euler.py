@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastlora.samplers.arguments import number
+from fastlora.samplers.arguments import number, on_host
 from fastlora.samplers.grid import Grid, grid_or
 from fastlora.samplers.levels import euler_grid
 from fastlora.samplers.schedule import Schedule
@@ -10,6 +10,7 @@ from fastlora.samplers.solvers.ddim import ddim_row
 from fastlora.samplers.table import EPS, Table, rederived
 
 
+@on_host
 def euler(
     schedule: Schedule | Grid,
     steps: int | None = None,
@@ -29,6 +30,7 @@ def euler(
     return _euler("euler", 0.0, schedule, steps, prediction, spacing, sigmas, clip, threshold)
 
 
+@on_host
 def euler_ancestral(
     schedule: Schedule | Grid,
     steps: int | None = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastlora.samplers.arguments import describe
+from fastlora.samplers.arguments import describe, on_host
 from fastlora.samplers.grid import Grid
 from fastlora.samplers.levels import flow_grid
 from fastlora.samplers.solvers.ddim import ddim_row
@@ -10,6 +10,7 @@ from fastlora.samplers.solvers.heun import heun_rows
 from fastlora.samplers.table import X0, Table
 
 
+@on_host
 def flow_euler(
     grid: Grid | int = 50,
     prediction: str = "flow",
@@ -29,6 +30,7 @@ def flow_euler(
     return Table.build(f"flow_euler(steps={len(levels)})", levels, prediction, x_next, noise=s)
 
 
+@on_host
 def flow_heun(grid: Grid | int = 50, prediction: str = "flow", shift: float = 1.0) -> Table:
     """`x' = x + (sigma' - sigma)(v + v')/2`, v' after an Euler step: `heun` on a flow grid.
 

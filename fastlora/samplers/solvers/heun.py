@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from fastlora.samplers.arguments import on_host
 from fastlora.samplers.grid import Grid, grid_or
 from fastlora.samplers.levels import euler_grid
 from fastlora.samplers.schedule import Schedule
 from fastlora.samplers.table import X0, Combination, H, Table, X
 
 
+@on_host
 def heun(
     schedule: Schedule | Grid,
     steps: int | None = None,

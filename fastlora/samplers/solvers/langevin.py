@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from fastlora.samplers.arguments import integer, number
+from fastlora.samplers.arguments import integer, number, on_host
 from fastlora.samplers.continuous import check_steps
 from fastlora.samplers.grid import Grid, grid_of, grid_or
 from fastlora.samplers.schedule import Schedule
@@ -14,6 +14,7 @@ from fastlora.samplers.solvers._rows import interleaved, rows, table_of, tweedie
 from fastlora.samplers.table import Table
 
 
+@on_host
 def langevin(
     step_size: float,
     steps: int,
@@ -39,6 +40,7 @@ def langevin(
     return table_of(f"langevin(steps={len(grid)}, {a:g})", grid, prediction, [walk])
 
 
+@on_host
 def annealed_langevin(
     schedule: Schedule | Grid,
     steps: int | None = None,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from fastlora.samplers.arguments import number
+from fastlora.samplers.arguments import number, on_host
 from fastlora.samplers.grid import Grid, grid_of, grid_or
 from fastlora.samplers.schedule import Schedule
 from fastlora.samplers.table import X0, Table, X
 
 
+@on_host
 def log_snr_ancestral(
     schedule: Schedule | Grid,
     steps: int | None = None,

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastlora.samplers.arguments import describe, integer, number
+from fastlora.samplers.arguments import describe, integer, number, on_host
 from fastlora.samplers.grid import Grid, grid_of, grid_or
 from fastlora.samplers.schedule import Schedule
 from fastlora.samplers.sde import SDE
@@ -17,6 +17,7 @@ from fastlora.samplers.table import Table
 PREDICTORS = ("reverse_diffusion", "probability_flow", "euler_maruyama")
 
 
+@on_host
 def probability_flow(
     sde: SDE,
     steps: int = 1000,
@@ -37,6 +38,7 @@ def probability_flow(
     return _in_time(name, sde, steps, prediction, end, denoise, share=0.5)
 
 
+@on_host
 def reverse_sde(
     sde: SDE,
     steps: int = 1000,
@@ -52,6 +54,7 @@ def reverse_sde(
     return _in_time("reverse_sde", sde, steps, prediction, end, denoise, share=1.0)
 
 
+@on_host
 def predictor_corrector(
     schedule: SDE | Schedule | Grid,
     steps: int | None = None,

@@ -15,7 +15,7 @@ from collections.abc import Collection
 
 import torch
 
-from fastlora.samplers.arguments import integer
+from fastlora.samplers.arguments import integer, on_host
 from fastlora.samplers.grid import Grid, gaps, grid_or
 from fastlora.samplers.levels import multistep_grid
 from fastlora.samplers.schedule import Schedule
@@ -24,6 +24,7 @@ from fastlora.samplers.table import EPS, X0, Combination, H, R, Table, X
 TYPES = ("bh1", "bh2")
 
 
+@on_host
 def unipc(
     schedule: Schedule | Grid,
     steps: int | None = None,
@@ -48,6 +49,10 @@ def unipc(
     taken. Raises TypeError for what is no Schedule or Grid, ValueError for what is out of range,
     levels that do not descend, and steps to sigma = 0 in eps or of order 2.
     """
+    first = integer(begin)
+    if first is None or first < 0:
+        raise ValueError(f"unipc: begin: expected an int >= 0, got {begin!r}")
+    skipped = _steps(disable_corrector)
     number = integer(order)
     if number is None or not 1 <= number <= 3:
         raise ValueError(f"unipc: order: expected 1 or 2, got {order!r}")
@@ -64,7 +69,7 @@ def unipc(
     )
     n = len(grid)
     orders = [
-        max(1, min(number, i - begin + 1, n - i if lower_order_final else number)) for i in range(n)
+        max(1, min(number, i - first + 1, n - i if lower_order_final else number)) for i in range(n)
     ]
     if max(orders) > 2:
         raise ValueError(
@@ -76,11 +81,23 @@ def unipc(
             "unipc: schedule: expected a last sigma above 0 (sigma_min) for steps in eps, and"
             " without lower_order_final, got 0"
         )
-    x_next, partial = _rows(grid, orders, solver_type, predict_x0, disable_corrector, begin)
+    x_next, partial = _rows(grid, orders, solver_type, predict_x0, skipped, first)
     m = X0 if predict_x0 else EPS
     name = f"unipc(steps={n}, order={number}, solver_type={solver_type})"
     table = Table.build(name, grid, prediction, x_next, (partial, m), 0.0, clip, threshold)
-    return table.since(begin)
+    return table.since(first)
+
+
+def _steps(given: Collection[int]) -> set[int | None]:
+    """What disable_corrector names. Raises ValueError unless it is ints."""
+    expected = f"unipc: disable_corrector: expected the numbers of steps, got {given!r}"
+    try:
+        steps = {integer(step) for step in given}
+    except TypeError:
+        raise ValueError(expected) from None
+    if None in steps:
+        raise ValueError(expected)
+    return steps
 
 
 def _rows(
@@ -88,7 +105,7 @@ def _rows(
     orders: list[int],
     solver_type: str,
     predict_x0: bool,
-    disable_corrector: Collection[int],
+    skipped: Collection[int | None],
     begin: int,
 ) -> tuple[Combination, Combination]:
     """x' and h', row by row."""
@@ -97,7 +114,7 @@ def _rows(
     weight = 0.0  # b, of the row to come
     rows: list[tuple[Combination, Combination]] = []
     for i, order in enumerate(orders):
-        corrected = i > begin and (i - 1) not in disable_corrector
+        corrected = i > begin and (i - 1) not in skipped
         x = H + m * weight if corrected else X
         alpha, sigma = grid.alpha[i].item(), grid.sigma[i].item()
         alpha_next, sigma_next = grid.alpha_next[i].item(), grid.sigma_next[i].item()
