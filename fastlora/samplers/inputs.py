@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.ops.sampler_step import MAX_OUTPUTS, mask_fits
-from fastlora.samplers.arguments import describe, equal, number
+from fastlora.samplers.arguments import describe, equal, number, on_host
 from fastlora.samplers.noise import as_seeds
 from fastlora.samplers.table import Table
 
@@ -44,6 +44,7 @@ class Guidance:
     rescale: float | Tensor = 0.0
 
 
+@on_host
 def prepare(
     operator: str,
     model: Model,
@@ -94,6 +95,7 @@ def prepare(
     return Inputs(x, cond, weights.to(**like), seeds, rescale, mask, known, input_dtype)
 
 
+@on_host
 def guided(
     operator: str, scale: float | Tensor, with_uncond: bool, batch: int, steps: int
 ) -> Tensor:
@@ -120,6 +122,7 @@ def guided(
     return torch.stack((g, 1 - g), dim=1)
 
 
+@on_host
 def given_weights(operator: str, guidance: Guidance, uncond: Any, batch: int, steps: int) -> Tensor:
     """Weights [S or 1, n, B or 1] from [n], [n, B or 1] or [S, n, B or 1]."""
     if uncond is not None or number(guidance.scale) != 1:
@@ -150,6 +153,7 @@ def conditions(operator: str, cond: Any, n: int, batch: int) -> Any:
     return cond[0] if n == 1 else concatenated(operator, list(cond), batch, "cond")
 
 
+@on_host
 def rescaling(operator: str, phi: float | Tensor, batch: int) -> Tensor | None:
     """[B or 1], or None where nothing is to be rescaled."""
     expected = (

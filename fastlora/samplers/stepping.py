@@ -71,7 +71,7 @@ class Stepper:
         """x̂0 [B, ...] of step `index`, guided and clipped, from the state before it."""
         keep = {"k_x", "k_e", "clip"}
         kept = [1.0 if name in keep else 0.0 for name in COLUMNS]
-        row = self.table.coefficients[index].where(torch.tensor(kept) > 0, 0.0)
+        row = self.table.coefficients[index] * torch.tensor(kept, device="cpu")
         row[COLUMNS.index("c_0")] = row[COLUMNS.index("p_0")] = 1.0
         rows = row.to(self.coefficients)[None]
         weights = inputs.weights[index : index + 1] if len(inputs.weights) > 1 else inputs.weights

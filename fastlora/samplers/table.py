@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastlora.ops.sampler_step import COLUMNS
-from fastlora.samplers.arguments import integer, number
+from fastlora.samplers.arguments import integer, number, on_host
 from fastlora.samplers.grid import Grid
 
 Number = Tensor | float  # [S], or the same for all steps
@@ -92,6 +92,7 @@ class Table:
             )
 
     @classmethod
+    @on_host
     def build(
         cls,
         name: str,
@@ -153,6 +154,7 @@ class Table:
         return cls(rows, grid.timesteps, prediction, name, *starts, levels)
 
     @classmethod
+    @on_host
     def of(cls, name: str, prediction: str, timesteps: Tensor, **columns: Number) -> Table:
         """A table by column names, each [S] or a number; unnamed: m = 1, clip = inf, else 0."""
         values = {"m": 1.0, "clip": math.inf} | columns

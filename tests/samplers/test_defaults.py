@@ -23,6 +23,19 @@ def configured(name, make=fs.table_from_config, steps=5, **options):
     return make(betas | options | {"_class_name": name}, steps)
 
 
+def sampled() -> torch.Tensor:
+    """Guidance, a preview, noise: all of it where x is."""
+    x = torch.linspace(-1, 1, 8, device="cpu", dtype=torch.float32).view(2, 4)
+    cond, uncond = torch.ones_like(x), torch.zeros_like(x)
+
+    def model(x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        return (x + cond).sin()
+
+    table = fs.ddim(sd(), 3, eta=1.0)
+    steps = [*fs.sample_steps(model, table, x, cond, uncond, 2.0, [1, 2], guidance_rescale=0.5)]
+    return torch.stack([t for step in steps for t in (step.x, step.x0())])
+
+
 MADE = {
     "linear": lambda: Schedule.linear(50),
     "scaled_linear": sd,
@@ -63,6 +76,9 @@ MADE = {
     "flow_euler": lambda: [fs.flow_euler(5, shift=3.0), fs.flow_euler(5, stochastic=True)],
     "flow_heun": lambda: fs.flow_heun(5),
     "unipc": lambda: fs.unipc(sd(), 5, disable_corrector=[1]),
+    "ddpm": lambda: [fs.ddpm(sd(), 5), fs.ddpm(sd(), 5, variance="large", clip=1.0)],
+    "lcm": lambda: fs.lcm(sd(), 4),
+    "sampled": lambda: sampled(),
     "unipc_eps": lambda: fs.unipc(sd(), 5, predict_x0=False),
     "consistency": lambda: fs.consistency([80.0, 24.4, 5.84], network=True, clip=1.0),
     "langevin": lambda: fs.langevin(0.1, 5),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fastlora.samplers.arguments import on_host
 from fastlora.samplers.grid import Grid, grid_of, grid_or
 from fastlora.samplers.schedule import Schedule
 from fastlora.samplers.table import X0, Table, X
@@ -11,6 +12,7 @@ from fastlora.samplers.table import X0, Table, X
 VARIANCES = ("small", "large")
 
 
+@on_host
 def ddpm(
     schedule: Schedule | Grid,
     steps: int | None = None,

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlora.samplers.arguments import integer
+from fastlora.samplers.arguments import integer, on_host
 from fastlora.samplers.grid import Grid, grid_or, listed
 from fastlora.samplers.schedule import Schedule
 from fastlora.samplers.table import X0, Table, X
@@ -14,6 +14,7 @@ from fastlora.samplers.table import X0, Table, X
 SIGMA_DATA = 0.5
 
 
+@on_host
 def lcm(
     schedule: Schedule | Grid,
     steps: int | None = None,
@@ -50,6 +51,7 @@ def lcm(
     return Table.build(name, grid, prediction, x_next, noise=sigma, clip=clip, threshold=threshold)
 
 
+@on_host
 def distilled(T: int, steps: int, original_steps: int = 50) -> Tensor:
     """`steps` of the timesteps `T // original_steps` apart that end at T - 1 (or shortly before).
 
