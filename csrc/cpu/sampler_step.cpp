@@ -159,6 +159,70 @@ static inline bool wants_x0(const SamplerStep& p, const Row<X>& r) {
   return r.c[kC0] != 0 || (p.histories > 0 && r.c[kG0] != 0) || (p.histories > 1 && r.c[kR0] != 0);
 }
 
+// Whether a row is guidance and a sum in float32 alone, which is what most steps are.
+template <class X>
+static inline bool is_common(const SamplerStep& p, const Row<X>& r) {
+  return p.x_dtype == DType::kFloat32 && p.output_dtype == DType::kFloat32 &&
+         p.input_dtype == DType::kFloat32 && p.n <= 2 && p.histories <= 1 && p.copies >= 1 &&
+         p.rescale == nullptr && p.noise == nullptr && p.mask == nullptr &&
+         (p.seeds == nullptr || r.c[kCn] == 0) && !wants_x0(p, r);
+}
+
+// Such a step in one loop, for the passes over a chunk would take as long as memory does.
+// N: outputs; H: with a history; C: copies of the input, 2 for more.
+template <int N, bool H, int C>
+static inline void common_loop(const SamplerStep& p, const Row<float>& r, int64_t at,
+                               int64_t count) {
+  const int64_t all = p.batch * p.inner;
+  const float* x = static_cast<const float*>(p.x) + at;
+  const float* e_0 = static_cast<const float*>(p.outputs[0]) + at;
+  const float* e_1 = N > 1 ? static_cast<const float*>(p.outputs[1]) + at : e_0;
+  const float* h = H ? static_cast<const float*>(p.history) + at : x;
+  float* __restrict x_next = static_cast<float*>(p.x_next) + at;
+  float* __restrict h_next = H ? static_cast<float*>(p.history_next) + at : nullptr;
+  float* __restrict input = static_cast<float*>(p.model_input) + at;
+  float* __restrict again = C > 1 ? input + all : nullptr;
+  const float w_0 = r.w[0], w_1 = N > 1 ? r.w[1] : 0, m = r.c[kM];
+  const float c_x = r.c[kCx], c_e = r.c[kCe], c_h = r.c[kCh];
+  const float g_x = r.c[kGx], g_e = r.c[kGe], g_h = r.c[kGh];
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    float e = w_0 * e_0[i];
+    if (N > 1) e += w_1 * e_1[i];
+    float v = c_x * x[i] + c_e * e;
+    if (H) {
+      v += c_h * h[i];
+      h_next[i] = g_x * x[i] + g_e * e + g_h * h[i];
+    }
+    x_next[i] = v;
+    input[i] = m * v;
+    if (C > 1) again[i] = m * v;
+  }
+  for (int64_t copy = C > 1 ? 2 : 1; copy < p.copies; ++copy)
+    memcpy(input + copy * all, input, size_t(count) * sizeof(float));
+}
+
+template <int N, bool H>
+static inline void common_copies(const SamplerStep& p, const Row<float>& r, int64_t at,
+                                 int64_t count) {
+  if (p.copies == 1)
+    common_loop<N, H, 1>(p, r, at, count);
+  else
+    common_loop<N, H, 2>(p, r, at, count);
+}
+
+static inline void common_step(const SamplerStep& p, const Row<float>& r, int64_t at,
+                               int64_t count) {
+  if (p.histories > 0)
+    p.n > 1 ? common_copies<2, true>(p, r, at, count) : common_copies<1, true>(p, r, at, count);
+  else
+    p.n > 1 ? common_copies<2, false>(p, r, at, count) : common_copies<1, false>(p, r, at, count);
+}
+
+// float64 and sixteen bits have no such loop.
+template <class X>
+static inline void common_step(const SamplerStep&, const Row<X>&, int64_t, int64_t) {}
+
 // T: the type of x and x'.
 template <class T>
 static inline void chunk(const SamplerStep& p, const Row<Acc<T>>& r, int64_t sample, int64_t first,
@@ -166,6 +230,7 @@ static inline void chunk(const SamplerStep& p, const Row<Acc<T>>& r, int64_t sam
   using X = Acc<T>;
   alignas(64) X e[kChunk], x0[kChunk], z[kChunk], wide[kChunk], next[kChunk], room[kChunk];
   const int64_t at = sample * p.inner + first, all = p.batch * p.inner;
+  if (is_common(p, r)) return common_step(p, r, at, count);
   const X* x = widened(static_cast<const T*>(p.x) + at, count, wide);
   guided(p, r.w, sample, at, count, p.rescale != nullptr, e);
 

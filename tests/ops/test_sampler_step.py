@@ -73,6 +73,28 @@ def test_options(n, history, noise, copies):
 
 
 @on_devices
+@pytest.mark.parametrize("shape", [(1,), (2, 0), (3, 1030), (2, 4, 64, 65)], ids=str)
+@pytest.mark.parametrize("copies", [1, 2, 3])
+@pytest.mark.parametrize("history", [0, 1])
+@pytest.mark.parametrize("n", [1, 2])
+def test_rows_without_x0(n, history, copies, shape):
+    """What most solvers' rows are: sums of x, e and h, and no noise."""
+    columns = {"c_0": 0.0, "g_0": 0.0, "c_n": 0.0}
+    case = Case(shape, n=n, history=history, copies=copies, clip=float("inf"), columns=columns)
+    arguments = case.arguments()
+    x_next, history_next, model_input = check(ops.sampler_step, arguments)
+    assert torch.equal(model_input, model_input[: shape[0]].repeat(copies, *[1] * (len(shape) - 1)))
+    for b in range(shape[0]):
+        one = slice(b, b + 1)
+        expected = (
+            x_next[one],
+            history_next[:, one] if history else history_next,
+            model_input[one],
+        )
+        assert same_bits(ops.sampler_step(**alone(arguments, b)), expected)
+
+
+@on_devices
 @pytest.mark.parametrize("history", [0, 1, 2])
 @pytest.mark.parametrize("weight_steps", [1, STEPS])
 @pytest.mark.parametrize("weight_batch", [True, False], ids=["per-sample", "shared"])
