@@ -163,6 +163,19 @@ class Table:
     def __len__(self) -> int:
         return self.timesteps.numel()
 
+    def __repr__(self) -> str:
+        """The name, and the columns that are not the same in all rows or do something."""
+        plain = {"m": 1.0, "clip": math.inf}
+        used = [c for c in COLUMNS if bool((self.column(c) != plain.get(c, 0.0)).any())]
+        shown = [*range(len(self))]
+        if len(shown) > 8:
+            shown = [*shown[:5], -1, *shown[-2:]]  # -1: those between
+        lines = ["".join(f"{head:>11}" for head in ("timestep", *used))]
+        for row in shown:
+            values = [self.timesteps[row].item(), *(self.column(c)[row].item() for c in used)]
+            lines.append("        ..." if row < 0 else "".join(f"{v:11.5g}" for v in values))
+        return f"Table {self.name}, prediction {self.prediction}\n" + "\n".join(lines)
+
     def since(self, begin: int) -> Table:
         """Without the first `begin` rows: x starts at the level of row `begin`, as it is.
 

@@ -325,3 +325,12 @@ def test_ddpm_adds_noise_where_a_model_is_told_0_in_the_middle(variance):
         theirs = samplers.log_snr_ancestral(grid, v=0.0, prediction="v").column("c_n")
         torch.testing.assert_close(c_n, theirs)
     assert bool((c_n[:4] > 0).all())
+
+
+def test_a_table_shows_its_rows():
+    lines = str(ddim(Schedule.linear(), 3)).splitlines()
+    assert lines[0].startswith("Table ddim(steps=3") and lines[1].split()[:3] == [
+        *("timestep", "k_x", "k_e")
+    ]
+    assert [line.split()[0] for line in lines[2:]] == ["666", "333", "0"]
+    assert len(str(dpm_solver(Schedule.linear(), 50)).splitlines()) == 2 + 8
