@@ -1,6 +1,7 @@
 """Noise schedules, solvers as tables of coefficients, and the sampling loop."""
 
-from fastlora.samplers.config import grid_from_config, schedule_from_config, table_from_config
+from typing import TYPE_CHECKING, Any
+
 from fastlora.samplers.continuous import cosine_log_snr, geometric, karras, linear_log_snr
 from fastlora.samplers.grid import Grid, grid_of, listed, strided
 from fastlora.samplers.levels import euler_grid, flow, flow_grid, multistep_grid
@@ -23,6 +24,13 @@ from fastlora.samplers.solvers.log_snr_ancestral import log_snr_ancestral
 from fastlora.samplers.solvers.score import predictor_corrector, probability_flow, reverse_sde
 from fastlora.samplers.solvers.unipc import unipc
 from fastlora.samplers.table import Table
+
+if TYPE_CHECKING:
+    from fastlora.samplers.config import (
+        grid_from_config,
+        schedule_from_config,
+        table_from_config,
+    )
 
 __all__ = [
     "Grid",
@@ -70,3 +78,14 @@ __all__ = [
     "table_from_config",
     "unipc",
 ]
+
+_CONFIG = ("grid_from_config", "schedule_from_config", "table_from_config")
+
+
+def __getattr__(name: str) -> Any:
+    """The readers of configurations when they are asked for: `import fastlora` stays light."""
+    if name in _CONFIG:
+        from fastlora.samplers import config
+
+        return getattr(config, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,8 +17,8 @@ from fastlora.integrations.diffusers.base import (
     widened,
 )
 from fastlora.integrations.diffusers.ddim import check_snr
-from fastlora.samplers.solvers.lcm import SIGMA_DATA
-from fastlora.samplers.table import X0, Table, X
+from fastlora.samplers.solvers.lcm import denoised
+from fastlora.samplers.table import Table
 
 
 class FastLCMScheduler(FastScheduler, LCMScheduler):
@@ -47,15 +47,13 @@ class FastLCMScheduler(FastScheduler, LCMScheduler):
             abar_next[self.num_inference_steps - 1] = 1.0
         prediction, bounds = self._prediction(), self._bounds()
         grid, fine = abar_grid(t, abar[t], abar_next, prediction)
-        tau = self._options.timestep_scaling * grid.timesteps.double()
-        skip = SIGMA_DATA**2 / (tau**2 + SIGMA_DATA**2)
-        denoised = X * skip + X0 * (tau * (tau**2 + SIGMA_DATA**2).rsqrt())
+        clean = denoised(grid, self._options.timestep_scaling)
         table = Table.build(
             "lcm",
             grid,
             prediction,
-            denoised * grid.alpha_next,
-            (denoised,),
+            clean * grid.alpha_next,
+            (clean,),
             grid.sigma_next,
             bounds.clip,
             bounds.threshold,
@@ -94,7 +92,7 @@ class FastLCMScheduler(FastScheduler, LCMScheduler):
         noise = None if last else draw(model_output, generator, dtype)
         x, h = self._advance(placed, row, model_output, sample, dtype, noise, blank=True)
         self._step_index = step + 1
-        denoised = h.squeeze(0).to(dtype)
+        x0 = h.squeeze(0).to(dtype)
         if not return_dict:
-            return x, denoised
-        return LCMSchedulerOutput(prev_sample=x, denoised=denoised)
+            return x, x0
+        return LCMSchedulerOutput(prev_sample=x, denoised=x0)

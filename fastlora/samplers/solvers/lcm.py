@@ -9,7 +9,7 @@ from torch import Tensor
 from fastlora.samplers.arguments import integer, on_host
 from fastlora.samplers.grid import Grid, grid_or, listed
 from fastlora.samplers.schedule import Schedule
-from fastlora.samplers.table import X0, Table, X
+from fastlora.samplers.table import X0, Combination, Table, X
 
 SIGMA_DATA = 0.5
 
@@ -38,17 +38,21 @@ def lcm(
         lambda s, n: listed(s, distilled(len(s), n, original_steps)),
         default=4,
     )
-    tau = timestep_scaling * grid.timesteps.double()
-    c_skip = SIGMA_DATA**2 / (tau**2 + SIGMA_DATA**2)
-    c_out = tau * (tau**2 + SIGMA_DATA**2).rsqrt()
     last = torch.arange(len(grid)) == len(grid) - 1  # returns the denoised sample
     alpha, sigma = (
         torch.where(last, end, level)
         for end, level in ((1.0, grid.alpha_next), (0.0, grid.sigma_next))
     )
-    x_next = X * (alpha * c_skip) + X0 * (alpha * c_out)
+    x_next = denoised(grid, timestep_scaling) * alpha
     name = f"lcm(steps={len(grid)})"
     return Table.build(name, grid, prediction, x_next, noise=sigma, clip=clip, threshold=threshold)
+
+
+def denoised(grid: Grid, timestep_scaling: float) -> Combination:
+    """`c_skip x + c_out x0`: the consistency function, which is x itself where tau is 0."""
+    tau = timestep_scaling * grid.timesteps.double()
+    c_skip = SIGMA_DATA**2 / (tau**2 + SIGMA_DATA**2)
+    return X * c_skip + X0 * (tau * (tau**2 + SIGMA_DATA**2).rsqrt())
 
 
 @on_host
