@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,22 @@ from fastlora.samplers.loop import Step, check_start, run, run_steps, watched
 from fastlora.samplers.noise import as_seeds, noise
 from fastlora.samplers.stepping import State, Stepper
 from fastlora.samplers.table import Table
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class Given(TypedDict, total=False):
+    """What calls of a Sampler may give anew, as `sample` takes it; None is as not given."""
+
+    seeds: Sequence[int] | Tensor | None
+    cond: Any
+    uncond: Any
+    guidance_scale: float | Tensor | None
+    weights: Sequence[Any] | Tensor | None
+    guidance_rescale: float | Tensor | None
+    mask: Tensor | None
+    known: Tensor | None
 
 
 class Sampler:
@@ -100,7 +116,7 @@ class Sampler:
             self._finite = torch.ones(steps, dtype=torch.bool, device=x.device)
         self.model, self.table, self.captures = model, table, 0
         self._graph: Graph[Any] | None = None
-        self._per_step = False
+        self._captured = self._per_step = False
         self._calls = 0
         self._strengths: Any = None
         self._state: State | None = None  # of a graph of one step
@@ -114,27 +130,16 @@ class Sampler:
         self,
         x: Tensor | None = None,
         *,
-        seeds: Sequence[int] | Tensor | None = None,
-        cond: Any = None,
-        uncond: Any = None,
-        guidance_scale: float | Tensor | None = None,
-        weights: Sequence[Any] | Tensor | None = None,
-        guidance_rescale: float | Tensor | None = None,
-        mask: Tensor | None = None,
-        known: Tensor | None = None,
         start: Mapping[str, float] | None = None,
         progress: bool = False,
+        **given: Unpack[Given],
     ) -> Tensor:
         """Samples [B, ...] from noise x, by default the noise of the seeds, which are drawn where
-        they are not given. What else is not given is what it was before."""
-        given = dict(x=x, seeds=seeds, cond=cond, uncond=uncond, guidance_scale=guidance_scale,
-                     weights=weights, guidance_rescale=guidance_rescale, mask=mask,
-                     known=known)  # fmt: skip
-        if self._graph is None:
-            check_start(self.model, start)
-            self._take(given)
+        they are not given. What else of `Given` is not given is what it was before: seeds, cond,
+        uncond, guidance_scale, weights, guidance_rescale, mask, known."""
+        graph = self._begin(x, given, start)
+        if graph is None:
             return run(self.model, self._stepper, self._inputs, start, progress, self._check)
-        graph = self._ready(given, start)
         if self._per_step:
             for _ in watched(
                 self._replayed(graph, self._calls), progress, self.table.timesteps.tolist()
@@ -149,30 +154,18 @@ class Sampler:
         self,
         x: Tensor | None = None,
         *,
-        seeds: Sequence[int] | Tensor | None = None,
-        cond: Any = None,
-        uncond: Any = None,
-        guidance_scale: float | Tensor | None = None,
-        weights: Sequence[Any] | Tensor | None = None,
-        guidance_rescale: float | Tensor | None = None,
-        mask: Tensor | None = None,
-        known: Tensor | None = None,
         start: Mapping[str, float] | None = None,
+        **given: Unpack[Given],
     ) -> Iterator[Step]:
         """The same step by step; stop whenever you like. Where the whole loop is captured there are
         no steps: RuntimeError; so it is for steps of a graph after another call has begun."""
-        given = dict(x=x, seeds=seeds, cond=cond, uncond=uncond, guidance_scale=guidance_scale,
-                     weights=weights, guidance_rescale=guidance_rescale, mask=mask,
-                     known=known)  # fmt: skip
-        if self._graph is None:
-            check_start(self.model, start)
-            self._take(given)
-            return run_steps(self.model, self._stepper, snapshot(self._inputs), start, self._check)
-        if not self._per_step:
+        if self._captured and not self._per_step:
             raise RuntimeError(
                 "Sampler: steps: the whole loop is one CUDA graph; expected capture(per_step=True)"
             )
-        graph = self._ready(given, start)
+        graph = self._begin(x, given, start)
+        if graph is None:
+            return run_steps(self.model, self._stepper, snapshot(self._inputs), start, self._check)
         return self._replayed_steps(graph, self._calls)
 
     # --- capturing --------------------------------------------------------------------------------
@@ -180,8 +173,9 @@ class Sampler:
     def capture(self, per_step: bool = False) -> Sampler:
         """Captures now, with the model as it is; returns itself. Raises RuntimeError where x is not
         on a CUDA device, AdapterError for strengths that require a gradient."""
-        self._per_step = per_step
+        self._captured, self._per_step = False, per_step
         self._capture()
+        self._captured = True
         return self
 
     @torch.no_grad()
@@ -238,23 +232,35 @@ class Sampler:
 
         return steady(self.model)
 
-    def _ready(self, given: dict[str, Any], start: Mapping[str, float] | None) -> Graph[Any]:
-        """The graph, with all that it reads."""
+    def _begin(
+        self, x: Tensor | None, given: Given, start: Mapping[str, float] | None
+    ) -> Graph[Any] | None:
+        """Takes what a call gives, or raises and changes nothing. The graph, where there is one,
+        with all that it reads."""
+        unknown = given.keys() - Given.__annotations__.keys()
+        if unknown:
+            raise TypeError(
+                f"Sampler: {min(unknown)}: no such argument; expected x, start or one of"
+                f" {', '.join(Given.__annotations__)}"
+            )
+        if not self._captured:
+            check_start(self.model, start)
+            self._take({"x": x, **given})
+            return None
+        if self._graph is None or (self._strengths is not None and not self._strengths.fits()):
+            self._capture()
         if self._strengths is None and start:
             raise TypeError(
                 "Sampler: start: expected a module with adapters as the model, got"
                 f" {describe(self.model)}"
             )
         if self._strengths is not None:
-            if not self._strengths.fits():
-                self._capture()
             self._strengths.write(self.table.timesteps.tolist(), start)
-        self._take(given)
+        self._take({"x": x, **given})
         self._calls += 1
         if self._state is not None:
             write_state(self._state, self._stepper.begin(self._inputs))
             self._row.zero_()
-        assert self._graph is not None
         return self._graph
 
     def _replayed(self, graph: Graph[Any], call: int) -> Iterator[int]:

@@ -403,6 +403,8 @@ def test_bad_input_changes_nothing(
     sampler = made(model, per_step)
     with pytest.raises(ValueError, match=f"^Sampler: {message}"):
         sampler(**{"cond": OTHER, "guidance_scale": 9.0, "seeds": SEEDS} | change)
+    with pytest.raises(TypeError, match="Sampler: guidance: no such argument; .* guidance_scale"):
+        sampler(cond=OTHER, guidance=9.0)
     with pytest.raises(fastlora.AdapterError, match="no adapter named 'z'"):
         sampler(cond=OTHER, guidance_scale=9.0, seeds=SEEDS, start={"z": 1})
     close(sampler(seeds=SEEDS), plain(model))
@@ -460,3 +462,17 @@ def test_a_copy_of_the_model_does_not_disturb(recorded: None) -> None:
     other(torch.zeros(SHAPE), torch.zeros(B), COND)
     close(sampler(seeds=SEEDS), plain(model))
     assert sampler.captures == 1
+
+
+@pytest.mark.parametrize("per_step", [False, True], ids=["loop", "step"])
+def test_a_capture_that_fails_is_tried_again(recorded: None, per_step: bool) -> None:
+    """Not steps one by one, of which nobody was told."""
+    model = network()
+    sampler = made(model, per_step)
+    fastlora.set_scale(model, {"a": torch.ones(B, requires_grad=True)})
+    for _ in range(2):
+        with pytest.raises(fastlora.AdapterError, match="require a gradient cannot be captured"):
+            sampler(seeds=SEEDS)
+    fastlora.set_scale(model, {"a": 0.5})
+    close(sampler(seeds=SEEDS), plain(model))
+    assert sampler.captures == 2
