@@ -55,11 +55,14 @@ struct Shape {
   static constexpr int kDepth = 32;  // inputs of a step: two steps of the matrix instruction
   static constexpr int kGroups = kDepth * 2 / 16;
   static constexpr int kTileRows = kRows + kColumns + kAppended;
+  static constexpr int kCopyRows = kThreads / kGroups;  // rows that the block copies at a time
+  static constexpr int kCopies = (kTileRows + kCopyRows - 1) / kCopyRows;
   static constexpr int kStageBytes = kTileRows * kDepth * 2;
   static constexpr int kPitch = kColumns + 8;  // of the result on its way out
   static constexpr int kPipeline = kStages * kStageBytes, kResult = kRows * kPitch * 2;
   static constexpr int kSharedBytes = kPipeline > kResult ? kPipeline : kResult;
   static_assert(kColumnTiles % 2 == 0 && kAppended % 16 == 0 && kAppended <= kDepth, "pairs");
+  static_assert(kCopyRows % 8 == 0 && kRows % kCopyRows == 0, "copies keep their bank and source");
 };
 
 // kDepth elements from k0 on of one row, zeros beyond the edges; a thread copies one group.
@@ -109,25 +112,67 @@ __global__ void __launch_bounds__(S::kThreads, S::kThreads <= 128 ? 2 : 1)
     }
   }
 
+  // Of every step a thread copies one group of eight inputs in rows of its own, kCopyRows apart.
+  // Where they lie is worked out once for each source: a step of arithmetic leaves no time for it.
+  // Rows and columns beyond the edge are the last ones once more, whose results are not stored;
+  // rows of D beyond its end are zeros, because they are summed over.
+  const int my_row = thread / S::kGroups, my_group = thread % S::kGroups;
+  const T* from[S::kCopies];
+  bool vectors = false;
+  auto aim = [&](bool first) {
+    const Source<T>& source = first ? p.first : p.second;
+    vectors = first ? (a1 && b1 && (S::kAppended == 0 || d1)) : (b2 && (S::kAppended > 0 || a2));
+#pragma unroll
+    for (int i = 0; i < S::kCopies; ++i) {
+      const int row = my_row + i * S::kCopyRows;
+      const Operand<T>& operand = row < S::kRows                  ? source.a
+                                  : row < S::kRows + S::kColumns ? source.b
+                                                                  : p.appended;
+      const int64_t index = row < S::kRows ? first_token + row
+                            : row < S::kRows + S::kColumns
+                                ? first_column + row - S::kRows
+                                : int64_t(row) - S::kRows - S::kColumns;
+      const int64_t last = operand.rows - 1;
+      from[i] = operand.data + (index < last ? index : last) * operand.row_stride + my_group * 8;
+    }
+  };
+  auto copy_slowly = [&](char* stage, const Source<T>& source, bool first, int64_t k0) {
+#pragma unroll 1
+    for (int row = my_row; row < S::kTileRows; row += S::kCopyRows) {
+      if (row < S::kRows) {
+        if (first || S::kAppended == 0)
+          copy_group(stage, row, my_group, source.a, first_token + row, k0, source.k,
+                     first ? a1 : a2);
+      } else if (row < S::kRows + S::kColumns) {
+        copy_group(stage, row, my_group, source.b, first_column + row - S::kRows, k0, source.k,
+                   first ? b1 : b2);
+      } else if (first) {
+        copy_group(stage, row, my_group, p.appended, row - S::kRows - S::kColumns, k0, source.k,
+                   d1);
+      }
+    }
+  };
   auto copy_step = [&](int step) {
     char* stage = memory + step % S::kStages * S::kStageBytes;
     const bool first = step < first_steps;
     if (!first && step == first_steps && p.dependent) wait_for_previous_kernel();
+    if (step == 0 || step == first_steps) aim(first);
     const int64_t k0 = int64_t(first ? step : step - first_steps) * S::kDepth;
     const Source<T>& source = first ? p.first : p.second;
-    const bool in_registers = !first && S::kAppended > 0;
-#pragma unroll 1  // addresses of several groups at a time would not fit beside the sums
-    for (int e = thread; e < S::kTileRows * S::kGroups; e += S::kThreads) {
-      const int row = e / S::kGroups, group = e % S::kGroups;
-      if (row < S::kRows) {
-        if (!in_registers)
-          copy_group(stage, row, group, source.a, first_token + row, k0, source.k, first ? a1 : a2);
-      } else if (row < S::kRows + S::kColumns) {
-        copy_group(stage, row, group, source.b, first_column + row - S::kRows, k0, source.k,
-                   first ? b1 : b2);
-      } else if (first) {
-        copy_group(stage, row, group, p.appended, row - S::kRows - S::kColumns, k0, source.k, d1);
-      }
+    const int64_t left = source.k - k0;
+    if (!vectors || left < S::kDepth) return copy_slowly(stage, source, first, k0);
+    char* const to = place(stage, my_row, my_group);  // rows apart by multiples of eight: no change
+#pragma unroll
+    for (int i = 0; i < S::kCopies; ++i) {
+      const int row = i * S::kCopyRows;  // the first of these
+      if (row + S::kCopyRows > S::kTileRows && my_row + row >= S::kTileRows) break;
+      if (row >= S::kRows + S::kColumns ? !first : row < S::kRows && S::kAppended > 0 && !first)
+        continue;
+      copy_async<16>(to + row * 64, from[i] + k0,
+                     row < S::kRows + S::kColumns || my_row + row - S::kRows - S::kColumns <
+                                                         p.appended.rows
+                         ? 16
+                         : 0);
     }
   };
 
