@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from fastlora.samplers.graph import forget_capture
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # What models are served in on a GPU; a CPU without instructions for it would only convert.
 DTYPES = [torch.bfloat16, torch.float32] if DEVICE == "cuda" else [torch.float32]
@@ -220,6 +222,7 @@ def captured(function: Function) -> tuple[torch.cuda.CUDAGraph | None, str]:
     except Exception as error:
         torch.cuda.set_stream(current)  # a capture that breaks leaves its own behind
         torch.cuda.synchronize()
+        forget_capture(current.device)
         return None, str(error).splitlines()[0][:120]
 
 

@@ -12,6 +12,7 @@ from fastlora.adapters.lookup import adapted_layers
 from fastlora.adapters.specs import AdapterError
 from fastlora.ops import _routes, _tuned, operators
 from fastlora.ops._define import kernels
+from fastlora.samplers.graph import Graph
 
 ROUNDS = 7
 SAMPLE = 2e-3  # seconds that a sample should take at least
@@ -188,22 +189,11 @@ def _on_cuda(plan: Any, args: Arguments) -> Callable[[], float]:
         for _ in range(CAPTURED):
             plan(*args)
 
-    with torch.cuda.device(device):
-        before = torch.cuda.current_stream()
-        aside = torch.cuda.Stream()
-        aside.wait_stream(before)
-        with torch.cuda.stream(aside):
-            many()  # libraries choose and allocate at the first call
-        before.wait_stream(aside)
-        run: Callable[[], None] = many
-        try:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                many()
-            run = graph.replay
-        except RuntimeError:
-            torch.cuda.set_stream(before)  # a capture that breaks leaves its own behind
-            torch.cuda.synchronize()
+    run: Callable[[], None] = many
+    try:
+        run = Graph(many, device).replay
+    except RuntimeError:
+        many()
 
     def seconds() -> float:
         with torch.cuda.device(device):

@@ -42,6 +42,7 @@ class OnGpu:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         moved: dict[int, Tensor] = {}  # memory that tensors share stays shared
+        versions: list[tuple[Tensor, Tensor, int]] = []
 
         def there(value: Any) -> Any:
             if isinstance(value, list | tuple):
@@ -49,14 +50,18 @@ class OnGpu:
             if not isinstance(value, Tensor):
                 return value
             if value.requires_grad or value.numel() == 0:
-                return value.cuda()
+                copy = value.cuda()
+                versions.append((value, copy, copy._version))
+                return copy
             memory = value.untyped_storage()
             if memory.data_ptr() not in moved:
                 flat = torch.empty(0, dtype=torch.uint8).set_(memory)
                 moved[memory.data_ptr()] = flat.cuda()
             storage = moved[memory.data_ptr()].untyped_storage()
             empty = torch.empty(0, dtype=value.dtype, device="cuda")
-            return empty.set_(storage, value.storage_offset(), value.shape, value.stride())
+            copy = empty.set_(storage, value.storage_offset(), value.shape, value.stride())
+            versions.append((value, copy, copy._version))
+            return copy
 
         def back(value: Any) -> Any:
             if isinstance(value, list | tuple):
@@ -64,6 +69,9 @@ class OnGpu:
             return value.cpu() if isinstance(value, Tensor) else value
 
         result = back(self.operator(*there(args), **{k: there(v) for k, v in kwargs.items()}))
+        for value, copy, version in versions:
+            if copy._version > version:
+                torch.autograd.graph.increment_version(value)
         with torch.no_grad():
             for value in flattened(args):
                 memory = value.untyped_storage()

@@ -21,14 +21,29 @@ class Graph(Generic[T]):
         if device.type != "cuda":
             raise RuntimeError(f"capture: expected a CUDA device, got {device}")
         with torch.cuda.device(device):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
+            current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+            stream.wait_stream(current)
             with torch.cuda.stream(stream):
                 run()
-            torch.cuda.current_stream().wait_stream(stream)
+            current.wait_stream(stream)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self.result = run()
+            try:
+                with torch.cuda.graph(self._graph):
+                    self.result = run()
+            except BaseException:
+                torch.cuda.set_stream(current)
+                forget_capture(device)
+                raise
 
     def replay(self) -> None:
         self._graph.replay()
+
+
+def forget_capture(device: torch.device) -> None:
+    """After a capture that broke: torch's generator of random numbers still believes in it ("Offset
+    increment outside graph capture") until another one ends well."""
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        number = torch.zeros(1, device=device)
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            number.zero_()
