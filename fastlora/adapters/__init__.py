@@ -1,5 +1,6 @@
 """Adapters on existing layers: inject, scale, fold, save, load, remove."""
 
+import fastlora.adapters.transposed  # noqa: F401  # registers its layer
 from fastlora.adapters.captured import CapturedStrengths
 from fastlora.adapters.control import (
     adapters,
@@ -10,6 +11,8 @@ from fastlora.adapters.control import (
     set_scale,
     tiled,
 )
+from fastlora.adapters.counting import parameter_counts
+from fastlora.adapters.decompose import DecomposeReport, decompose
 from fastlora.adapters.folding import fold, unfold
 from fastlora.adapters.inject import inject, remove
 from fastlora.adapters.io import load, save
@@ -23,16 +26,19 @@ __all__ = [
     "AdapterError",
     "AdapterInfo",
     "CapturedStrengths",
+    "DecomposeReport",
     "LoRA",
     "ReserveInfo",
     "Spectral",
     "adapted_layers",
     "adapters",
+    "decompose",
     "disable",
     "enable",
     "fold",
     "inject",
     "load",
+    "parameter_counts",
     "parameters",
     "phases",
     "remove",
