@@ -1,6 +1,7 @@
 """How many parameters an adapter would have."""
 
 import math
+from typing import Any
 
 from torch import nn
 
@@ -34,4 +35,5 @@ def count(path: str, module: nn.Module, spec: LoRA | Spectral) -> int:
     spec = spec.at(path)
     if isinstance(module, nn.Conv2d):
         check_groups(path, module, spec.rank, "parameter_counts")
-    return sum(map(math.prod, shapes_lora(module, module.weight, spec).values()))
+    weight: Any = module.weight
+    return sum(map(math.prod, shapes_lora(module, weight, spec).values()))

@@ -178,7 +178,8 @@ def row_of(path: str, task: Task) -> DecomposeRow:
     assert task.found is not None
     first = path == task.paths[0]
     source = "shared" if task.source == "computed" and not first else task.source
-    shape, seconds = tuple(task.matrix.shape), task.seconds if first else 0.0
+    out, features = task.matrix.shape
+    shape, seconds = (out, features), task.seconds if first else 0.0
     kept = len(task.found.s)
     error, norm = task.found.error, task.found.norm
     return DecomposeRow(path, shape, min(shape), kept, source, seconds, error, norm)
@@ -187,5 +188,5 @@ def row_of(path: str, task: Task) -> DecomposeRow:
 def row_of_adapted(path: str, layer: Adapted) -> DecomposeRow:
     matrix, held = matrix_of(layer), layer.fastlora
     error, norm = error_of(matrix, held.svd_u, held.svd_s, held.svd_vh)
-    shape = tuple(matrix.shape)
+    shape = (matrix.shape[0], matrix.shape[1])
     return DecomposeRow(path, shape, min(shape), len(held.svd_s), "layer", 0.0, error, norm)

@@ -9,6 +9,9 @@ from torch import Tensor
 from fastlora.adapters.specs import AdapterError, is_number
 from fastlora.adapters.tensors import full_precision
 
+LinAlgError = torch.linalg.LinAlgError  # type: ignore[reportPrivateImportUsage]
+NOT_FINITE = "it has NaN or infinite values"
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -71,8 +74,7 @@ def factors(matrix: Tensor, settings: Settings, device: torch.device | None = No
 
     Computed in `settings.dtype` (a float64 matrix always in float64), once more in float64 where
     that fails; the factors are then rounded to the matrix's dtype. `error` is measured, so that it
-    has what truncation and rounding leave out. Raises torch.linalg.LinAlgError where there is no
-    decomposition.
+    has what truncation and rounding leave out. Raises LinAlgError where there is no decomposition.
     """
     matrix = matrix.detach().to(device or matrix.device)
     with full_precision(matrix.device):
@@ -102,15 +104,15 @@ def length(t: Tensor) -> float:
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if not torch.isfinite(matrix).all():
-        raise torch.linalg.LinAlgError("it has NaN or infinite values")
+        raise LinAlgError(NOT_FINITE)
     try:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
         if torch.isfinite(s).all():  # which not every driver checks by itself
             return u, s, vh
         problem = "its singular values are not finite"
-    except torch.linalg.LinAlgError as error:
+    except LinAlgError as error:
         problem = str(error)
     if matrix.dtype == torch.float64:
-        raise torch.linalg.LinAlgError(problem)
+        raise LinAlgError(problem)
     u, s, vh = svd(matrix.double())
     return u.to(matrix.dtype), s.to(matrix.dtype), vh.to(matrix.dtype)

@@ -54,7 +54,7 @@ def digest(matrix: Tensor) -> str:
     """The hash of a matrix's shape, dtype and bytes."""
     matrix = matrix.detach().cpu().contiguous()
     found = hashlib.blake2b(f"{VERSION} {list(matrix.shape)} {matrix.dtype} ".encode())
-    found.update(memoryview(matrix.view(torch.uint8).numpy()))
+    found.update(matrix.view(torch.uint8).numpy())  # type: ignore[arg-type]  # a buffer
     return found.hexdigest()[:48]
 
 
@@ -99,7 +99,7 @@ class FactorCache:
             check(found, settings, matrix)
         except FileNotFoundError:
             return None
-        except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
             self.problems.append(f"{path} is ignored: {error}")
             return None
         return found
@@ -119,6 +119,11 @@ class FactorCache:
             if self.writes:  # said once, whatever other threads meet
                 self.problems.append(f"factors are not kept: {error}")
             self.writes = False
+
+    def complete(self, key: str, settings: Settings, found: Factors) -> None:
+        """Writes the entry unless there is one."""
+        if self.writes and not self.file(key, settings).exists():
+            self.write(key, settings, found)
 
     def sweep(self) -> None:
         """Deletes what killed processes have left unfinished."""
@@ -169,7 +174,7 @@ def obtain(
     matrix: Tensor, settings: Settings, cache: FactorCache, device: torch.device, key: str = ""
 ) -> tuple[Factors, bool]:
     """The decomposition on the matrix's device, and whether it was in the cache; else it is
-    computed on `device` and kept. Raises torch.linalg.LinAlgError as `factors`."""
+    computed on `device` and kept. Raises LinAlgError as `factors`."""
     matrix = matrix.detach()
     if cache.reads and not key:
         key = digest(matrix)

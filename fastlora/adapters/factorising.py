@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.adapters.adapted import Adapted, adapted_class
-from fastlora.adapters.decomposition import Factors, Settings
+from fastlora.adapters.decomposition import NOT_FINITE, Factors, LinAlgError, Settings
 from fastlora.adapters.factor_cache import FactorCache, digest, obtain, place
 from fastlora.adapters.specs import AdapterError
 
@@ -88,6 +88,8 @@ def factorise(
     for path, module in modules.items():
         matrix, held = matrix_of(module), vars(module).get(HELD)
         wanted = held.settings if held else Settings()
+        if not torch.isfinite(matrix).all():  # before minutes of work on others
+            raise undecomposable(what, path, NOT_FINITE)
         tasks.append(Task(matrix, settings[path] if settings else wanted, [path], held))
     if cache.reads or settings is not None or any(task.held for task in tasks):
         set_keys(tasks, keeping_ranks=settings is None)
@@ -99,13 +101,12 @@ def factorise(
         start = time.perf_counter()
         if task.held:
             task.found, task.source = task.held.factors.to(task.matrix.device), "layer"
+            cache.complete(task.key, task.settings, task.found)
             return
         try:
             task.found, hit = obtain(task.matrix, task.settings, cache, places[id(task)], task.key)
-        except torch.linalg.LinAlgError as error:
-            raise AdapterError(
-                f"{what}: {task.paths[0]}: its weight has no decomposition: {error}"
-            ) from None
+        except LinAlgError as error:
+            raise undecomposable(what, task.paths[0], error) from None
         task.source = "cache" if hit else "computed"
         task.seconds = time.perf_counter() - start
 
@@ -118,6 +119,10 @@ def factorise(
     for problem in dict.fromkeys(cache.problems):
         warnings.warn(f"fastlora: {problem}", RuntimeWarning, stacklevel=4)
     return {path: task for task in tasks for path in task.paths}
+
+
+def undecomposable(what: str, path: str, why: object) -> AdapterError:
+    return AdapterError(f"{what}: {path}: its weight has no decomposition: {why}")
 
 
 def set_keys(tasks: list[Task], keeping_ranks: bool) -> None:

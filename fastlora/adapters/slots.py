@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastlora.adapters.decomposition import Settings
+from fastlora.adapters.decomposition import LinAlgError, Settings
 from fastlora.adapters.factor_cache import FactorCache, folder_of, obtain, place
 from fastlora.adapters.specs import AdapterError, LoRA, Spectral
 
@@ -267,7 +267,7 @@ class Slots(nn.ModuleDict):
         settings, cache = Settings(rank=len(self.svd_s)), FactorCache(folder_of(True), writes=False)
         try:
             found, _ = obtain(matrix, settings.of(matrix), cache, place(matrix))
-        except torch.linalg.LinAlgError as error:
+        except LinAlgError as error:
             raise AdapterError(f"{path}: its weight has no decomposition: {error}") from None
         self.svd_u, self.svd_s, self.svd_vh = found[:3]
 

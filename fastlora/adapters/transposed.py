@@ -1,5 +1,7 @@
 """Transposed convolutions, which spectral shifts can adapt and LoRA cannot."""
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -34,18 +36,12 @@ class AdaptedConvTranspose2d(Adapted, nn.ConvTranspose2d):
     def with_weight(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None = None
     ) -> Tensor:
-        padding = self._output_padding(
-            x,
-            output_size,
-            self.stride,  # type: ignore[arg-type]
-            self.padding,  # type: ignore[arg-type]
-            self.kernel_size,  # type: ignore[arg-type]
-            2,
-            self.dilation,  # type: ignore[arg-type]
-        )
-        return F.conv_transpose2d(
-            x, weight, bias, self.stride, self.padding, padding, self.groups, self.dilation
-        )  # type: ignore[arg-type]
+        stride, padding, kernel, dilation = self.geometry()
+        extra = self._output_padding(x, output_size, stride, padding, kernel, 2, dilation)
+        return F.conv_transpose2d(x, weight, bias, stride, padding, extra, self.groups, dilation)
+
+    def geometry(self) -> Any:  # declared as `str | tuple`
+        return self.stride, self.padding, self.kernel_size, self.dilation
 
     def low_rank(self, x: Tensor, weight: Tensor | None, slots: Gated) -> Tensor:
         raise AdapterError(f"{self._state.path}: LoRA has no form for transposed convolutions here")
