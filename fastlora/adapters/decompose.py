@@ -132,18 +132,13 @@ def decompose(
     for path, module in shifted.items():
         check_rank(path, module, settings[path])
     others = {path: module for path, module in chosen.items() if path not in shifted}
-    tasks = factorise(
-        others,
-        settings,
-        FactorCache(folder, writes=True),
-        "decompose",
-        device=there,
-        progress=progress,
-    )
+    store = FactorCache(folder, writes=True)
+    tasks = factorise(others, settings, store, "decompose", device=there, progress=progress)
     for path, module in others.items():
         task = tasks[path]
         assert task.found is not None
         vars(module)[HELD] = Held(task.found, task.settings, task.key)
+    store.warn()
     rows = tuple(
         row_of_adapted(path, shifted[path]) if path in shifted else row_of(path, tasks[path])
         for path in chosen

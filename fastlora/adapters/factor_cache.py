@@ -4,14 +4,14 @@ An entry is named by a hash (BLAKE2b) of the weight's shape, dtype and bytes, th
 `<hash>.safetensors`, `<hash>-rank16.safetensors`. It has `u`, `s`, `vh` as `Factors` has them, and
 `format`, `version`, `error` and `norm` in its metadata. Entries are written beside their place and
 renamed, so that a process which dies, and several at once, leave whole ones. Nothing that is wrong
-with the folder stops a decomposition: it is said in `problems`. The folder may be deleted at any
-time.
+with the folder stops a decomposition: it is a warning. The folder may be deleted at any time.
 """
 
 import hashlib
 import math
 import os
 import time
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -66,6 +66,11 @@ class FactorCache:
         self.writes = writes and folder is not None
         self.problems: list[str] = []
         self.swept = False
+
+    def warn(self) -> None:
+        """Says what was wrong; last, for warnings may be errors."""
+        for problem in self.problems:
+            warnings.warn(f"fastlora: {problem}", RuntimeWarning, stacklevel=3)
 
     @property
     def reads(self) -> bool:

@@ -2,7 +2,6 @@
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -116,8 +115,6 @@ def factorise(
         for i, task in enumerate(each(run, tasks, parallel=on_cpu and total > SMALL)):
             shown.set_postfix_str(f"{i + 1} of {len(tasks)} weights", refresh=False)
             shown.update(task.work)
-    for problem in dict.fromkeys(cache.problems):
-        warnings.warn(f"fastlora: {problem}", RuntimeWarning, stacklevel=4)
     return {path: task for task in tasks for path in task.paths}
 
 

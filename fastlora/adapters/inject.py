@@ -138,7 +138,8 @@ def attach(
         for path, slot in slots.items()
         if isinstance(slot, SpectralSlot) and needs_factors(modules[path])
     }
-    tasks = factorise(undecomposed, None, FactorCache(folder_of(True), writes=False), "inject")
+    cache = FactorCache(folder_of(True), writes=False)
+    tasks = factorise(undecomposed, None, cache, "inject")
     if is_folded(model):
         if isinstance(scale, Tensor):
             raise differs_per_sample(name)
@@ -163,6 +164,7 @@ def attach(
         arena.scales |= new
         arena.layout()
     set_fused_encoders(model)
+    cache.warn()
     return adapters(model)[name]
 
 

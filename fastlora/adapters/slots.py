@@ -270,6 +270,7 @@ class Slots(nn.ModuleDict):
         except LinAlgError as error:
             raise AdapterError(f"{path}: its weight has no decomposition: {error}") from None
         self.svd_u, self.svd_s, self.svd_vh = found[:3]
+        cache.warn()
 
     def shifted(self) -> bool:
         """Whether a slot has shifts of the singular values."""
