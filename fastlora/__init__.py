@@ -6,21 +6,21 @@
 See the README for a tour and `fastlora.ops` for the operators.
 """
 
+from typing import TYPE_CHECKING, Any
+
+from fastlora import adapters as _adapters
 from fastlora import ops
 from fastlora.adapters import (
     AdapterError,
     AdapterInfo,
-    DecomposeReport,
     LoRA,
     Spectral,
     adapters,
-    decompose,
     disable,
     enable,
     fold,
     inject,
     load,
-    parameter_counts,
     parameters,
     remove,
     reserve,
@@ -36,6 +36,9 @@ from fastlora.ops import ContractError, emulated
 from fastlora.samplers import Sampler, Schedule, ddim, noise, sample, sample_steps
 from fastlora.tuning import TuneReport, tune
 from fastlora.verify import VerifyReport, verify
+
+if TYPE_CHECKING:
+    from fastlora.adapters import DecomposeReport, decompose, parameter_counts
 
 __version__ = "0.1.0"
 
@@ -78,3 +81,9 @@ __all__ = [
     "unfold",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("DecomposeReport", "decompose", "parameter_counts"):
+        return getattr(_adapters, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,5 +1,7 @@
 """Adapters on existing layers: inject, scale, fold, save, load, remove."""
 
+from typing import TYPE_CHECKING, Any
+
 import fastlora.adapters.transposed  # noqa: F401  # registers its layer
 from fastlora.adapters.captured import CapturedStrengths
 from fastlora.adapters.control import (
@@ -11,8 +13,6 @@ from fastlora.adapters.control import (
     set_scale,
     tiled,
 )
-from fastlora.adapters.counting import parameter_counts
-from fastlora.adapters.decompose import DecomposeReport, decompose
 from fastlora.adapters.folding import fold, unfold
 from fastlora.adapters.inject import inject, remove
 from fastlora.adapters.io import load, save
@@ -21,6 +21,10 @@ from fastlora.adapters.phases import phases
 from fastlora.adapters.reserve import ReserveInfo, reserve
 from fastlora.adapters.specs import AdapterError, AdapterInfo, LoRA, Spectral
 from fastlora.adapters.steady import steady
+
+if TYPE_CHECKING:  # when they are asked for: `import fastlora` stays light
+    from fastlora.adapters.counting import parameter_counts
+    from fastlora.adapters.decomposing import DecomposeReport, decompose
 
 __all__ = [
     "AdapterError",
@@ -50,3 +54,15 @@ __all__ = [
     "tiled",
     "unfold",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("decompose", "DecomposeReport"):
+        from fastlora.adapters import decomposing
+
+        return getattr(decomposing, name)
+    if name == "parameter_counts":
+        from fastlora.adapters.counting import parameter_counts
+
+        return parameter_counts
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,9 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +18,7 @@ SMALL = 1 << 30  # multiplications of a model below which threads are not worth 
 WORKERS = 8  # threads at most: LAPACK's scratch of each is a few times the weight
 
 
-@dataclass(frozen=True)
-class Held:
+class Held(NamedTuple):
     """Factors that wait on a layer, and the weight that they are of."""
 
     factors: Factors
@@ -29,18 +26,15 @@ class Held:
     key: str
 
 
-@dataclass
 class Task:
-    """A matrix and the layers that have it."""
+    """A matrix `[out, in]` and the layers that have it."""
 
-    matrix: Tensor  # [out, in]
-    settings: Settings
-    paths: list[str]
-    held: Held | None = None
-    key: str = ""
-    found: Factors | None = None
-    source: str = "computed"  # or "cache", "layer"
-    seconds: float = 0.0
+    def __init__(self, path: str, matrix: Tensor, settings: Settings, held: Held | None) -> None:
+        self.paths, self.matrix, self.settings, self.held = [path], matrix, settings, held
+        self.key = ""
+        self.found: Factors | None = None
+        self.source = "computed"  # or "cache", "layer"
+        self.seconds = 0.0
 
     @property
     def work(self) -> int:
@@ -89,7 +83,7 @@ def factorise(
         wanted = held.settings if held else Settings()
         if not torch.isfinite(matrix).all():  # before minutes of work on others
             raise undecomposable(what, path, NOT_FINITE)
-        tasks.append(Task(matrix, settings[path] if settings else wanted, [path], held))
+        tasks.append(Task(path, matrix, settings[path] if settings else wanted, held))
     if cache.reads or settings is not None or any(task.held for task in tasks):
         set_keys(tasks, keeping_ranks=settings is None)
         tasks = united(tasks)
@@ -160,6 +154,8 @@ def each(run: Callable[[Task], None], tasks: list[Task], parallel: bool) -> Iter
             run(task)
             yield task
         return
+    from concurrent.futures import ThreadPoolExecutor, as_completed
+
     torch.set_num_threads(threads // workers)  # new threads take it over
     pool = ThreadPoolExecutor(workers)
     try:
