@@ -105,6 +105,9 @@ def length(t: Tensor) -> float:
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if not torch.isfinite(matrix).all():
         raise LinAlgError(NOT_FINITE)
+    if matrix.shape[0] < matrix.shape[1]:  # LAPACK takes up to six times as long for a wide matrix
+        u, s, vh = svd(matrix.mT)
+        return vh.mT, s, u.mT
     try:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
         if torch.isfinite(s).all():  # which not every driver checks by itself
