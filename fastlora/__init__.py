@@ -6,6 +6,9 @@
 See the README for a tour and `fastlora.ops` for the operators.
 """
 
+from typing import TYPE_CHECKING, Any
+
+from fastlora import adapters as _adapters
 from fastlora import ops
 from fastlora.adapters import (
     AdapterError,
@@ -34,12 +37,16 @@ from fastlora.samplers import Sampler, Schedule, ddim, noise, sample, sample_ste
 from fastlora.tuning import TuneReport, tune
 from fastlora.verify import VerifyReport, verify
 
+if TYPE_CHECKING:
+    from fastlora.adapters import DecomposeReport, decompose, parameter_counts
+
 __version__ = "0.1.0"
 
 __all__ = [
     "AdapterError",
     "AdapterInfo",
     "ContractError",
+    "DecomposeReport",
     "FormatError",
     "LoRA",
     "Sampler",
@@ -50,6 +57,7 @@ __all__ = [
     "accelerate",
     "adapters",
     "ddim",
+    "decompose",
     "disable",
     "emulated",
     "enable",
@@ -58,6 +66,7 @@ __all__ = [
     "load",
     "noise",
     "ops",
+    "parameter_counts",
     "parameters",
     "remove",
     "reserve",
@@ -72,3 +81,9 @@ __all__ = [
     "unfold",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("DecomposeReport", "decompose", "parameter_counts"):
+        return getattr(_adapters, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

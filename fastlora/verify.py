@@ -217,7 +217,7 @@ def spectral_reference(layer: Adapted, slots: Any, dtype: torch.dtype) -> Tensor
     assert factors.svd_u is not None and factors.svd_s is not None and factors.svd_vh is not None
     s = factors.svd_s.to(wide)
     left = (factors.svd_u.to(wide) * ((s + total).clamp_min(0) - s)).to(dtype)
-    return weight + (left @ factors.svd_vh.to(dtype)).view(weight.shape)
+    return weight + layer.from_matrix(left @ factors.svd_vh.to(dtype))
 
 
 def dora_reference(layer: Adapted, weight: Any, slot: LoRASlot, gate: Tensor, dtype: Any) -> Tensor:

@@ -7,6 +7,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anybody imports huggingface_hub
 os.environ["FASTLORA_TUNE_FILE"] = ""  # what was measured on this machine is not under test
+os.environ["FASTLORA_FACTORS"] = ""  # nor what has been decomposed on it
 
 import torch
 

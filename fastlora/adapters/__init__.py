@@ -1,5 +1,8 @@
 """Adapters on existing layers: inject, scale, fold, save, load, remove."""
 
+from typing import TYPE_CHECKING, Any
+
+import fastlora.adapters.transposed  # noqa: F401  # registers its layer
 from fastlora.adapters.captured import CapturedStrengths
 from fastlora.adapters.control import (
     adapters,
@@ -19,20 +22,27 @@ from fastlora.adapters.reserve import ReserveInfo, reserve
 from fastlora.adapters.specs import AdapterError, AdapterInfo, LoRA, Spectral
 from fastlora.adapters.steady import steady
 
+if TYPE_CHECKING:  # when they are asked for: `import fastlora` stays light
+    from fastlora.adapters.counting import parameter_counts
+    from fastlora.adapters.decomposing import DecomposeReport, decompose
+
 __all__ = [
     "AdapterError",
     "AdapterInfo",
     "CapturedStrengths",
+    "DecomposeReport",
     "LoRA",
     "ReserveInfo",
     "Spectral",
     "adapted_layers",
     "adapters",
+    "decompose",
     "disable",
     "enable",
     "fold",
     "inject",
     "load",
+    "parameter_counts",
     "parameters",
     "phases",
     "remove",
@@ -44,3 +54,15 @@ __all__ = [
     "tiled",
     "unfold",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("decompose", "DecomposeReport"):
+        from fastlora.adapters import decomposing
+
+        return getattr(decomposing, name)
+    if name == "parameter_counts":
+        from fastlora.adapters.counting import parameter_counts
+
+        return parameter_counts
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -46,8 +46,12 @@ class Adapted(nn.Module):
         raise NotImplementedError
 
     def matrix(self) -> Tensor:
-        """The weight as `[out, everything else]`, a view."""
+        """The weight as `[out, everything else]`, a view where it can be one."""
         return self.weight.reshape(self.weight.shape[0], -1)
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        """The inverse of `matrix`: in the weight's shape."""
+        return matrix.view(self.weight.shape)
 
     def limited(self, weight: Tensor) -> Tensor:
         """`weight` as the base's forward would change it before use."""
@@ -236,7 +240,7 @@ class Adapted(nn.Module):
             changed = spectral_weight(
                 self.matrix(), factors.svd_u, factors.svd_s, factors.svd_vh, shift, strength
             )
-        return changed.view(self.weight.shape)
+        return self.from_matrix(changed)
 
     def cached(self, name: str, small: list[Tensor], make: Callable[[], Any]) -> Any:
         """`make()`, kept while the weight and the tensors in `small` have the values that they had.
@@ -295,7 +299,7 @@ class Adapted(nn.Module):
         self._state.forget()
         self._state.stale = self._state.merged
         if before is not None and not torch.equal(before, self.weight):  # another base
-            self.fastlora.decompose(self.matrix())
+            self.fastlora.decompose(self.matrix(), self._state.path)
 
     def _replicate_for_data_parallel(self) -> Any:
         raise AdapterError(

@@ -12,6 +12,8 @@ from fastlora.adapters.adapted import Adapted, adapted_class, base_class
 from fastlora.adapters.arena import Arena, Scale, require_finite
 from fastlora.adapters.control import adapters
 from fastlora.adapters.dora import magnitude
+from fastlora.adapters.factor_cache import FactorCache, folder_of
+from fastlora.adapters.factorising import HELD, factorise, rank_of
 from fastlora.adapters.folding import (
     check_plain,
     check_strengths,
@@ -33,7 +35,6 @@ from fastlora.adapters.slots import (
     Slot,
     Slots,
     SpectralSlot,
-    factors,
     kaiming_uniform,
 )
 from fastlora.adapters.specs import AdapterError, AdapterInfo, LoRA, Spectral
@@ -47,10 +48,9 @@ from fastlora.adapters.surgery import (
     set_fused_encoders,
     thaw,
 )
-from fastlora.adapters.tensors import full_precision
 
 Where = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
-PLAIN = (nn.Linear, nn.Conv2d, nn.Embedding)
+PLAIN = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Embedding)
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
@@ -69,7 +69,8 @@ def inject(
 
     `where`: a regex that must match the whole module path, a list of path suffixes, a predicate
     `(path, module) -> bool`, or None for every layer that `spec` can adapt. LoRA adapts Linear,
-    Conv2d and Embedding (subclasses of Linear through their own forward), Spectral also norms.
+    Conv2d and Embedding (subclasses of Linear through their own forward); Spectral the plain ones
+    of these, ConvTranspose2d and norms. It decomposes every weight; `decompose` does that ahead.
     Each layer object stays what it was: it changes class, keeps its parameters and state-dict keys,
     and gets a child module `fastlora`.
 
@@ -86,18 +87,23 @@ def inject(
     if not isinstance(spec, LoRA | Spectral):
         raise TypeError(f"inject: spec: expected LoRA or Spectral, got {type(spec).__name__}")
     chosen = select(model, spec, where)
-    if isinstance(spec, LoRA):
-        strangers = sorted({*(spec.ranks or ()), *(spec.alphas or ())} - set(chosen))
-        if strangers:
-            raise AdapterError(
-                f"inject: ranks, alphas: expected paths of adapted layers, got {strangers[:5]}"
-            )
+    check_paths(spec, chosen, "inject")
     generator = torch.default_generator
     if seed is not None:
         generator = torch.Generator()
         generator.manual_seed(seed)
     slots = {path: build(path, m, spec, generator, dtype) for path, m in chosen.items()}
     return attach(model, slots, name, freeze=freeze)
+
+
+def check_paths(spec: LoRA | Spectral, chosen: Iterable[str], what: str) -> None:
+    """Raises AdapterError where a LoRA has settings for layers that are not adapted."""
+    if isinstance(spec, LoRA):
+        strangers = sorted({*(spec.ranks or ()), *(spec.alphas or ())} - set(chosen))
+        if strangers:
+            raise AdapterError(
+                f"{what}: ranks, alphas: expected paths of adapted layers, got {strangers[:5]}"
+            )
 
 
 def check_name(model: nn.Module, name: str) -> None:
@@ -127,11 +133,13 @@ def attach(
         require_finite(name, scale, max(abs(slot.ratio) for slot in slots.values()))
     for path, slot in slots.items():
         check_room(path, modules[path], slot)
-    decompositions = {
-        path: decomposition(path, modules[path])
+    undecomposed = {
+        path: modules[path]
         for path, slot in slots.items()
-        if isinstance(slot, SpectralSlot) and not isinstance(modules[path], NORMS)
+        if isinstance(slot, SpectralSlot) and needs_factors(modules[path])
     }
+    cache = FactorCache(folder_of(True), writes=False)
+    tasks = factorise(undecomposed, None, cache, "inject")
     if is_folded(model):
         if isinstance(scale, Tensor):
             raise differs_per_sample(name)
@@ -144,10 +152,11 @@ def attach(
             arena.froze.add(name)
         for path, slot in slots.items():
             layer = adapt(modules[path], path, arena)
-            found_factors = decompositions.get(path)
-            if found_factors is not None:
+            found = tasks[path].found if path in tasks else None
+            if found is not None:
                 holder = layer.fastlora
-                holder.svd_u, holder.svd_s, holder.svd_vh = found_factors
+                holder.svd_u, holder.svd_s, holder.svd_vh = found[:3]
+                vars(layer).pop(HELD, None)
             layer.fastlora[name] = slot
             if layer.fastlora.takes(slot):
                 layer.fastlora.enter(name)
@@ -155,6 +164,7 @@ def attach(
         arena.scales |= new
         arena.layout()
     set_fused_encoders(model)
+    cache.warn()
     return adapters(model)[name]
 
 
@@ -184,6 +194,8 @@ def remove(model: nn.Module, name: str) -> None:
                 if name in layer.fastlora.reserved_rows:
                     layer.fastlora.leave(name)
                 del layer.fastlora[name]
+                if not layer.fastlora.shifted():
+                    layer.fastlora.svd_u = layer.fastlora.svd_s = layer.fastlora.svd_vh = None
                 if not len(layer.fastlora) and not layer.fastlora.capacity:
                     restore(layer)
         for arena in found:
@@ -198,9 +210,14 @@ def remove(model: nn.Module, name: str) -> None:
 
 
 def select(
-    model: nn.Module, spec: LoRA | Spectral, where: Where, what: str = "inject"
+    model: nn.Module,
+    spec: LoRA | Spectral,
+    where: Where,
+    what: str = "inject",
+    meta: bool = False,
 ) -> dict[str, nn.Module]:
-    """The layers that `where` names, each of which `spec` can adapt; `what` is for messages."""
+    """The layers that `where` names, each of which `spec` can adapt; `what` is for messages. With
+    `meta` they need no values."""
     matches = matcher(where, what)
     inside = {id(s) for layer in adapted_layers(model).values() for s in layer.fastlora.modules()}
     chosen: dict[str, nn.Module] = {}
@@ -224,10 +241,10 @@ def select(
             f"{what}: where: {where!r} matches no layer that {type(spec).__name__} can adapt; "
             f"this model has for example {candidates}"
         )
-    meta = [p for p, m in chosen.items() if any(q.is_meta for q in m.parameters(recurse=False))]
-    if meta:
+    empty = [p for p, m in chosen.items() if any(q.is_meta for q in m.parameters(recurse=False))]
+    if empty and not meta:
         raise AdapterError(
-            f"{what}: {meta[0]}: the model is on the meta device and has no weights to adapt; "
+            f"{what}: {empty[0]}: the model is on the meta device and has no weights to adapt; "
             "load it first (model.to_empty and load_state_dict)"
         )
     return chosen
@@ -276,10 +293,12 @@ def unsuitable(module: nn.Module, spec: LoRA | Spectral) -> str | None:
         return "its weight is empty"
     if weight.is_complex():
         return "its weight is complex"
+    if isinstance(spec, LoRA) and issubclass(base, nn.ConvTranspose2d):
+        return "LoRA of transposed convolutions is not supported; spectral shifts of them are"
     whole = isinstance(spec, Spectral) or spec.dora  # needs the whole weight, not just its product
     if whole and (base not in PLAIN or module._parameters.get("weight") is None):
         kind = "spectral shifts need" if isinstance(spec, Spectral) else "DoRA needs"
-        return f"{kind} the plain weight of a Linear, Conv2d or Embedding"
+        return f"{kind} the plain weight of a Linear, Conv2d, ConvTranspose2d or Embedding"
     if whole and isinstance(spec, LoRA) and getattr(module, "max_norm", None) is not None:
         return "DoRA needs rows that do not change, and max_norm changes them at every look-up"
     return None
@@ -295,11 +314,7 @@ def build(
     weight = module.weight
     at = {"dtype": parameter_dtype(path, weight, dtype), "device": weight.device}
     if isinstance(spec, Spectral):
-        if isinstance(module, NORMS):
-            size = weight.numel() if spec.norms == "elementwise" else 1
-        else:
-            size = min(weight.shape[0], weight[0].numel())
-        return SpectralSlot(spec, torch.zeros(size, **at))
+        return SpectralSlot(spec, torch.zeros(shift_count(module, spec), **at))
     spec = spec.at(path)
     rank = spec.rank
     if isinstance(module, nn.Embedding):
@@ -308,11 +323,7 @@ def build(
         up = torch.randn((dim, rank), generator=generator).to(**at)
         down, rows = torch.zeros((rank, vocabulary), **at), weight.t()
     elif isinstance(module, nn.Conv2d):
-        if rank % module.groups:
-            raise AdapterError(
-                f"inject: {path}: rank {rank} is not divisible by the convolution's "
-                f"{module.groups} groups"
-            )
+        check_groups(path, module, rank, "inject")
         down = kaiming_uniform((rank, *weight.shape[1:]), generator, **at)
         up = torch.zeros((module.out_channels, rank // module.groups, 1, 1), **at)
         rows = weight
@@ -320,6 +331,21 @@ def build(
         down = kaiming_uniform((rank, module.in_features), generator, **at)
         up, rows = torch.zeros((module.out_features, rank), **at), weight
     return LoRASlot(spec, down, up, magnitude(rows).to(**at) if spec.dora else None)
+
+
+def shift_count(module: Any, spec: Spectral) -> int:
+    """How many shifts a layer has."""
+    if not isinstance(module, NORMS):
+        return rank_of(module)
+    return module.weight.numel() if spec.norms == "elementwise" else 1
+
+
+def check_groups(path: str, module: nn.Conv2d, rank: int, what: str) -> None:
+    if rank % module.groups:
+        raise AdapterError(
+            f"{what}: {path}: rank {rank} is not divisible by the convolution's {module.groups} "
+            "groups"
+        )
 
 
 def parameter_dtype(
@@ -338,13 +364,8 @@ def parameter_dtype(
     return dtype
 
 
-def decomposition(path: str, module: Any) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The factors of a layer's weight; None if it has them already."""
-    if isinstance(module, Adapted) and module.fastlora.svd_s is not None:
-        return None
-    weight: Tensor = module.weight
-    try:
-        with full_precision(weight.device):
-            return factors(weight.reshape(weight.shape[0], -1))
-    except RuntimeError as error:
-        raise AdapterError(f"inject: {path}: its weight has no decomposition: {error}") from None
+def needs_factors(module: nn.Module) -> bool:
+    """Whether a layer has to be decomposed before its singular values can be shifted."""
+    if isinstance(module, NORMS):
+        return False
+    return not (isinstance(module, Adapted) and module.fastlora.svd_s is not None)

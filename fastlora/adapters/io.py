@@ -8,11 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.adapters.arena import checked
+from fastlora.adapters.base_hash import base_hash, same_base
 from fastlora.adapters.control import some_names
-from fastlora.adapters.inject import NORMS, attach, check_name, parameter_dtype, unsuitable
+from fastlora.adapters.factorising import full_rank
+from fastlora.adapters.inject import (
+    NORMS,
+    attach,
+    check_name,
+    parameter_dtype,
+    shift_count,
+    unsuitable,
+)
 from fastlora.adapters.lookup import adapted_layers, require_known, unwrapped
 from fastlora.adapters.slots import LoRASlot, Slot, SpectralSlot, shapes_lora
-from fastlora.adapters.specs import AdapterError, AdapterInfo, LoRA, Spectral, is_number
+from fastlora.adapters.specs import AdapterError, AdapterInfo, LoRA, Spectral
 from fastlora.formats import files, native
 from fastlora.formats.files import FormatError
 
@@ -38,14 +47,16 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     if len(kinds) > 1:
         raise AdapterError(f"save: {name!r} is {' and '.join(sorted(kinds))}; a file has one kind")
     (kind,) = kinds
-    for key, value in native.pack(modules, {})[0].items():
-        if not torch.isfinite(value).all():  # load would refuse the file
-            raise AdapterError(
-                f"save: {name!r}: {key}: expected finite values, got NaN or infinity"
-            )
+    for module_path, own in modules.items():
+        for key, value in own.items():
+            if not torch.isfinite(value).all():  # load would refuse the file
+                raise AdapterError(
+                    f"save: {name!r}: {native.key_of(module_path, key)}: expected finite values, "
+                    "got NaN or infinity"
+                )
     config: dict[str, Any] = {"kind": kind, "modules": {p: settings(s) for p, s in slots.items()}}
     if kind == "spectral":
-        config["weight_prints"] = {p: weight_print(m.weight) for p, m in layers.items()}
+        config["base_hash"] = {p: base_hash(m.weight) for p, m in layers.items()}
     files.write(path, *native.pack(modules, config))
 
 
@@ -57,12 +68,19 @@ def load(
     name: str = "default",
     scale: float | Tensor = 1.0,
     freeze: bool = True,
+    any_base: bool = False,
 ) -> AdapterInfo:
     """Reads an adapter file into the model under `name`, with strength `scale`.
 
     Strict: every tensor of the file has to fit a layer of the model, or nothing is changed. The
-    weights keep the file's dtype where the layer can use it (its own, or float32). Raises
-    FormatError for a bad file (a pickle, truncated, foreign, NaN, a setting that is none),
+    weights keep the file's dtype where the layer can use it (its own, or float32).
+
+    Spectral shifts mean the singular values of the weights that they were trained on. A file has a
+    hash of each, which their copies in other dtypes have too, and is refused by other weights;
+    `any_base` puts the shifts there all the same, i-th shift on i-th singular value, where shapes
+    allow it. Shifts of a truncated decomposition need one of the same ranks (`decompose`).
+
+    Raises FormatError for a bad file (a pickle, truncated, foreign, NaN, a setting that is none),
     AdapterError for one that does not fit the model, and for a `scale` that `set_scale` would
     refuse.
     """
@@ -80,7 +98,7 @@ def load(
         if twin is not None:
             raise AdapterError(f"{path}: {module_path} and {twin} are the same layer of the model")
         try:
-            slots[module_path] = slot_of(target, config, module_path, tensors)
+            slots[module_path] = slot_of(target, config, module_path, tensors, any_base)
         except AdapterError as error:
             raise AdapterError(f"{path}: {module_path}: {error}") from None
         except (FormatError, TypeError) as error:
@@ -95,7 +113,11 @@ def settings(slot: Slot) -> dict[str, Any]:
 
 
 def slot_of(
-    target: nn.Module, config: dict[str, Any], path: str, tensors: dict[str, Tensor]
+    target: nn.Module,
+    config: dict[str, Any],
+    path: str,
+    tensors: dict[str, Tensor],
+    any_base: bool = False,
 ) -> Slot:
     """A slot with the file's values, after checking that it fits the layer."""
     fields = config["modules"][path]
@@ -115,13 +137,13 @@ def slot_of(
             raise FormatError(f"{key}: expected floating values, got {tensor.dtype}")
     at = {k: t.to(weight.device, fitting_dtype(weight, t.dtype)) for k, t in tensors.items()}
     if isinstance(spec, Spectral):
-        require_shape("shift", at.get("shift"), shapes_spectral(target, weight))
-        known = config.get("weight_prints")
-        known = known.get(path) if isinstance(known, dict) else None
-        if not same_print(known, weight_print(weight)):
+        require_shifts(target, spec, at.get("shift"))
+        known, got = config["base_hash"].get(path), base_hash(weight)
+        if not any_base and not same_base(known, got):
             raise AdapterError(
                 "spectral shifts belong to the weight that they were trained on, and this is "
-                f"another one (expected {known}, got {weight_print(weight)})"
+                f"another one (expected base_hash {known}, got {got}); any_base=True loads them "
+                "all the same"
             )
         return SpectralSlot(spec, at["shift"])
     if isinstance(target, nn.Conv2d) and spec.rank % target.groups:
@@ -144,10 +166,16 @@ def fitting_dtype(weight: Tensor, dtype: torch.dtype) -> torch.dtype:
     return dtype if fits else parameter_dtype("", weight, None)
 
 
-def shapes_spectral(target: nn.Module, weight: Tensor) -> list[tuple[int, ...]]:
-    if isinstance(target, NORMS):
-        return [(weight.numel(),), (1,)]
-    return [(min(weight.shape[0], weight[0].numel()),)]
+def require_shifts(target: nn.Module, spec: Spectral, shift: Tensor | None) -> None:
+    count = shift_count(target, spec)
+    if not isinstance(target, NORMS) and shift is not None and shift.dim() == 1:
+        full, got = full_rank(target), len(shift)
+        if got != count and 1 <= got <= full:
+            raise AdapterError(
+                f"shift: expected [{count}], the rank of the layer's decomposition, got [{got}]: "
+                f"shifts of another one; first decompose(model, rank={got}, where=...)"
+            )
+    require_shape("shift", shift, [(count,)])
 
 
 def require_shape(key: str, tensor: Tensor | None, expected: list[tuple[int, ...]]) -> None:
@@ -156,34 +184,3 @@ def require_shape(key: str, tensor: Tensor | None, expected: list[tuple[int, ...
         raise FormatError(f"{key}: expected {shapes}, got nothing")
     if tuple(tensor.shape) not in expected:
         raise AdapterError(f"{key}: expected {shapes}, got {list(tensor.shape)}")
-
-
-PERIOD = 4093  # a prime
-
-
-@torch.no_grad()
-def weight_print(weight: Tensor) -> list[float]:
-    """Five numbers that tell weights apart but not their dtypes: the Frobenius norm, and the sums
-    under four fixed patterns of signs over that norm.
-
-    For unrelated weights each of the four differs by about 1.4; rounding to bfloat16 changes them
-    by about 0.001.
-    """
-    flat = weight.detach().flatten().float()
-    rows = torch.nn.functional.pad(flat, (0, -flat.numel() % PERIOD)).view(-1, PERIOD)
-    index = torch.arange(PERIOD, device=weight.device)
-    # The middle bits of a linear congruence are signs that look random.
-    bits = index * 2654435761 + 40503
-    signs = [(bits >> shift & 1) * 2 - 1 for shift in (17, 20, 23, 26)]
-    norm = torch.linalg.vector_norm(flat)
-    sums = rows.sum(0) @ torch.stack(signs).T.float() / norm.clamp_min(1e-30)
-    return [float(v) for v in (norm, *sums)]
-
-
-def same_print(known: Any, got: list[float]) -> bool:
-    if not isinstance(known, list) or len(known) != len(got):
-        return False
-    if not all(is_number(v) for v in known):
-        return False
-    close = [abs(a - b) <= 0.02 for a, b in zip(known[1:], got[1:], strict=True)]
-    return abs(known[0] - got[0]) <= 0.01 * max(known[0], got[0]) and all(close)

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastlora.adapters.specs import LoRA, Spectral
+from fastlora.adapters.decomposition import LinAlgError, Settings
+from fastlora.adapters.factor_cache import FactorCache, folder_of, obtain, place
+from fastlora.adapters.specs import AdapterError, LoRA, Spectral
 
 
 class Slot(nn.Module):
@@ -259,9 +261,20 @@ class Slots(nn.ModuleDict):
 
     # --- the decomposition ------------------------------------------------------------------------
 
-    def decompose(self, matrix: Tensor) -> None:
-        """Keeps the singular value decomposition of `matrix [out, in]`."""
-        self.svd_u, self.svd_s, self.svd_vh = factors(matrix)
+    def decompose(self, matrix: Tensor, path: str) -> None:
+        """The decomposition of another `matrix [out, in]`, of the rank that the shifts have."""
+        assert self.svd_s is not None
+        settings, cache = Settings(rank=len(self.svd_s)), FactorCache(folder_of(True), writes=False)
+        try:
+            found, _ = obtain(matrix, settings.of(matrix), cache, place(matrix))
+        except LinAlgError as error:
+            raise AdapterError(f"{path}: its weight has no decomposition: {error}") from None
+        self.svd_u, self.svd_s, self.svd_vh = found[:3]
+        cache.warn()
+
+    def shifted(self) -> bool:
+        """Whether a slot has shifts of the singular values."""
+        return any(isinstance(slot, SpectralSlot) for slot in self.values())
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         values, buffer = self.svd_s, self.reserved_down
@@ -317,15 +330,6 @@ def shapes_lora(target: nn.Module, weight: Tensor, spec: LoRA) -> dict[str, tupl
     if spec.dora:
         shapes["magnitude"] = (shapes["up"][0],)
     return shapes
-
-
-@torch.no_grad()
-def factors(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Reduced SVD of `matrix [out, in]`, computed in float32 (float64 stays): U and Vᵀ in the
-    matrix's dtype, the singular values as they were computed."""
-    wide = matrix.dtype if matrix.dtype == torch.float64 else torch.float32
-    u, s, vh = torch.linalg.svd(matrix.detach().to(wide), full_matrices=False)
-    return u.to(matrix.dtype).contiguous(), s, vh.to(matrix.dtype).contiguous()
 
 
 def kaiming_uniform(shape: tuple[int, ...], generator: torch.Generator, **kwargs: Any) -> Tensor:

@@ -111,8 +111,13 @@ def file() -> Path | None:
     given = os.environ.get("FASTLORA_TUNE_FILE")
     if given is not None:
         return Path(given) if given else None
+    return user_cache() / "tune.json"
+
+
+def user_cache() -> Path:
+    """Our folder in the user's cache folder (XDG)."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(cache) / "fastlora" / "tune.json"
+    return Path(cache) / "fastlora"
 
 
 def _first_read() -> Table:

@@ -74,10 +74,36 @@ def spectral_weight(base: nn.Module, shift: Tensor, strength: float) -> Tensor:
     weight = base.weight.detach().double()
     if weight.dim() == 1:
         return weight + strength * shift.detach().double()
-    matrix = weight.reshape(len(weight), -1)
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    u, s, vh = torch.linalg.svd(as_matrix(base, weight), full_matrices=False)
     changed = (s + strength * shift.detach().double()).clamp_min(0)
-    return ((u * changed) @ vh).view(weight.shape)
+    return as_weight(base, (u * changed) @ vh)
+
+
+def as_matrix(base: nn.Module, weight: Tensor) -> Tensor:
+    """The weight with an output a row; of a transposed convolution `[in, out/groups, kh, kw]`
+    output by output."""
+    if not isinstance(base, nn.ConvTranspose2d):
+        return weight.reshape(len(weight), -1)
+    if base.groups == 1:
+        return weight.movedim(1, 0).reshape(base.out_channels, -1)
+    inputs = base.in_channels // base.groups
+    rows = [
+        weight[group * inputs : (group + 1) * inputs, output].flatten()
+        for group in range(base.groups)
+        for output in range(base.out_channels // base.groups)
+    ]
+    return torch.stack(rows)
+
+
+def as_weight(base: nn.Module, matrix: Tensor) -> Tensor:
+    """The inverse of `as_matrix`."""
+    shape = base.weight.shape
+    if not isinstance(base, nn.ConvTranspose2d):
+        return matrix.view(shape)
+    index = as_matrix(base, torch.arange(base.weight.numel()).view(shape))
+    flat = torch.empty(base.weight.numel(), dtype=matrix.dtype)
+    flat[index.flatten()] = matrix.flatten()
+    return flat.view(shape)
 
 
 def with_weight(base: nn.Module, weight: Tensor, x: Tensor) -> Tensor:

@@ -329,8 +329,8 @@ def test_a_failure_half_way_changes_nothing(monkeypatch) -> None:
             raise MemoryError
         return original(*args, **kwargs)
 
-    module = sys.modules["fastlora.adapters.inject"]
-    for target in ("kaiming_uniform", "factors"):
+    for file, target in (("inject", "kaiming_uniform"), ("factor_cache", "factors")):
+        module = sys.modules[f"fastlora.adapters.{file}"]
         original = getattr(module, target)
         monkeypatch.setattr(module, target, failing)
         calls.clear()

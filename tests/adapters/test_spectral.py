@@ -12,6 +12,7 @@ from torch import nn
 
 import fastlora
 from tests.adapters.oracles import (
+    as_weight,
     assert_twofold,
     assert_unchanged,
     randomise,
@@ -34,6 +35,14 @@ LAYERS: dict[str, tuple[Any, Any]] = {
     "conv_groups_single": (
         lambda d: nn.Conv2d(4, 8, 3, groups=2, stride=2, dtype=d),
         lambda d: torch.randn(4, 5, 6, dtype=d),
+    ),
+    "conv_transpose": (
+        lambda d: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, dtype=d),
+        lambda d: torch.randn(2, 4, 5, 6, dtype=d),
+    ),
+    "conv_transpose_groups_single": (
+        lambda d: nn.ConvTranspose2d(6, 4, (2, 3), groups=2, dilation=2, bias=False, dtype=d),
+        lambda d: torch.randn(6, 5, 4, dtype=d),
     ),
     "embedding": (
         lambda d: nn.Embedding(13, 6, dtype=d),
@@ -79,7 +88,7 @@ def test_spectral(layer: Any, dtype: torch.dtype, scale: float) -> None:
     if weight.dim() > 1:
         f = base.fastlora
         c = ((f.svd_s + strength * shift.detach()).clamp_min(0) - f.svd_s).to(dtype)
-        rounded = plain.weight + ((f.svd_u * c) @ f.svd_vh).view(weight.shape)
+        rounded = plain.weight + as_weight(plain, (f.svd_u * c) @ f.svd_vh)
         other = torch.func.functional_call(plain, {"weight": rounded}, (x,)).detach()
         low = max((low, other), key=lambda y: (y.double() - exact).abs().max())
     for _ in range(2):

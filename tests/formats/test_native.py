@@ -12,6 +12,7 @@ from fastlora.formats import native
 from fastlora.formats.files import FormatError
 
 CONFIG = {"kind": "lora", "modules": {"a.b": {"rank": 2}, "": {"rank": 1}, "ü.0": {"rank": 3}}}
+WRITTEN = {**CONFIG, "settings": {}}
 MODULES = {
     path: {"down": torch.full((2, 3), i), "up": torch.ones(1)}
     for i, path in enumerate(CONFIG["modules"])
@@ -27,6 +28,41 @@ def test_unpack_is_the_inverse_of_pack() -> None:
     for path, own in MODULES.items():
         assert own.keys() == modules[path].keys()
         assert all(modules[path][k] is v for k, v in own.items())
+
+
+def test_common_settings_are_written_once_and_shifts_with_what_they_are_of() -> None:
+    config = {
+        "kind": "spectral",
+        "modules": {"a": {"norms": "scalar"}, "b.0": {"norms": "scalar"}},
+        "base_hash": {"a": [1.5, 0.25, 0.0, -1.0, 3.0], "b.0": [0.0] * 5},
+    }
+    modules = {path: {"shift": torch.ones(3)} for path in ("a", "b.0")}
+    tensors, metadata = native.pack(modules, config)
+    assert json.loads(metadata["config"]) == {
+        "kind": "spectral",
+        "method": "svdiff",
+        "settings": {"norms": "scalar"},
+        "modules": {"a": {}, "b.0": {}},
+        "base_hash": config["base_hash"],
+    }
+    assert native.unpack(tensors, metadata, "file") == (modules, config)
+
+
+def test_a_file_of_version_1() -> None:
+    """As it was written until version 2: all settings by module, `weight_prints`."""
+    tensors = {"a.shift": torch.ones(3), "b.shift": torch.ones(1)}
+    config = (
+        '{"kind": "spectral", "modules": {"a": {"norms": "elementwise"}, "b": {"norms": "scalar"}},'
+        ' "weight_prints": {"a": [1.0, 0.5, 0.5, 0.5, 0.5], "b": [2.0, 0.0, 0.0, 0.0, 0.0]}}'
+    )
+    metadata = {"format": "fastlora", "version": "1", "config": config}
+    modules, read = native.unpack(tensors, metadata, "file")
+    assert modules == {"a": {"shift": tensors["a.shift"]}, "b": {"shift": tensors["b.shift"]}}
+    assert read == {
+        "kind": "spectral",
+        "modules": {"a": {"norms": "elementwise"}, "b": {"norms": "scalar"}},
+        "base_hash": {"a": [1.0, 0.5, 0.5, 0.5, 0.5], "b": [2.0, 0.0, 0.0, 0.0, 0.0]},
+    }
 
 
 def broken(**changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -46,8 +82,8 @@ def broken(**changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     [
         ({"format": None}, r"expected a fastlora adapter .* keys like 'a.b.down'"),
         ({"format": "pt"}, "expected a fastlora adapter"),
-        ({"version": "2"}, "expected version 1 of the format, got '2'"),
-        ({"version": None}, "expected version 1 of the format, got None"),
+        ({"version": "3"}, "expected version 1 or 2 of the format, got '3'"),
+        ({"version": None}, "expected version 1 or 2 of the format, got None"),
         ({"config": None}, "configuration cannot be read"),
         ({"config": "{"}, "configuration cannot be read"),
         ({"config": "[" * 100_000}, "configuration cannot be read"),
@@ -61,10 +97,16 @@ def broken(**changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
             {"config": {"kind": "lora", "modules": {"a.b": 3}}},
             "settings of a module are not an object",
         ),
-        ({"config": {**CONFIG, "kind": "spectral"}}, "unexpected key 'a.b.down'"),
-        ({"config": {**CONFIG, "modules": {"a.b": {}}}}, "unexpected key 'down'"),
+        ({"config": CONFIG}, "configuration cannot be read: KeyError.'settings'"),
+        ({"config": {**CONFIG, "settings": 3}}, "settings is not an object"),
+        ({"config": {**WRITTEN, "kind": "spectral"}}, "unexpected key 'a.b.down'"),
         (
-            {"config": {**CONFIG, "modules": {**CONFIG["modules"], "c": {}}}},
+            {"config": {**WRITTEN, "kind": "spectral", "method": "pissa"}},
+            "expected method 'svdiff', got 'pissa'",
+        ),
+        ({"config": {**WRITTEN, "modules": {"a.b": {}}}}, "unexpected key 'down'"),
+        (
+            {"config": {**WRITTEN, "modules": {**CONFIG["modules"], "c": {}}}},
             r"no tensors for \['c'\]",
         ),
     ],
