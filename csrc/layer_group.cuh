@@ -19,15 +19,17 @@ struct WeightTiles {
   static constexpr int kRows = kRows_, kColumns = kColumns_;
   static constexpr bool kShortFirst = kShortFirst_;
   template <class Layer>
+  __host__ __device__ static int32_t rows(const Layer& p) {
+    return p.out;
+  }
+  template <class Layer>
   __host__ __device__ static int32_t columns(const Layer& p) {
     return p.in;
   }
 };
 
 template <int kRows_, int kColumns_, bool kShortFirst_ = false>
-struct ProductTiles {
-  static constexpr int kRows = kRows_, kColumns = kColumns_;
-  static constexpr bool kShortFirst = kShortFirst_;
+struct ProductTiles : WeightTiles<kRows_, kColumns_, kShortFirst_> {
   template <class Layer>
   __host__ __device__ static int32_t columns(const Layer& p) {
     return p.rank;
@@ -36,7 +38,7 @@ struct ProductTiles {
 
 template <class Tiling, class Layer>
 __host__ __device__ __forceinline__ int32_t tiles_down(const Layer& p) {
-  return (p.out + Tiling::kRows - 1) / Tiling::kRows;
+  return (Tiling::rows(p) + Tiling::kRows - 1) / Tiling::kRows;
 }
 
 template <class Tiling, class Layer>

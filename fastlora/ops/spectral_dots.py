@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.ops._define import FLOATS, define_op, expect, expect_tensor, gate_dtype
+from fastlora.ops._define import FLOATS, define_op, expect, expect_tensor, gate_dtype, kernels
 from fastlora.ops._device import device_type, kernels_of
 
 # Elements of G V that are alive at a time on the CPU.
@@ -62,16 +62,30 @@ def _plan(grads: list[Tensor], us: list[Tensor], vhs: list[Tensor]) -> Any:
     kinds = {device_type(g) for g in grads}
     if kinds == {"cpu"}:
         return lambda *lists: [_by_blocks(*layer) for layer in zip(*lists, strict=True)]
-    return _reference
+    if kinds != {"cuda"}:
+        return _reference
+    for i, grad in enumerate(grads):
+        good = grad.dtype != torch.float64
+        expect(good, "spectral_dots", f"grads[{i}]", "float32, float16 or bfloat16 on CUDA", grad)
+    kernel = kernels_of(grads[0]).spectral_dots
+    room = sum(-(-u.shape[0] // ROWS) * u.shape[1] for u in us)
+
+    def route(grads: list[Tensor], us: list[Tensor], vhs: list[Tensor]) -> list[Tensor]:
+        at: dict[str, Any] = {"dtype": torch.float32, "device": grads[0].device}
+        sums = [torch.empty(u.shape[1], **at) for u in us]
+        kernel(sums, torch.empty(room, **at), grads, us, vhs)
+        return sums
+
+    return route
 
 
 def _by_blocks(grad: Tensor, u: Tensor, vh: Tensor) -> Tensor:
-    rank, kernel = u.shape[1], kernels_of(grad).spectral_dots
+    rank = u.shape[1]
     rows = max(BLOCK // max(rank, 1), 16)
-    sums = torch.zeros(rank, dtype=torch.float64, device=grad.device)
+    sums = torch.zeros(rank, dtype=torch.float64)
     for first in range(0, grad.shape[0], rows):
         product = grad[first : first + rows].to(vh.dtype) @ vh.t()
-        kernel(sums, product, u[first : first + rows].to(product.dtype))
+        kernels.dots_of_product(sums, product, u[first : first + rows].to(product.dtype))
     return sums.to(gate_dtype(grad.dtype))
 
 

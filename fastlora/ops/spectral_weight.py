@@ -14,7 +14,7 @@ from fastlora.ops.spectral_dots import spectral_dots
 LOOP = {torch.float32: 1 << 18, torch.float64: 1 << 18, torch.bfloat16: 1 << 24}
 # Rows of U diag(c) that are alive at a time before that product.
 ROWS = 512
-# The same for the CUDA kernel; a guess until it has been measured.
+# On CUDA the library's float32 product takes over from our kernel's plain arithmetic.
 LOOP_CUDA = 1 << 26
 
 
@@ -145,29 +145,33 @@ def _explain(op: str, names: str, *layer: Any) -> None:
 def _plan(weight: Tensor, u: Tensor, s: Tensor, vh: Tensor, shift: Tensor, _: Tensor) -> Any:
     device = device_type(weight)
     if device == "cpu":
-        return _alone(_product if _by_products(weight, u, vh) else _loop)
+        return _alone(_product if _by_products(weight, u, vh) else _kernel)
     if device != "cuda":
         return _reference
     _refuse_float64("weight", weight)
-    work = u.numel() * weight.shape[1]
-    same = u.dtype == vh.dtype == weight.dtype
-    return _alone(_loop) if work <= LOOP_CUDA or not same else _cublas
+    large = u.numel() * weight.shape[1] > LOOP_CUDA
+    library = large and u.dtype == vh.dtype == weight.dtype == torch.float32
+    return _cublas if library else _alone(_kernel)
 
 
 def _plan_all(weights: list[Tensor], us: list[Tensor], ss: Any, vhs: list[Tensor], *_: Any) -> Any:
     kinds = {device_type(w) for w in weights}
     if not kinds <= {"cpu", "cuda"}:
         return _reference_all
-    products = []
+    products, others = [], []
     for i, (weight, u, vh) in enumerate(zip(weights, us, vhs, strict=True)):
         if device_type(weight) == "cuda":
             _refuse_float64(f"weights[{i}]", weight)
-        elif _by_products(weight, u, vh):
-            products.append(i)
+        by_products = device_type(weight) == "cpu" and _by_products(weight, u, vh)
+        (products if by_products else others).append(i)
+    if not products:
+        return _kernels
 
     def route(*lists: list[Tensor]) -> None:
-        for i, layer in enumerate(zip(*lists, strict=True)):
-            (_product if i in products else _loop)(*layer)
+        kernels.check_spectral_results(*lists)
+        for i in products:
+            _product(*(tensors[i] for tensors in lists))
+        _kernels(*([tensors[i] for i in others] for tensors in lists))
 
     return route
 
@@ -195,17 +199,36 @@ def _alone(write: Any) -> Any:
     return route
 
 
-def _loop(
-    weight: Tensor, u: Tensor, s: Tensor, vh: Tensor, shift: Tensor, a: Tensor, out: Tensor
+def _kernel(*layer: Tensor) -> None:
+    _kernels(*([t] for t in layer))
+
+
+def _kernels(
+    weights: list[Tensor],
+    us: list[Tensor],
+    ss: list[Tensor],
+    vhs: list[Tensor],
+    shifts: list[Tensor],
+    strengths: list[Tensor],
+    outs: list[Tensor],
 ) -> None:
-    kernels_of(weight).spectral_weight(out, weight, u, s.to(a.dtype), vh, shift.to(a.dtype), a)
+    if weights:
+        ss, shifts = _as_coefficients(ss, strengths), _as_coefficients(shifts, strengths)
+        kernels_of(weights[0]).spectral_weights(weights, us, ss, vhs, shifts, strengths, outs)
+
+
+def _as_coefficients(tensors: list[Tensor], strengths: list[Tensor]) -> list[Tensor]:
+    """In the strengths' dtype and without gaps."""
+    pairs = zip(tensors, strengths, strict=True)
+    return [t.to(a.dtype).contiguous() for t, a in pairs]
 
 
 def _product(
     weight: Tensor, u: Tensor, s: Tensor, vh: Tensor, shift: Tensor, a: Tensor, out: Tensor
 ) -> None:
     """In blocks of rows, so that little of U diag(c) is alive at a time."""
-    s, shift, count = s.to(a.dtype), shift.to(a.dtype), -(-u.shape[0] // ROWS)
+    (s,), (shift,) = _as_coefficients([s], [a]), _as_coefficients([shift], [a])
+    count = -(-u.shape[0] // ROWS)
     rows = -(-u.shape[0] // max(count, 1))
     scaled = u.new_empty(rows, u.shape[1])
     for first in range(0, u.shape[0], max(rows, 1)):
