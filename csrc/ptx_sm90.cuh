@@ -91,6 +91,21 @@ __device__ __forceinline__ void keep_in_order(float (&sum)[kCount]) {
 #endif
 }
 
+// Registers of this thread from now on: warps that need few leave the others more. The whole
+// warpgroup says so.
+template <int kRegisters>
+__device__ __forceinline__ void leave_registers() {
+#if !defined(FASTLORA_EMULATED) && FASTLORA_SM90A
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
+}
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+#if !defined(FASTLORA_EMULATED) && FASTLORA_SM90A
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
+}
+
 #define FASTLORA_SUMS_256                                                                     \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "    \
   "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "     \

@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "rank_update.cuh"
-#include "spectral_weight_sm80.cuh"
+#include "spectral_sm90.cuh"
 
 namespace fastlora {
 
@@ -31,19 +31,24 @@ template <class T>
 void launch_spectral_weights(const std::vector<SpectralLayer>& layers, void* stream) {
   std::vector<SpectralUpdate> updates;
   if constexpr (sizeof(T) == 2) {
-    std::vector<DeviceSpectral> products;
+    std::vector<DeviceSpectral> wide, products;
     using Few = LayerGroup<DeviceSpectral, kParameterBytes>;
     const bool tensor_cores = has_tensor_cores(spectral_weight_sm80_kernel<T, Few>);
+    const bool warpgroups = has_spectral_sm90<T>();
     for (const SpectralLayer& layer : layers) {
       const DeviceSpectral p(layer);
-      if (tensor_cores && takes_spectral_sm80(p))
+      if (warpgroups && takes_spectral_sm90(p))
+        wide.push_back(p);
+      else if (tensor_cores && takes_spectral_sm80(p))
         products.push_back(p);
       else
         updates.emplace_back(layer);
     }
     // Blocks of one rank take one time: the long ones first, the short ones fill the gaps.
-    std::stable_sort(products.begin(), products.end(),
-                     [](const auto& a, const auto& b) { return a.rank > b.rank; });
+    for (auto* group : {&wide, &products})
+      std::stable_sort(group->begin(), group->end(),
+                       [](const auto& a, const auto& b) { return a.rank > b.rank; });
+    launch_spectral_weights_sm90<T>(wide, stream);
     launch_spectral_weights_sm80<T>(products, stream);
   } else {
     for (const SpectralLayer& layer : layers) updates.emplace_back(layer);
