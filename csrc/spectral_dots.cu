@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "spectral_dots_sm80.cuh"
+#include "spectral_dots_sm90.cuh"
 
 namespace fastlora {
 namespace {
@@ -125,11 +126,18 @@ void launch_spectral_dots(const std::vector<DeviceDots>& layers, float*& partial
                           std::vector<DeviceDots>& done, void* stream) {
   std::vector<DeviceDots> plain;
   if constexpr (sizeof(T) == 2) {
-    std::vector<DeviceDots> products;
+    std::vector<DeviceDots> wide, products;
     using Few = LayerGroup<DeviceDots, kParameterBytes>;
     const bool tensor_cores = has_tensor_cores(spectral_dots_sm80_kernel<T, Few>);
+    const bool warpgroups = has_spectral_dots_sm90<T>();
     for (const DeviceDots& p : layers)
-      (tensor_cores && takes_spectral_sm80(p) ? products : plain).push_back(p);
+      (warpgroups && takes_spectral_sm90(p)     ? wide
+       : tensor_cores && takes_spectral_sm80(p) ? products
+                                                : plain)
+          .push_back(p);
+    place_parts<sm90::DotsTiling>(wide, partial);
+    launch_spectral_dots_sm90<T>(wide, stream);
+    done.insert(done.end(), wide.begin(), wide.end());
     place_parts<DotsTiles>(products, partial);
     launch_spectral_dots_sm80<T>(products, stream);
     done.insert(done.end(), products.begin(), products.end());

@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "rank_update.cuh"
-#include "spectral_sm90.cuh"
+#include "spectral_weight_sm90.cuh"
 
 namespace fastlora {
 
@@ -34,7 +34,7 @@ void launch_spectral_weights(const std::vector<SpectralLayer>& layers, void* str
     std::vector<DeviceSpectral> wide, products;
     using Few = LayerGroup<DeviceSpectral, kParameterBytes>;
     const bool tensor_cores = has_tensor_cores(spectral_weight_sm80_kernel<T, Few>);
-    const bool warpgroups = has_spectral_sm90<T>();
+    const bool warpgroups = has_spectral_weight_sm90<T>();
     for (const SpectralLayer& layer : layers) {
       const DeviceSpectral p(layer);
       if (warpgroups && takes_spectral_sm90(p))

@@ -26,6 +26,8 @@ static_assert(kRows * kHalf * 2 <= kStageBytes, "a step of the epilogue is a sta
 
 // --- stages --------------------------------------------------------------------------------------
 
+constexpr int kTogether = 13;  // a barrier for all that compute
+
 // The copying warp of a stage waits until both warpgroups have left it.
 __device__ __forceinline__ void wait_until_empty(int stage) {
   barrier_sync(9 + stage, kComputing + 32);

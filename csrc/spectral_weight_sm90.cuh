@@ -3,7 +3,7 @@
 // memory. Included by .cu files only.
 #pragma once
 
-#include "sm90_tile.cuh"
+#include "spectral_tile_sm90.cuh"
 #include "spectral_weight_sm80.cuh"
 
 namespace fastlora::sm90 {
@@ -55,7 +55,7 @@ __device__ __forceinline__ void copy_weights(const Group& group, char* stages, f
 
 template <class T, class Group>
 __global__ void __launch_bounds__(kThreads, 1)
-    spectral_sm90_kernel(const __grid_constant__ Group group) {
+    spectral_weight_sm90_kernel(const __grid_constant__ Group group) {
 #if FASTLORA_SM90A
   char* const stages = swizzled_memory();
   float* const coefficients = reinterpret_cast<float*>(stages + kStages * kStageBytes);
@@ -171,19 +171,19 @@ inline bool takes_spectral_sm90(const DeviceSpectral& p) {
 }
 
 template <class T>
-bool has_spectral_sm90() {
+bool has_spectral_weight_sm90() {
   using Few = LayerGroup<DeviceSpectral, kParameterBytes>;
-  return has_warpgroup_products(sm90::spectral_sm90_kernel<T, Few>);
+  return has_warpgroup_products(sm90::spectral_weight_sm90_kernel<T, Few>);
 }
 
 template <class T>
 void launch_spectral_weights_sm90(const std::vector<DeviceSpectral>& layers, void* stream) {
   const unsigned most = unsigned(multiprocessors());
   for_each_group<sm90::WeightTiling>(layers, [&](const auto& group, dim3 tiles) {
-    const auto kernel = sm90::spectral_sm90_kernel<T, std::decay_t<decltype(group)>>;
+    const auto kernel = sm90::spectral_weight_sm90_kernel<T, std::decay_t<decltype(group)>>;
     allow_shared_memory(kernel, sm90::kWeightShared);
-    launch("spectral_sm90", kernel, dim3(tiles.x < most ? tiles.x : most), dim3(sm90::kThreads),
-           sm90::kWeightShared, stream, group);
+    launch("spectral_weight_sm90", kernel, dim3(tiles.x < most ? tiles.x : most),
+           dim3(sm90::kThreads), sm90::kWeightShared, stream, group);
   });
 }
 
