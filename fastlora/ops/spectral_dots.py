@@ -9,7 +9,7 @@ from fastlora.ops._define import FLOATS, define_op, expect, expect_tensor, gate_
 from fastlora.ops._device import device_type, kernels_of
 
 # Elements of G V that are alive at a time on the CPU.
-BLOCK = 1 << 18
+BLOCK = 1 << 20
 # On a GPU: what so many rows contribute is summed before anything is written.
 ROWS = 32
 
@@ -79,13 +79,16 @@ def _plan(grads: list[Tensor], us: list[Tensor], vhs: list[Tensor]) -> Any:
     return route
 
 
+@torch.no_grad()
 def _by_blocks(grad: Tensor, u: Tensor, vh: Tensor) -> Tensor:
-    rank = u.shape[1]
-    rows = max(BLOCK // max(rank, 1), 16)
-    sums = torch.zeros(rank, dtype=torch.float64)
-    for first in range(0, grad.shape[0], rows):
-        product = grad[first : first + rows].to(vh.dtype) @ vh.t()
-        kernels.dots_of_product(sums, product, u[first : first + rows].to(product.dtype))
+    (out, rank), sums = u.shape, torch.zeros(u.shape[1], dtype=torch.float64)
+    blocks = -(-u.numel() // BLOCK)
+    rows = -(-out // max(blocks, 1))
+    products = vh.new_empty(rows, rank)
+    for first in range(0, out, max(rows, 1)):
+        part = grad[first : first + rows].to(vh.dtype)
+        product = torch.mm(part, vh.t(), out=products[: len(part)])
+        kernels.dots_of_product(sums, product, u[first : first + rows].to(vh.dtype))
     return sums.to(gate_dtype(grad.dtype))
 
 

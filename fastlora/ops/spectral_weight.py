@@ -12,8 +12,9 @@ from fastlora.ops.spectral_dots import spectral_dots
 # On the CPU torch's product takes over from our loop beyond so many multiplications; the loop
 # serves all dtypes alike. float16 stays with it: few CPUs can multiply halves.
 LOOP = {torch.float32: 1 << 18, torch.float64: 1 << 18, torch.bfloat16: 1 << 24}
-# Rows of U diag(c) that are alive at a time before that product.
-ROWS = 512
+# Components of U diag(c) that are alive at a time before that product; in 16 bits all of them are,
+# because the sum over them is to be rounded once.
+COMPONENTS = 448
 # On CUDA the library's float32 product takes over from our kernel's plain arithmetic.
 LOOP_CUDA = 1 << 26
 
@@ -223,21 +224,24 @@ def _as_coefficients(tensors: list[Tensor], strengths: list[Tensor]) -> list[Ten
     return [t.to(a.dtype).contiguous() for t, a in pairs]
 
 
+@torch.no_grad()
 def _product(
     weight: Tensor, u: Tensor, s: Tensor, vh: Tensor, shift: Tensor, a: Tensor, out: Tensor
 ) -> None:
-    """In blocks of rows, so that little of U diag(c) is alive at a time."""
+    """In blocks of components, so that little of U diag(c) is alive at a time: blocks of rows would
+    have the library rearrange Vᵀ for each of them."""
     (s,), (shift,) = _as_coefficients([s], [a]), _as_coefficients([shift], [a])
-    count = -(-u.shape[0] // ROWS)
-    rows = -(-u.shape[0] // max(count, 1))
-    scaled = u.new_empty(rows, u.shape[1])
-    for first in range(0, u.shape[0], max(rows, 1)):
-        last = min(first + rows, u.shape[0])
-        block, part = out[first:last], scaled[: last - first]
-        if out.data_ptr() != weight.data_ptr():
-            block.copy_(weight[first:last])
-        if kernels.spectral_scale(part, u[first:last], s, shift, a):
-            block.addmm_(part, vh)
+    out.copy_(weight)
+    rank = len(s)
+    blocks = 1 if weight.dtype == torch.bfloat16 else -(-rank // COMPONENTS)
+    most = -(-rank // max(blocks, 1))
+    scaled = u.new_empty(len(u) * most)
+    for first in range(0, rank, max(most, 1)):
+        part = slice(first, first + most)
+        block = u[:, part]
+        target = scaled[: block.numel()].view(block.shape)
+        if kernels.spectral_scale(target, block, s[part], shift[part], a):
+            out.addmm_(target, vh[part])
 
 
 def _cublas(weight: Tensor, u: Tensor, s: Tensor, vh: Tensor, shift: Tensor, a: Tensor) -> Tensor:
