@@ -91,6 +91,19 @@ __device__ __forceinline__ void keep_in_order(float (&sum)[kCount]) {
 #endif
 }
 
+// `times` strides of `bytes` after p, by one instruction: what the compiler makes of a sum for each
+// of many copies takes longer than the copies.
+template <class T>
+__device__ __forceinline__ const T* strides_after(const T* p, int32_t bytes, int times) {
+#ifdef FASTLORA_EMULATED
+  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(p) + int64_t(bytes) * times);
+#else
+  const T* to;
+  asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(to) : "r"(bytes), "r"(times), "l"(p));
+  return to;
+#endif
+}
+
 // Registers of this thread from now on: warps that need few leave the others more. The whole
 // warpgroup says so.
 template <int kRegisters>

@@ -123,22 +123,27 @@ template <class T, int kCount, int kGroups>
 __device__ __forceinline__ void copy_rows(char* to, const Source& p, int32_t row, int32_t column) {
   constexpr int kAtOnce = 32 / kGroups, kTurns = 8 / kAtOnce;  // until the permutation repeats
   const int lane = int(threadIdx.x) % 32, group = lane % kGroups, first = lane / kGroups;
-  const int32_t left = column + group * 8 < p.columns ? p.rows - row - first : 0;
-  const int32_t step = kAtOnce * p.stride;
+  const int32_t bytes = kAtOnce * p.stride * 2;
   const T* from =
       static_cast<const T*>(p.data) + int64_t(row + first) * p.stride + column + group * 8;
   char* places[kTurns];
 #pragma unroll
   for (int i = 0; i < kTurns; ++i)
     places[i] = (kGroups == 8 ? place_128 : place_256)(to, first + i * kAtOnce, group);
-#pragma unroll 2
-  for (int i = 0; i < kCount / kAtOnce; i += kTurns) {
+  auto place = [&](int i) { return places[i % kTurns] + i / kTurns * kTurns * 512; };
+  if (row + kCount <= p.rows && column + kGroups * 8 <= p.columns) {
+#pragma unroll
+    for (int i = 0; i < kCount / kAtOnce; ++i)
+      copy_async<16>(place(i), strides_after(from, bytes, i));
+    return;
+  }
+  const int32_t left = column + group * 8 < p.columns ? p.rows - row - first : 0;
+#pragma unroll 1
+  for (int i = 0; i < kCount / kAtOnce; i += kTurns)
 #pragma unroll
     for (int j = 0; j < kTurns; ++j)
-      copy_async<16>(places[j] + i * kAtOnce * kGroups * 16, from + int64_t(j) * step,
+      copy_async<16>(places[j] + i * 512, strides_after(from, bytes, i + j),
                      (i + j) * kAtOnce < left ? 16 : 0);
-    from += int64_t(kTurns) * step;
-  }
 }
 
 // kDepth rows of kColumns elements from (row, column) on as an MN-major operand; of those rows
@@ -147,22 +152,25 @@ template <class T>
 __device__ __forceinline__ void copy_mn_major(char* to, const Source& p, int32_t row,
                                               int32_t column, const unsigned (&on)[2]) {
   const int lane = int(threadIdx.x) % 32;
-  const bool inside = column + lane * 8 < p.columns;
+  const int32_t bytes = p.stride * 2;
   const T* from = static_cast<const T*>(p.data) + int64_t(row) * p.stride + column + lane * 8;
-  to += lane / 8 * kSwizzleBytes;
+  char* places[8];
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    unsigned mine = inside ? on[half] : 0u;
-#pragma unroll 2
-    for (int i = 0; i < 32; i += 8) {
+  for (int i = 0; i < 8; ++i) places[i] = place_128(to + lane / 8 * kSwizzleBytes, i, lane % 8);
+  if (column + kColumns <= p.columns && (on[0] & on[1]) == 0xffffffffu) {
 #pragma unroll
-      for (int j = 0; j < 8; ++j)
-        copy_async<16>(place_128(to, j, lane % 8), from + int64_t(j) * p.stride,
-                       mine >> j & 1 ? 16 : 0);
-      from += int64_t(8) * p.stride;
-      to += kRightGroup;
-      mine >>= 8;
-    }
+    for (int i = 0; i < kDepth; ++i)
+      copy_async<16>(places[i % 8] + i / 8 * kRightGroup, strides_after(from, bytes, i));
+    return;
+  }
+  const bool inside = column + lane * 8 < p.columns;
+#pragma unroll 1
+  for (int i = 0; i < kDepth; i += 8) {
+    const unsigned mine = inside ? (i < 32 ? on[0] : on[1]) >> i % 32 : 0u;
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+      copy_async<16>(places[j] + i / 8 * kRightGroup, strides_after(from, bytes, i + j),
+                     mine >> j & 1 ? 16 : 0);
   }
 }
 
