@@ -84,7 +84,7 @@ __device__ __forceinline__ void wgmma_wait(Here here = Here::current()) {
 // The compiler knows nothing of accumulators between a wgmma and its wait: after the wait this
 // keeps it from having read them earlier.
 template <int kCount>
-__device__ __forceinline__ void keep_in_order(float (&sum)[kCount]) {
+__device__ __forceinline__ void keep_in_order([[maybe_unused]] float (&sum)[kCount]) {
 #ifndef FASTLORA_EMULATED
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(sum[i])::"memory");
