@@ -191,7 +191,7 @@ def test_forcing_ends_with_its_block():
 
 
 def test_contenders_of_spectral_weights():
-    """Of a weight that its decomposition leaves nothing of, so that the literal product is right."""
+    """Of a weight that is its decomposition: then the literal product is right as well."""
     layers = bench_spectral.random_layers([(24, 40), (40, 24)], torch.float32)
     factors = list(zip(layers.us, layers.ss, layers.vhs, strict=True))
     layers.weights[:] = [(u * s) @ vh for u, s, vh in factors]
