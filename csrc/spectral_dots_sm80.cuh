@@ -19,6 +19,7 @@ __global__ void __launch_bounds__(kSpectralThreads, 2)
   const int thread = int(threadIdx.x), lane = thread % 32;
   const int warp_row = thread / 64 * 64, warp_column = thread / 32 % 2 * 64;
 
+  prefetch_box(Part<T>(p.u, p.u_stride, p.out, p.rank, tile.row, tile.column));
   const Part<T> grad(p.grad, p.grad_stride, p.out, p.in, tile.row, 0);
   const Part<T> vh(p.vh, p.vh_stride, p.rank, p.in, tile.column, 0);
   WarpSum sum = {};

@@ -126,6 +126,17 @@ __device__ __forceinline__ void pipeline(char* memory, int steps, const Copy& co
   __syncthreads();
 }
 
+// Brings 128 x 128 elements towards the chip that will be wanted after the arithmetic.
+template <class T>
+__device__ __forceinline__ void prefetch_box(const Part<T>& p) {
+  const int row = int(threadIdx.x);
+  static_assert(kSpectralThreads == kSpectralRows, "a row each, two lines");
+  if (row >= p.rows) return;
+  for (int column = 0; column < kSpectralColumns; column += 64)
+    if (column < p.columns)
+      prefetch(p.data + int64_t(row) * p.stride[0] + int64_t(column) * p.stride[1]);
+}
+
 // A matrix' 128 x 128 elements in shared memory, zeros beyond its edges.
 template <class T>
 __device__ __forceinline__ void fill_box(T* box, const Part<T>& p) {

@@ -35,6 +35,7 @@ __global__ void __launch_bounds__(kSpectralThreads, 2)
     *writable(coefficients + k) = k < p.rank ? coefficient(p, k) : 0.0f;
   __syncthreads();
 
+  prefetch_box(Part<T>(p.weight, p.weight_stride, p.out, p.in, tile.row, tile.column));
   const Part<T> u(p.u, p.u_stride, p.out, p.rank, tile.row, 0);
   const Part<T> vh(p.vh, p.vh_stride, p.rank, p.in, 0, tile.column);
   WarpSum sum = {};

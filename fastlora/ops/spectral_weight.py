@@ -11,10 +11,10 @@ from fastlora.ops.spectral_dots import spectral_dots
 
 # On the CPU torch's product takes over from our loop beyond so many multiplications; the loop
 # serves all dtypes alike. float16 stays with it: few CPUs can multiply halves.
-LOOP = {torch.float32: 1 << 18, torch.float64: 1 << 18, torch.bfloat16: 1 << 24}
+LOOP = {torch.float32: 1 << 23, torch.float64: 1 << 23, torch.bfloat16: 1 << 24}
 # Components of U diag(c) that are alive at a time before that product; in 16 bits all of them are,
 # because the sum over them is to be rounded once.
-COMPONENTS = 448
+COMPONENTS = 640
 # On CUDA the library's float32 product takes over from our kernel's plain arithmetic.
 LOOP_CUDA = 1 << 26
 
@@ -200,8 +200,11 @@ def _alone(write: Any) -> Any:
     return route
 
 
-def _kernel(*layer: Tensor) -> None:
-    _kernels(*([t] for t in layer))
+def _kernel(
+    weight: Tensor, u: Tensor, s: Tensor, vh: Tensor, shift: Tensor, a: Tensor, out: Tensor
+) -> None:
+    s, shift = _as_coefficient(s, a), _as_coefficient(shift, a)
+    kernels_of(weight).spectral_weights([weight], [u], [s], [vh], [shift], [a], [out])
 
 
 def _kernels(
@@ -214,14 +217,14 @@ def _kernels(
     outs: list[Tensor],
 ) -> None:
     if weights:
-        ss, shifts = _as_coefficients(ss, strengths), _as_coefficients(shifts, strengths)
+        ss = [_as_coefficient(s, a) for s, a in zip(ss, strengths, strict=True)]
+        shifts = [_as_coefficient(shift, a) for shift, a in zip(shifts, strengths, strict=True)]
         kernels_of(weights[0]).spectral_weights(weights, us, ss, vhs, shifts, strengths, outs)
 
 
-def _as_coefficients(tensors: list[Tensor], strengths: list[Tensor]) -> list[Tensor]:
-    """In the strengths' dtype and without gaps."""
-    pairs = zip(tensors, strengths, strict=True)
-    return [t.to(a.dtype).contiguous() for t, a in pairs]
+def _as_coefficient(t: Tensor, strength: Tensor) -> Tensor:
+    """In the strength's dtype and without gaps."""
+    return t.to(strength.dtype).contiguous()
 
 
 @torch.no_grad()
@@ -230,18 +233,24 @@ def _product(
 ) -> None:
     """In blocks of components, so that little of U diag(c) is alive at a time: blocks of rows would
     have the library rearrange Vᵀ for each of them."""
-    (s,), (shift,) = _as_coefficients([s], [a]), _as_coefficients([shift], [a])
+    s, shift = _as_coefficient(s, a), _as_coefficient(shift, a)
+    rank, low = len(s), weight.dtype == torch.bfloat16
+    if low or rank <= COMPONENTS:
+        scaled = u.new_empty(u.shape)
+        if kernels.spectral_scale(scaled, u, s, shift, a):
+            torch.addmm(weight, scaled, vh, out=out)
+        else:
+            out.copy_(weight)
+        return
     out.copy_(weight)
-    rank = len(s)
-    blocks = 1 if weight.dtype == torch.bfloat16 else -(-rank // COMPONENTS)
-    most = -(-rank // max(blocks, 1))
-    scaled = u.new_empty(len(u) * most)
-    for first in range(0, rank, max(most, 1)):
+    most = -(-rank // -(-rank // COMPONENTS))
+    memory = u.new_empty(len(u) * most)
+    for first in range(0, rank, most):
         part = slice(first, first + most)
         block = u[:, part]
-        target = scaled[: block.numel()].view(block.shape)
-        if kernels.spectral_scale(target, block, s[part], shift[part], a):
-            out.addmm_(target, vh[part])
+        scaled = memory[: block.numel()].view(block.shape)
+        if kernels.spectral_scale(scaled, block, s[part], shift[part], a):
+            out.addmm_(scaled, vh[part])
 
 
 def _cublas(weight: Tensor, u: Tensor, s: Tensor, vh: Tensor, shift: Tensor, a: Tensor) -> Tensor:
