@@ -22,6 +22,12 @@ STEPS = {"1x4x64x64": 10.0, "4x4x128x128": 5.0}
 SOLVERS = {"DDIM": "epsilon eta=0", "2M": "2M"}
 COPIED, LARGE = 1.5, "16x4x128x128"
 BANDWIDTH, HUGE = 0.85, "64x16x128x128"
+# W' of every layer of SD 1.5: of the library's matrix rate; against torch's loop over the layers,
+# eager and captured, and the reference repositories'. Single layers on the CPU, over torch's way.
+MATRIX_RATE = 0.60
+RECONSTRUCTIONS = [("addmm", "eager", 1.2), ("addmm", "captured", 0.9),
+                   ("u @ diag(s) @ vh", "eager", 3.0)]  # fmt: skip
+SINGLE = 1.05
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ def rows(report: dict[str, Any]) -> list[Row]:
         )
     found.append(loop(on_gpu, machine, gpu))
     found += folding(on_gpu, machine, gpu)
+    found += [*spectral(on_gpu, machine, gpu), cpu_spectral(on_cpu, gpu)]
     strengths = [i for i in items if i["extra_info"].get("strengths")]
     value = first(i["extra_info"].get("host") for i in named(strengths, "set_scale", "fastlora"))
     where = "" if gpu else ", on the CPU"
@@ -169,6 +176,45 @@ def folding(items: Items, machine: dict[str, Any], gpu: bool) -> list[Row]:
         row("fold of SD 1.5, bf16, over copy bandwidth", "<=", 1.3, over, gpu, times, note),
         row("fold of SD 1.5, bf16, against PEFT's merge", ">=", 50.0, faster, gpu, times),
     ]
+
+
+def spectral(items: Items, machine: dict[str, Any], gpu: bool) -> list[Row]:
+    """In microseconds, of a graph and of eager calls one behind another."""
+    group = "spectral_weights SD 1.5"
+    found = {
+        i["params"]["contender"]: i["extra_info"] for i in items if i["group"].startswith(group)
+    }
+    ours, rate = found.get("fastlora", {}), machine.get("ceilings", {}).get("bfloat16")
+    share, note = None, ""
+    if rate and ours.get("captured"):
+        floor = ours["operations"] / rate * 1e6
+        share, note = floor / ours["captured"], f"{floor / 1e3:.2f} ms"
+    rows_of = [
+        row("spectral weights of SD 1.5, bf16, of the matrix rate", ">=", MATRIX_RATE, share, gpu,
+            percent, note)
+    ]  # fmt: skip
+    for peer, clock, target in RECONSTRUCTIONS:
+        theirs = found.get(peer, {}).get(clock)
+        value = theirs / ours[clock] if theirs and ours.get(clock) else None
+        measure = f"spectral weights of SD 1.5, bf16, against {peer}, both {clock}"
+        rows_of.append(row(measure, ">=", target, value, gpu, times))
+    return rows_of
+
+
+def cpu_spectral(items: Items, gpu: bool) -> Row:
+    """Geometric mean over single layers."""
+    found: dict[str, dict[str, float]] = {}
+    for i in items:
+        if i["group"].startswith("spectral_weight ") and "over_floor" in i["extra_info"]:
+            ratio = i["extra_info"]["over_floor"]
+            found.setdefault(i["group"], {})[i["params"]["contender"]] = ratio
+    ratios = [r["fastlora"] / r["addmm"] for r in found.values() if {"fastlora", "addmm"} <= set(r)]
+    measure = "spectral weight, fp32, CPU, over torch's addmm"
+    if not ratios and gpu:
+        return Row(measure, f"<= {times(SINGLE)}", "needs a run without a GPU", None)
+    value = geometric_mean((1, r) for r in ratios) if ratios else None
+    note = f"at most {times(max(ratios))}, of {len(ratios)} sizes" if ratios else ""
+    return row(measure, "<=", SINGLE, value, True, times, note)
 
 
 def stepping(on_cpu: Items, on_gpu: Items, gpu: bool) -> list[Row]:

@@ -10,6 +10,7 @@
 #include "python_tensor.h"
 #include "same_children.h"
 #include "sampler_step.h"
+#include "spectral_dots.h"
 #include "spectral_weight.h"
 #include "tiny_call.h"
 
@@ -80,9 +81,11 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   m.def("lora_add_", &lora_add_, arg("y"), arg("x"), arg("down"), arg("up"), arg("gate"), arg("h"),
         arg("form") = 0);
   m.def("fold", &fold);
-  m.def("spectral_weight", &spectral_weight);
+  m.def("spectral_weights", &spectral_weights);
+  m.def("check_spectral_results", &check_spectral_results);
   m.def("spectral_scale", &spectral_scale);
   m.def("spectral_dots", &spectral_dots);
+  m.def("dots_of_product", &dots_of_product);
   m.def("sampler_step", &sampler_step);
   m.def("add_noise", &add_noise);
 }

@@ -1,108 +1,14 @@
 #include "fold.h"
 
-#include <algorithm>
 #include <new>
-#include <numeric>
+
+#include "layer_lists.h"
 
 namespace fastlora {
 namespace {
 
 constexpr const char* kOp = "fold";
 constexpr int64_t kCacheBytes = 8 << 20;  // more than this will not be in a cache when it is used
-
-int64_t element_bytes(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
-
-std::string item(const char* list, size_t i) {
-  return std::string(list) + "[" + std::to_string(i) + "]";
-}
-
-// Whether the elements of a view fill their memory without gaps, in whatever order; several indices
-// may mean one element (a stride of 0).
-bool solid(const TensorView& t) {
-  int64_t span = 1, count = 1;
-  bool unit = false;
-  for (int32_t i = 0; i < t.ndim; ++i) {
-    if (t.shape[i] == 1 || t.strides[i] == 0) continue;
-    span += (t.shape[i] - 1) * t.strides[i];
-    count *= t.shape[i];
-    unit = unit || t.strides[i] == 1;
-  }
-  return span == count && (unit || count == 1);
-}
-
-// Whether two indices of a matrix mean one element: a i = b j within its bounds.
-bool overlaps_itself(const TensorView& t) {
-  const int64_t a = t.strides[0], b = t.strides[1];
-  if (t.numel() == 0) return false;
-  if ((a == 0 && t.shape[0] > 1) || (b == 0 && t.shape[1] > 1)) return true;
-  if (t.shape[0] == 1 || t.shape[1] == 1) return false;
-  const int64_t common = std::gcd(a, b);
-  return b / common < t.shape[0] && a / common < t.shape[1];
-}
-
-bool same_elements(const TensorView& a, const TensorView& b) {
-  bool same = a.data == b.data;
-  for (int i = 0; i < 2; ++i) same = same && (a.shape[i] == 1 || a.strides[i] == b.strides[i]);
-  return same;
-}
-
-struct Range {
-  const char *begin, *end;
-  size_t layer;
-};
-
-// What is known of a view's memory without looking at every element: all of it where it has no
-// gaps, else its first element.
-Range range_of(const TensorView& t, size_t layer) {
-  int64_t elements = 1;
-  if (solid(t))
-    for (int32_t i = 0; i < t.ndim; ++i) elements *= t.strides[i] == 0 ? 1 : t.shape[i];
-  const char* begin = t.ptr<const char>();
-  return {begin, begin + elements * element_bytes(t.dtype), layer};
-}
-
-// A result is its layer's weight or memory of its own: tasks run in any order. Operands with gaps
-// may interleave; of those only what is certain is refused.
-void check_results(const TensorViews& weights, const TensorViews& downs, const TensorViews& ups,
-                   const TensorViews& gates, const TensorViews& outs) {
-  std::vector<Range> results;
-  for (size_t i = 0; i < outs.size(); ++i) {
-    const TensorView &w = weights[i], &o = outs[i];
-    if (o.numel() == 0) continue;
-    FASTLORA_CHECK(!overlaps_itself(o), kOp, item("outs", i), "memory of its own for every element",
-                   o);
-    FASTLORA_CHECK(w.data != o.data || same_elements(w, o), kOp, item("outs", i),
-                   "weights[i] itself or memory that does not overlap it", o);
-    if (solid(o)) results.push_back(range_of(o, i));
-  }
-  std::sort(results.begin(), results.end(),
-            [](const Range& a, const Range& b) { return a.begin < b.begin; });
-  for (size_t i = 1; i < results.size(); ++i)
-    FASTLORA_CHECK(results[i - 1].end <= results[i].begin, kOp, item("outs", results[i].layer),
-                   "memory that no other layer's result uses", outs[results[i].layer]);
-  const auto check_inputs = [&](const char* name, const TensorViews& inputs) {
-    for (size_t i = 0; i < inputs.size(); ++i) {
-      if (inputs[i].numel() == 0) continue;
-      const Range input = range_of(inputs[i], i);
-      // the first result that ends behind the input's begin; they are sorted and lie apart
-      const auto found = std::partition_point(results.begin(), results.end(),
-                                              [&](const Range& r) { return r.end <= input.begin; });
-      if (found == results.end() || input.end <= found->begin) continue;
-      const bool own = &inputs == &weights && found->layer == i;
-      const TensorView& o = outs[found->layer];
-      FASTLORA_CHECK(own && same_elements(inputs[i], o), kOp, item("outs", found->layer),
-                     own ? "weights[i] itself or memory that does not overlap it"
-                         : "memory that does not overlap " + item(name, i),
-                     o);
-    }
-  };
-  check_inputs("weights", weights);
-  check_inputs("downs", downs);
-  check_inputs("ups", ups);
-  check_inputs("gates", gates);
-}
 
 }  // namespace
 
@@ -171,8 +77,7 @@ void fold_on_cpu(const FoldLayer* layers, int64_t count) {
 void fold(TensorViews weights, TensorViews downs, TensorViews ups, TensorViews gates,
           TensorViews outs) {
   std::vector<FoldLayer> on_cpu;
-  std::vector<std::vector<FoldLayer>> on_gpu;  // by device
-  std::vector<TensorView> on_device;           // one tensor of each
+  std::vector<OnDevice<FoldLayer>> on_gpu;
   for (size_t i = 0; i < weights.size(); ++i) {
     const TensorView& weight = weights[i];
     check_memory(kOp, "weights", weight, weight);
@@ -181,29 +86,19 @@ void fold(TensorViews weights, TensorViews downs, TensorViews ups, TensorViews g
     check_memory(kOp, "gates", gates[i], weight);
     check_memory(kOp, "outs", outs[i], weight);
     const FoldLayer layer = fold_layer(kOp, weight, downs[i], ups[i], gates[i], outs[i]);
-    if (weight.cpu()) {
+    if (weight.cpu())
       on_cpu.push_back(layer);
-      continue;
-    }
-    size_t device = 0;
-    while (device < on_device.size() &&
-           on_device[device].device.device_id != weight.device.device_id)
-      ++device;
-    if (device == on_device.size()) {
-      on_device.push_back(weight);
-      on_gpu.emplace_back();
-    }
-    on_gpu[device].push_back(layer);
+    else
+      add_to_device(on_gpu, weight, layer);
   }
-  check_results(weights, downs, ups, gates, outs);
+  check_results(kOp, weights, outs, {{"downs", downs}, {"ups", ups}, {"gates", gates}});
   if (!on_cpu.empty()) fold_on_cpu(on_cpu.data(), static_cast<int64_t>(on_cpu.size()));
-  for (size_t device = 0; device < on_gpu.size(); ++device) {
+  for (const OnDevice<FoldLayer>& d : on_gpu) {
 #ifdef FASTLORA_CUDA
-    launch_fold(on_gpu[device].data(), static_cast<int64_t>(on_gpu[device].size()),
-                on_device[device].device.device_id, current_stream(on_device[device]));
+    launch_fold(d.layers.data(), static_cast<int64_t>(d.layers.size()), d.tensor.device.device_id,
+                current_stream(d.tensor));
 #else
-    FASTLORA_CHECK(false, kOp, "weights", "CPU tensors (this build has no CUDA kernels)",
-                   on_device[device]);
+    FASTLORA_CHECK(false, kOp, "weights", "CPU tensors (this build has no CUDA kernels)", d.tensor);
 #endif
   }
 }

@@ -50,11 +50,11 @@ void allow_shared_memory(Kernel* kernel, int bytes) {
 
 namespace detail {
 
-// The architecture that a kernel's source was compiled for (80, 90, ...) on the current device.
+// What the compiler says of a kernel on the current device.
 template <class Kernel>
-int compiled_for(Kernel* kernel) {
+const cudaFuncAttributes& attributes_of(Kernel* kernel) {
   static std::mutex mutex;
-  static std::map<std::pair<int, const void*>, int> known;
+  static std::map<std::pair<int, const void*>, cudaFuncAttributes> known;
   std::pair<int, const void*> key{0, reinterpret_cast<const void*>(kernel)};
   check_cuda(cudaGetDevice(&key.first), "cudaGetDevice");
   const std::lock_guard<std::mutex> lock(mutex);
@@ -62,7 +62,13 @@ int compiled_for(Kernel* kernel) {
   if (found != known.end()) return found->second;
   cudaFuncAttributes attributes{};
   check_cuda(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
-  return known[key] = attributes.ptxVersion;
+  return known[key] = attributes;
+}
+
+// The architecture that a kernel's source was compiled for (80, 90, ...) on the current device.
+template <class Kernel>
+int compiled_for(Kernel* kernel) {
+  return attributes_of(kernel).ptxVersion;
 }
 
 template <class... Parameters, class... Arguments>
@@ -90,6 +96,24 @@ void launch(const char* name, bool dependent, void (*kernel)(Parameters...), dim
 template <class Kernel>
 bool has_tensor_cores(Kernel* kernel) {
   return detail::compiled_for(kernel) >= 80;
+}
+
+// Whether a kernel that wants the matrix instructions of warpgroups (sm_90a) has them on the
+// current device. Compiled for sm_90 without the suffix it is empty, which its registers tell: with
+// them it keeps 128 sums.
+template <class Kernel>
+bool has_warpgroup_products(Kernel* kernel) {
+  const cudaFuncAttributes& attributes = detail::attributes_of(kernel);
+  return attributes.ptxVersion / 10 == 9 && attributes.numRegs > 128;
+}
+
+// Multiprocessors of the current device.
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+             "multiprocessors");
+  return count;
 }
 
 // Bytes of parameters that every launch may have, and that one may have here: more since CUDA 12.1,

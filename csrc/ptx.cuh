@@ -135,6 +135,16 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
 #endif
 }
 
+// The way back.
+template <class T>
+__device__ __forceinline__ float2 unpack(uint32_t bits) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
+  Packet<T> packet;
+  packet.bits.x = bits;
+  return make_float2(widen(packet.elements[0]), widen(packet.elements[1]));
+}
+
 // Where the 16-byte group `group` of row `row` lies, in a matrix of 64-byte rows whose groups are
 // permuted so that neither copies nor matrix loads meet in a bank.
 __device__ __forceinline__ char* place(char* matrix, int row, int group) {

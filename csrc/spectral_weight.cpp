@@ -1,5 +1,9 @@
 #include "spectral_weight.h"
 
+#include <deque>
+
+#include "layer_lists.h"
+
 namespace fastlora {
 namespace {
 
@@ -15,6 +19,7 @@ void check_coefficients(const TensorView& like, const TensorView& s, const Tenso
   for (const auto& a : arguments) {
     check_memory(kOp, a.name, a.view, like);
     FASTLORA_CHECK(a.view.dtype == wide, kOp, a.name, name_of(wide), a.view);
+    check_contiguous(kOp, a.name, a.view);
   }
 }
 
@@ -25,8 +30,7 @@ std::vector<A> coefficients(const TensorView& s, const TensorView& shift,
   std::vector<A> c(s.shape[0]);
   const A a = *strength.ptr<const A>();
   for (size_t i = 0; i < c.size(); ++i)
-    c[i] = spectral_coefficient(s.ptr<const A>()[i * s.strides[0]],
-                                a * shift.ptr<const A>()[i * shift.strides[0]]);
+    c[i] = spectral_coefficient(s.ptr<const A>()[i], a * shift.ptr<const A>()[i]);
   return c;
 }
 
@@ -38,13 +42,6 @@ bool any(const std::vector<A>& c) {
 }
 
 template <class A>
-void on_cpu(FoldLayer layer, const std::vector<A>& c) {
-  layer.gate = c.data();
-  layer.gate_stride = 1;
-  fold_on_cpu(&layer, 1);
-}
-
-template <class A>
 bool scale(const TensorView& scaled, const TensorView& u, const std::vector<A>& c) {
   if (!any(c)) return false;
   const ScaledColumns p{scaled, u, c.data()};
@@ -53,29 +50,58 @@ bool scale(const TensorView& scaled, const TensorView& u, const std::vector<A>& 
   return true;
 }
 
+// The coefficients of a CPU layer as its gates; `kept` holds them.
+template <class A>
+FoldLayer with_gates(FoldLayer layer, std::vector<A> c, std::deque<std::vector<A>>& kept) {
+  kept.push_back(std::move(c));
+  layer.gate = kept.back().data();
+  layer.gate_stride = 1;
+  return layer;
+}
+
 }  // namespace
 
-void spectral_weight(TensorView out, TensorView weight, TensorView u, TensorView s, TensorView vh,
-                     TensorView shift, TensorView strength) {
-  check_memory(kOp, "weight", weight, out);
-  check_memory(kOp, "u", u, out);
-  check_memory(kOp, "vh", vh, out);
-  check_coefficients(out, s, shift, strength);
-  const FoldLayer layer = fold_layer(kOp, weight, vh, u, shift, out);
-  if (out.numel() == 0) return;
-  if (!out.cpu()) {
-#ifdef FASTLORA_CUDA
-    const SpectralLayer spectral{layer, s.data, strength.data, s.strides[0]};
-    launch_spectral_weight(spectral, out.device.device_id, current_stream(out));
-#else
-    FASTLORA_CHECK(false, kOp, "weight", "a CPU tensor (this build has no CUDA kernels)", out);
-#endif
-    return;
+void check_spectral_results(TensorViews weights, TensorViews us, TensorViews ss, TensorViews vhs,
+                            TensorViews shifts, TensorViews strengths, TensorViews outs) {
+  check_results(
+      "spectral_weights", weights, outs,
+      {{"us", us}, {"ss", ss}, {"vhs", vhs}, {"shifts", shifts}, {"strengths", strengths}});
+}
+
+void spectral_weights(TensorViews weights, TensorViews us, TensorViews ss, TensorViews vhs,
+                      TensorViews shifts, TensorViews strengths, TensorViews outs) {
+  std::vector<FoldLayer> on_cpu;
+  std::deque<std::vector<float>> gates;
+  std::deque<std::vector<double>> double_gates;
+  std::vector<OnDevice<SpectralLayer>> on_gpu;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const TensorView &weight = weights[i], &out = outs[i];
+    check_memory(kOp, "weight", weight, weight);
+    check_memory(kOp, "u", us[i], weight);
+    check_memory(kOp, "vh", vhs[i], weight);
+    check_memory(kOp, "out", out, weight);
+    check_coefficients(weight, ss[i], shifts[i], strengths[i]);
+    const FoldLayer layer = fold_layer(kOp, weight, vhs[i], us[i], shifts[i], out);
+    if (out.numel() == 0) continue;
+    if (!weight.cpu())
+      add_to_device(on_gpu, weight, SpectralLayer{layer, ss[i].data, strengths[i].data});
+    else if (weight.dtype == DType::kFloat64)
+      on_cpu.push_back(
+          with_gates(layer, coefficients<double>(ss[i], shifts[i], strengths[i]), double_gates));
+    else
+      on_cpu.push_back(
+          with_gates(layer, coefficients<float>(ss[i], shifts[i], strengths[i]), gates));
   }
-  if (out.dtype == DType::kFloat64)
-    on_cpu(layer, coefficients<double>(s, shift, strength));
-  else
-    on_cpu(layer, coefficients<float>(s, shift, strength));
+  check_spectral_results(weights, us, ss, vhs, shifts, strengths, outs);
+  if (!on_cpu.empty()) fold_on_cpu(on_cpu.data(), static_cast<int64_t>(on_cpu.size()));
+  for (const OnDevice<SpectralLayer>& d : on_gpu) {
+#ifdef FASTLORA_CUDA
+    launch_spectral_weights(d.layers.data(), static_cast<int64_t>(d.layers.size()),
+                            d.tensor.device.device_id, current_stream(d.tensor));
+#else
+    FASTLORA_CHECK(false, kOp, "weight", "a CPU tensor (this build has no CUDA kernels)", d.tensor);
+#endif
+  }
 }
 
 bool spectral_scale(TensorView scaled, TensorView u, TensorView s, TensorView shift,
@@ -88,29 +114,6 @@ bool spectral_scale(TensorView scaled, TensorView u, TensorView s, TensorView sh
   if (scaled.dtype == DType::kFloat64)
     return scale(scaled, u, coefficients<double>(s, shift, strength));
   return scale(scaled, u, coefficients<float>(s, shift, strength));
-}
-
-void spectral_dots(TensorView sums, TensorView product, TensorView u) {
-  constexpr const char* kDots = "spectral_dots";
-  check_memory(kDots, "product", product, sums);
-  check_memory(kDots, "u", u, sums);
-  check_contiguous(kDots, "sums", sums);
-  FASTLORA_CHECK(sums.dtype == DType::kFloat64, kDots, "sums", "float64", sums);
-  FASTLORA_CHECK(product.shape[0] <= 1 || product.shape[1] <= 1 || product.strides[1] == 1, kDots,
-                 "product", "contiguous rows", product);
-  FASTLORA_CHECK(u.dtype == product.dtype, kDots, "u", name_of(product.dtype), u);
-  const SpectralDots p{sums, product, u};
-  if (product.numel() == 0) return;
-  if (sums.cpu()) {
-    const WithoutGil others_may_run;
-    FASTLORA_CPU_CALL(spectral_dots_loop, p);
-    return;
-  }
-#ifdef FASTLORA_CUDA
-  launch_spectral_dots(p, current_stream(sums));
-#else
-  FASTLORA_CHECK(false, kDots, "product", "a CPU tensor (this build has no CUDA kernels)", product);
-#endif
 }
 
 }  // namespace fastlora

@@ -1,79 +1,76 @@
-// The fold whose coefficients follow from singular values and their shift, and the dots of its
-// backward.
+// W' = W + U diag(relu(s + strength·δ) - s) Vᵀ for all layers of a device, and which kernel
+// computes which of them.
+#include <algorithm>
+
 #include "rank_update.cuh"
-#include "spectral_weight.h"
+#include "spectral_weight_sm90.cuh"
 
 namespace fastlora {
 
-struct DeviceSpectral : DeviceLayer {
-  const void *s, *strength;
-  int64_t s_stride;
+// A layer of the rank update whose coefficients follow from singular values and their shift.
+struct SpectralUpdate : DeviceLayer {
+  const float *s, *strength;
 
-  DeviceSpectral() = default;
-  explicit DeviceSpectral(const SpectralLayer& p)
-      : DeviceLayer(p), s(p.s), strength(p.strength), s_stride(p.s_stride) {}
+  SpectralUpdate() = default;
+  explicit SpectralUpdate(const SpectralLayer& p)
+      : DeviceLayer(p),
+        s(static_cast<const float*>(p.s)),
+        strength(static_cast<const float*>(p.strength)) {}
 };
 
-__device__ __forceinline__ float coefficient(const DeviceSpectral& p, int64_t k) {
-  const float shift = static_cast<const float*>(p.gate)[k * p.gate_stride];
-  const float s = static_cast<const float*>(p.s)[k * p.s_stride];
-  return spectral_coefficient(s, *static_cast<const float*>(p.strength) * shift);
+__device__ __forceinline__ float coefficient(const SpectralUpdate& p, int64_t k) {
+  return spectral_coefficient(p.s[k], *p.strength * static_cast<const float*>(p.gate)[k]);
 }
 
 namespace {
 
-constexpr int kDotColumns = 32, kDotRows = 16;  // of one block
-
-struct Dots {
-  const void *product, *u;
-  double* sums;
-  int64_t rows, rank;
-  int64_t product_stride, u_stride[2];
-};
-
-// One warp's lanes lie along the columns; the block's warps share the rows.
+// Layers of one dtype. 16-bit weights and factors take the tensor cores' rate, and round U diag(c)
+// once as the reference does; all else goes the way of the fold: float32 by plain arithmetic,
+// float32 factors of 16-bit weights in two parts, all on GPUs older than sm_80.
 template <class T>
-__global__ void __launch_bounds__(kDotColumns* kDotRows) spectral_dots_kernel(Dots p) {
-  FASTLORA_SHARED(partial, double[kDotRows][kDotColumns]);
-  const int lane = int(threadIdx.x), slice = int(threadIdx.y);
-  const int64_t column = int64_t(blockIdx.x) * kDotColumns + lane;
-  double sum = 0;
-  if (column < p.rank)
-    for (int64_t row = slice; row < p.rows; row += kDotRows)
-      sum +=
-          double(widen(static_cast<const T*>(p.product)[row * p.product_stride + column]) *
-                 widen(static_cast<const T*>(p.u)[row * p.u_stride[0] + column * p.u_stride[1]]));
-  partial[slice][lane] = sum;
-  __syncthreads();
-  if (slice != 0 || column >= p.rank) return;
-  for (int i = 1; i < kDotRows; ++i) sum += partial[i][lane];  // always in this order
-  p.sums[column] += sum;
+void launch_spectral_weights(const std::vector<SpectralLayer>& layers, void* stream) {
+  std::vector<SpectralUpdate> updates;
+  if constexpr (sizeof(T) == 2) {
+    std::vector<DeviceSpectral> wide, products;
+    using Few = LayerGroup<DeviceSpectral, kParameterBytes>;
+    const bool tensor_cores = has_tensor_cores(spectral_weight_sm80_kernel<T, Few>);
+    const bool warpgroups = has_spectral_weight_sm90<T>();
+    for (const SpectralLayer& layer : layers) {
+      const DeviceSpectral p(layer);
+      if (warpgroups && takes_spectral_sm90(p))
+        wide.push_back(p);
+      else if (tensor_cores && takes_spectral_sm80(p))
+        products.push_back(p);
+      else
+        updates.emplace_back(layer);
+    }
+    // Blocks of one rank take one time: the long ones first, the short ones fill the gaps.
+    for (auto* group : {&wide, &products})
+      std::stable_sort(group->begin(), group->end(),
+                       [](const auto& a, const auto& b) { return a.rank > b.rank; });
+    launch_spectral_weights_sm90<T>(wide, stream);
+    launch_spectral_weights_sm80<T>(products, stream);
+  } else {
+    for (const SpectralLayer& layer : layers) updates.emplace_back(layer);
+  }
+  launch_rank_update<T>(updates, stream);
 }
 
 }  // namespace
 
-void launch_spectral_weight(const SpectralLayer& layer, int device, void* stream) {
+void launch_spectral_weights(const SpectralLayer* layers, int64_t count, int device, void* stream) {
   const DeviceGuard guard(device);
-  launch_rank_update(std::vector<DeviceSpectral>{DeviceSpectral(layer)}, layer.dtype, stream);
-}
-
-void launch_spectral_dots(const SpectralDots& v, void* stream) {
-  const DeviceGuard guard(v.sums.device.device_id);
-  Dots p{};
-  p.product = v.product.data;
-  p.u = v.u.data;
-  p.sums = v.sums.ptr<double>();
-  p.rows = v.product.shape[0];
-  p.rank = v.product.shape[1];
-  p.product_stride = v.product.strides[0];
-  p.u_stride[0] = v.u.strides[0];
-  p.u_stride[1] = v.u.strides[1];
-  const auto kernel = v.product.dtype == DType::kFloat16    ? spectral_dots_kernel<__half>
-                      : v.product.dtype == DType::kBFloat16 ? spectral_dots_kernel<__nv_bfloat16>
-                                                            : spectral_dots_kernel<float>;
-  const int64_t blocks = (p.rank + kDotColumns - 1) / kDotColumns;
-  launch("spectral_dots", kernel, dim3(unsigned(blocks)), dim3(kDotColumns, kDotRows), 0, stream,
-         p);
+  std::vector<SpectralLayer> group;
+  for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
+    group.clear();
+    std::copy_if(layers, layers + count, std::back_inserter(group),
+                 [&](const SpectralLayer& p) { return p.dtype == dtype; });
+    switch (dtype) {
+      case DType::kFloat16: launch_spectral_weights<__half>(group, stream); break;
+      case DType::kBFloat16: launch_spectral_weights<__nv_bfloat16>(group, stream); break;
+      default: launch_spectral_weights<float>(group, stream);
+    }
+  }
 }
 
 }  // namespace fastlora

@@ -1,4 +1,4 @@
-// W' = W + U diag(relu(s + strength·δ) - s) Vᵀ, and what its backward needs.
+// W' = W + U diag(relu(s + strength·δ) - s) Vᵀ for every layer of a model.
 #pragma once
 
 #include "cpu/isa.h"
@@ -14,14 +14,15 @@ constexpr A spectral_coefficient(A s, A x) {
   return x <= -s || s != s ? -s : x;
 }
 
-// The layer of the fold whose gate follows from shift (in `gate`) and s, on the device.
+// The layer of the fold whose gate follows on the device from the shift (in `gate`) and s, both
+// without gaps.
 struct SpectralLayer : FoldLayer {
   const void* s;  // [rank], like the shift
   const void* strength;
-  int64_t s_stride;
 };
 
-void launch_spectral_weight(const SpectralLayer& layer, int device, void* stream);
+// Layers of one device, a launch for each dtype.
+void launch_spectral_weights(const SpectralLayer* layers, int64_t count, int device, void* stream);
 
 // scaled[o, i] = u[o, i] * coefficient[i]
 struct ScaledColumns {
@@ -30,24 +31,16 @@ struct ScaledColumns {
   const void* coefficient;  // [rank] float (double beside float64)
 };
 
-// sums[i] += sum over o of product[o, i] * u[o, i]
-struct SpectralDots {
-  TensorView sums;     // [rank] float64
-  TensorView product;  // [rows, rank], rows contiguous
-  TensorView u;        // [rows, rank]
-};
-
-void launch_spectral_dots(const SpectralDots& p, void* stream);
-
 // The Python-facing entries, shapes and dtypes already checked. `spectral_scale` is false where
-// every coefficient is 0 (CPU only).
-void spectral_weight(TensorView out, TensorView weight, TensorView u, TensorView s, TensorView vh,
-                     TensorView shift, TensorView strength);
+// every coefficient is 0 (CPU only). `check_spectral_results` is what `spectral_weights` checks of
+// its results' memory, for layers that are computed otherwise.
+void spectral_weights(TensorViews weights, TensorViews us, TensorViews ss, TensorViews vhs,
+                      TensorViews shifts, TensorViews strengths, TensorViews outs);
+void check_spectral_results(TensorViews weights, TensorViews us, TensorViews ss, TensorViews vhs,
+                            TensorViews shifts, TensorViews strengths, TensorViews outs);
 bool spectral_scale(TensorView scaled, TensorView u, TensorView s, TensorView shift,
                     TensorView strength);
-void spectral_dots(TensorView sums, TensorView product, TensorView u);
 
 }  // namespace fastlora
 
 FASTLORA_DECLARE_CPU(scale_columns_loop, const ::fastlora::ScaledColumns& p)
-FASTLORA_DECLARE_CPU(spectral_dots_loop, const ::fastlora::SpectralDots& p)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import bench_strengths, timing
+from bench import bench_spectral, bench_strengths, timing
 from bench.contenders import CONTENDERS, FORMS, RANKS, case, forced, gemm, wanted
 from fastlora import emulated, ops
 from fastlora.ops import _routes
@@ -188,3 +188,24 @@ def test_forcing_ends_with_its_block():
         assert _routes._forced == ["extended"]
         raise RuntimeError
     assert _routes._forced == []
+
+
+def test_contenders_of_spectral_weights():
+    """Of a weight that is its decomposition: then the literal product is right as well."""
+    layers = bench_spectral.random_layers([(24, 40), (40, 24)], torch.float32)
+    factors = list(zip(layers.us, layers.ss, layers.vhs, strict=True))
+    layers.weights[:] = [(u * s) @ vh for u, s, vh in factors]
+    assert layers.operations() == 2 * 2 * 24 * 40 * 24
+    exact = [
+        (u.double() * (s.double() + 0.5 * shift.double()).relu()) @ vh.double()
+        for (u, s, vh), shift in zip(factors, layers.shifts, strict=True)
+    ]
+    for name, run in bench_spectral.reconstructions(layers).items():
+        run()
+        if name == "floor":
+            continue
+        for out, right in zip(layers.outs, exact, strict=True):
+            torch.testing.assert_close(out.double(), right, rtol=1e-5, atol=1e-4, msg=name)
+    runs = bench_spectral.gradients(layers)
+    for ours, theirs in zip(runs["fastlora"](), runs["torch"](), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)

@@ -33,7 +33,7 @@ def whole(models: tuple[str, ...], contender: str, ratio: float, **extra: Any) -
 
 def by_measure(items: list[Any], **machine: Any) -> dict[str, targets.Row]:
     found = targets.rows({"benchmarks": items, "machine_info": machine})
-    assert len(found) == 18
+    assert len(found) == 23
     return {row.measure: row for row in found}
 
 
@@ -73,7 +73,7 @@ def test_a_part_of_the_layers_meets_no_target():
 
 def test_without_a_gpu_its_rows_say_so():
     found = by_measure(whole(MODELS[:1], "fastlora", 1.0))
-    assert sum(row.measured == "needs a GPU" for row in found.values()) == 11
+    assert sum(row.measured == "needs a GPU" for row in found.values()) == 15
     assert all(row.met is None for row in found.values() if row.measured == "needs a GPU")
 
 
@@ -97,7 +97,7 @@ def test_rows_of_a_gpu():
     shown = {
         m.split(",")[0]: (r.measured, r.met)
         for m, r in found.items()
-        if "fold" not in m and "step" not in m
+        if "fold" not in m and "step" not in m and "spectral" not in m
     }
     assert shown == {
         "forward r=16": ("needs a run without a GPU", None),  # the CPU's; the GPU's below
@@ -175,6 +175,40 @@ def test_calls_are_counted():
     """A round of many calls is shown as one of them."""
     lines = report.others([item("tiny", "fastlora", 1e-3, calls=200)], {}).lines
     assert lines[1][1] == "5.00 µs"
+
+
+def test_spectral_weights():
+    group = "spectral_weights SD 1.5: 282 layers bfloat16"
+    on_gpu: dict[str, Any] = {"device": "cuda", "operations": 2_000_000_000_000}
+    items = [
+        item(group, "fastlora", eager=5000.0, captured=4000.0, **on_gpu),
+        item(group, "addmm", eager=10000.0, captured=3500.0, **on_gpu),
+        item(group, "u @ diag(s) @ vh", eager=14000.0, captured=9000.0, **on_gpu),
+    ]
+    found = by_measure(items, gpu="H200", ceilings={"bfloat16": 800e12})
+    start = "spectral weights of SD 1.5, bf16, "
+    share = found[start + "of the matrix rate"]  # 2.5 ms of 4
+    assert (share.measured, share.target, share.met) == ("62 %", ">= 60 %", True)
+    assert share.note == "2.50 ms"
+    shown = {
+        m.removeprefix(start + "against "): (r.measured, r.met)
+        for m, r in found.items()
+        if m.startswith(start + "against")
+    }
+    assert shown == {
+        "addmm, both eager": ("2.00x", True),
+        "addmm, both captured": ("0.88x", False),
+        "u @ diag(s) @ vh, both eager": ("2.80x", False),
+    }
+    single = "spectral weight, fp32, CPU, over torch's addmm"
+    assert found[single].measured == "needs a run without a GPU"
+    items = []
+    for size, ours in (("320x320", 1.0), ("640x2560", 1.21)):
+        group = f"spectral_weight {size} float32"
+        items += [item(group, "fastlora", over_floor=ours), item(group, "addmm", over_floor=1.0)]
+    row = by_measure(items)[single]  # the square root of 1.21
+    assert (row.measured, row.met) == ("1.10x", False)
+    assert row.note == "at most 1.21x, of 2 sizes"
 
 
 def test_sampler_steps():

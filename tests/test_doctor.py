@@ -20,7 +20,7 @@ CPU_BUILD = {
     "cuda_archs": "",
     "cpu_only": "no nvcc was found",
 }
-CUDA_BUILD = {**CPU_BUILD, "cuda": "13.0", "cuda_archs": "75-real,80,90-real", "cpu_only": ""}
+CUDA_BUILD = {**CPU_BUILD, "cuda": "13.0", "cuda_archs": "75-real,80,90a-real", "cpu_only": ""}
 H200 = Gpu("NVIDIA H200", "9.0", "580.65.06")
 HEALTHY = Facts(
     fastlora="0.1.0",

@@ -60,7 +60,8 @@ BENCHMARKS = {
         for rank in (16, 64, 128)
         for model in NAMES
     },
-    "other operators": ["bench/bench_sampler.py", "bench/bench_spectral.py"],
+    "spectral": ["bench/bench_spectral.py"],
+    "sampler step": ["bench/bench_sampler.py"],
     "loops": ["bench/bench_loop.py", "bench/bench_schedulers.py"],
 }  # fmt: skip
 LEAST = 30.0  # seconds: with less time left no step begins

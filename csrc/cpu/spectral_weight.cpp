@@ -1,5 +1,4 @@
-// What surrounds the matrix products of spectral_weight: the scaling of U's columns, and the dots
-// u_iᵀ (G v_i) of its backward, one pass over a block of rows each.
+// What precedes the matrix products of spectral_weight: the scaling of U's columns.
 #include "../spectral_weight.h"
 
 #include "scalar.h"
@@ -9,7 +8,6 @@ namespace FASTLORA_ISA {
 namespace {
 
 constexpr int64_t kElementsPerParallel = 1 << 16;  // fewer than this are faster on one thread
-constexpr int64_t kColumns = 256;                  // of the sums that one task keeps
 
 template <class T>
 void scale_columns(const ScaledColumns& p) {
@@ -30,42 +28,10 @@ void scale_columns(const ScaledColumns& p) {
   }
 }
 
-// Columns are divided among the threads, so the order of every sum is fixed.
-template <class T>
-void dots(const SpectralDots& p) {
-  const int64_t rows = p.product.shape[0], rank = p.product.shape[1];
-  const int64_t product_stride = p.product.strides[0];
-  const int64_t row_stride = p.u.strides[0], column_stride = p.u.strides[1];
-  const int64_t tasks = (rank + kColumns - 1) / kColumns;
-  double* sums = p.sums.ptr<double>();
-#pragma omp parallel for schedule(static) if (rows * rank >= kElementsPerParallel)
-  for (int64_t task = 0; task < tasks; ++task) {
-    const int64_t first = task * kColumns;
-    const int64_t count = rank - first < kColumns ? rank - first : kColumns;
-    double sum[kColumns] = {};
-    for (int64_t row = 0; row < rows; ++row) {
-      const T* a = p.product.ptr<const T>() + row * product_stride + first;
-      const T* b = p.u.ptr<const T>() + row * row_stride + first * column_stride;
-      if (column_stride == 1) {
-#pragma omp simd
-        for (int64_t i = 0; i < count; ++i) sum[i] += double(load(a + i)) * double(load(b + i));
-      } else {
-        for (int64_t i = 0; i < count; ++i)
-          sum[i] += double(load(a + i)) * double(load(b + i * column_stride));
-      }
-    }
-    for (int64_t i = 0; i < count; ++i) sums[first + i] += sum[i];
-  }
-}
-
 }  // namespace
 
 void scale_columns_loop(const ScaledColumns& p) {
   FASTLORA_FLOAT_TYPES(p.u.dtype, T, scale_columns<T>(p));
-}
-
-void spectral_dots_loop(const SpectralDots& p) {
-  FASTLORA_FLOAT_TYPES(p.product.dtype, T, dots<T>(p));
 }
 
 }  // namespace FASTLORA_ISA

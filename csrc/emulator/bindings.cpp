@@ -8,6 +8,7 @@
 #include "../lora_linear.h"
 #include "../python_tensor.h"
 #include "../sampler_step.h"
+#include "../spectral_dots.h"
 #include "../spectral_weight.h"
 #include "call.h"
 
@@ -93,21 +94,27 @@ PYBIND11_MODULE(_emulator, m) {
     add_all(call, "outs", outs, kOut);
     call.run([&] { fastlora::fold(weights, downs, ups, gates, outs); });
   });
-  m.def("spectral_weight", [](TensorView out, TensorView weight, TensorView u, TensorView s,
-                              TensorView vh, TensorView shift, TensorView strength) {
-    run("spectral_weight",
-        {{"out", out, kOut},
-         {"weight", weight, kIn},
-         {"u", u, kIn},
-         {"s", s, kIn},
-         {"vh", vh, kIn},
-         {"shift", shift, kIn},
-         {"strength", strength, kIn}},
-        [&] { fastlora::spectral_weight(out, weight, u, s, vh, shift, strength); });
+  m.def("spectral_weights", [](TensorViews weights, TensorViews us, TensorViews ss, TensorViews vhs,
+                               TensorViews shifts, TensorViews strengths, TensorViews outs) {
+    Call call("spectral_weights", g_runs, g_seed);
+    add_all(call, "weights", weights, kIn);
+    add_all(call, "us", us, kIn);
+    add_all(call, "ss", ss, kIn);
+    add_all(call, "vhs", vhs, kIn);
+    add_all(call, "shifts", shifts, kIn);
+    add_all(call, "strengths", strengths, kIn);
+    add_all(call, "outs", outs, kOut);
+    call.run([&] { fastlora::spectral_weights(weights, us, ss, vhs, shifts, strengths, outs); });
   });
-  m.def("spectral_dots", [](TensorView sums, TensorView product, TensorView u) {
-    run("spectral_dots", {{"sums", sums, kInOut}, {"product", product, kIn}, {"u", u, kIn}},
-        [&] { fastlora::spectral_dots(sums, product, u); });
+  m.def("spectral_dots", [](TensorViews sums, TensorView partial, TensorViews grads, TensorViews us,
+                            TensorViews vhs) {
+    Call call("spectral_dots", g_runs, g_seed);
+    add_all(call, "sums", sums, kOut);
+    call.add("partial", partial, kScratch);
+    add_all(call, "grads", grads, kIn);
+    add_all(call, "us", us, kIn);
+    add_all(call, "vhs", vhs, kIn);
+    call.run([&] { fastlora::spectral_dots(sums, partial, grads, us, vhs); });
   });
   m.def("sampler_step", [](TensorView x_next, TensorView history_next, TensorView model_input,
                            TensorView statistics, TensorView x, TensorViews outputs,

@@ -4,15 +4,19 @@
 #include <cstring>
 #include <sstream>
 
+#include "call.h"
 #include "memory.h"
 
 namespace fastlora::emulator {
 namespace {
 
-constexpr size_t kArena = 256 << 10;  // a GPU has up to 227 KB for a block
-constexpr size_t kRedZone = 128;      // on both sides of every shared array
-// What every GPU from sm_80 on has; more than that is for kernels of one generation.
-constexpr size_t kStaticShared = 48 << 10, kAllShared = 99 << 10;
+// A GPU has up to 227 KB for a block; wgmma's addresses have 18 bits.
+constexpr size_t kArena = 256 << 10, kArenaAlignment = 1024;
+constexpr size_t kRedZone = 128;  // on both sides of every shared array
+// What every GPU from sm_80 on has, and an sm_90.
+constexpr size_t kStaticShared = 48 << 10, kAllShared = 99 << 10, kSharedOfHopper = 227 << 10;
+constexpr uint32_t kOnItsWay = UINT32_MAX;  // a copy that nobody has waited for
+constexpr unsigned kGroupWarps = 4;         // of a warpgroup
 constexpr size_t kPoisonedStack = 4 << 10;
 
 std::string bytes_in_words(uint8_t value) {
@@ -56,7 +60,10 @@ Block& block() {
   return only;
 }
 
-Block::Block() : arena_(new char[kArena]) {}
+Block::Block() : memory_(new char[kArena + kArenaAlignment]) {
+  const auto begin = reinterpret_cast<uintptr_t>(memory_.get());
+  arena_ = memory_.get() + (kArenaAlignment - begin % kArenaAlignment) % kArenaAlignment;
+}
 
 // --- running -------------------------------------------------------------------------------------
 
@@ -72,6 +79,9 @@ void Block::run(const Launch& launch, Index index, const Run& run, uint64_t seed
   live_ = count;
   for (Barrier& b : barriers_) b = {};
   rendezvous_.assign((count + kWarp - 1) / kWarp, {});
+  warps_.assign(rendezvous_.size(), {});
+  warpgroups_.assign((warps_.size() + kGroupWarps - 1) / kGroupWarps, {});
+  writings_.assign(kArena / 16, {});
   used_ = 0;
   arrays_.clear();
   dynamic_ =
@@ -83,6 +93,8 @@ void Block::run(const Launch& launch, Index index, const Run& run, uint64_t seed
     t.index = {i % launch.block.x, i / launch.block.x % launch.block.y,
                i / launch.block.x / launch.block.y};
     t.copies.assign(1, {});
+    t.product_groups = t.proxy_fences = 0;
+    t.registers_fenced = false;
     t.waits_for.clear();
     allow(t.fibre.stack(), Fibre::stack_bytes());
     std::memset(t.fibre.stack() + Fibre::stack_bytes() - kPoisonedStack, run.poison,
@@ -123,7 +135,7 @@ void Block::run(const Launch& launch, Index index, const Run& run, uint64_t seed
   waiting_previous_.clear();
   if (!failure_) check_shared();
   for (const Array& a : arrays_) memory().remove(a.begin);
-  allow(arena_.get(), kArena);
+  allow(arena_, kArena);
   if (failure_) std::rethrow_exception(failure_);
   if (launch.dependent && !asked_)
     throw Fault(std::string("emulator: kernel ") + launch.name + ", block " + words(index) +
@@ -180,6 +192,8 @@ void Block::finish(Thread& thread) {
   for (const auto& group : thread.copies)
     for (const Copy& copy : group)
       fail("ends with an asynchronous copy that nobody has waited for", copy.here);
+  for (const Product& product : warps_[thread.warp()].products)
+    fail("ends with a wgmma that nobody has waited for", product.here);
 }
 
 void Block::deadlock() {
@@ -302,15 +316,16 @@ void* Block::shared(const void* key, size_t bytes, const char* name) {
   size_t total = bytes;
   for (const Array& a : arrays_) total += a.bytes;
   const bool is_static = key != launch_;
-  if (total > kAllShared || (is_static && total - launch_->shared_bytes > kStaticShared))
+  const size_t most = capability() == 90 ? kSharedOfHopper : kAllShared;
+  if (total > most || (is_static && total - launch_->shared_bytes > kStaticShared))
     throw Fault(std::string("emulator: kernel ") + launch_->name + " uses " +
                 std::to_string(total) + " bytes of shared memory");
-  char* array = arena_.get() + begin;
-  allow(arena_.get() + used_, begin + bytes + kRedZone - used_);
-  std::memset(arena_.get() + used_, canary(run_), begin - used_);
+  char* array = arena_ + begin;
+  allow(arena_ + used_, begin + bytes + kRedZone - used_);
+  std::memset(arena_ + used_, canary(run_), begin - used_);
   std::memset(array, run_.poison, bytes);
   std::memset(array + bytes, canary(run_), kRedZone);
-  forbid(arena_.get() + used_, begin - used_);
+  forbid(arena_ + used_, begin - used_);
   forbid(array + bytes, kRedZone);
   used_ = begin + bytes;
   arrays_.push_back({key, array, bytes, name});
@@ -319,7 +334,7 @@ void* Block::shared(const void* key, size_t bytes, const char* name) {
 }
 
 void Block::check_shared() {
-  allow(arena_.get(), kArena);
+  allow(arena_, kArena);
   for (const Array& a : arrays_)
     for (size_t i = 0; i < kRedZone; ++i) {
       const bool before = uint8_t(a.begin[-1 - ptrdiff_t(i)]) != canary(run_);
@@ -343,6 +358,7 @@ void Block::copy_async(const Copy& copy) {
     memory().check(copy.from, copy.valid, copy.bytes, "copies", copy.here, Space::kGlobal);
   // From now on until somebody has waited nothing is certain about what lies there.
   std::memset(copy.to, run_.poison, copy.bytes);
+  record(copy, kOnItsWay);
   land_some();
   current().copies.back().push_back(copy);
   if (run_.landing == Run::Landing::kEarly) land(current().copies.back().back());
@@ -351,15 +367,20 @@ void Block::copy_async(const Copy& copy) {
 void Block::land(Copy& copy) {
   std::memcpy(copy.to, copy.from, copy.valid);
   std::memset(copy.to + copy.valid, 0, copy.bytes - copy.valid);
-  copy.bytes = 0;  // once
-  copy.valid = 0;
+  copy.landed = true;
 }
 
 void Block::land_some() {
   if (run_.landing != Run::Landing::kAnyTime) return;
   for (auto& group : current().copies)
     for (Copy& copy : group)
-      if (copy.bytes > 0 && random_() % 3 == 0) land(copy);
+      if (!copy.landed && random_() % 3 == 0) land(copy);
+  Warp& warp = warps_[current().warp()];
+  for (Product& product : warp.products) {
+    if (product.landed) continue;
+    if (random_() % 3 != 0) break;
+    land(warp, product);
+  }
 }
 
 void Block::wait_copies(size_t groups_left) {
@@ -367,9 +388,122 @@ void Block::wait_copies(size_t groups_left) {
   const size_t committed = groups.size() - 1;
   const size_t finished = committed > groups_left ? committed - groups_left : 0;
   for (size_t i = 0; i < finished; ++i)
-    for (Copy& copy : groups[i])
-      if (copy.bytes > 0) land(copy);
+    for (Copy& copy : groups[i]) {
+      if (!copy.landed) land(copy);
+      record(copy, current().proxy_fences);
+    }
   groups.erase(groups.begin(), groups.begin() + ptrdiff_t(finished));
+}
+
+// --- warpgroups ----------------------------------------------------------------------------------
+
+void Block::issue_product(Product product, float* const (&sums)[32], size_t count,
+                          const std::string& what) {
+  const unsigned index = current().warp();
+  Warp& warp = warps_[index];
+  Warpgroup& group = warpgroups_[index / kGroupWarps];
+  if ((index / kGroupWarps + 1) * kGroupWarps > warps_.size())
+    fail("a wgmma by fewer than four warps", product.here);
+  if (warp.issued == group.issued.size())
+    group.issued.push_back(what);
+  else if (group.issued[warp.issued] != what)
+    fail(what + " while another warp of the warpgroup has " + group.issued[warp.issued],
+         product.here);
+  ++warp.issued;
+  wake(group.waiting);
+  Sums& held = warp.sums[sums[0]];
+  if (held.values.empty()) {  // no wgmma is on its way to them
+    held.count = count;
+    for (unsigned lane = 0; lane < kWarp; ++lane) {
+      held.lanes[lane] = sums[lane];
+      held.values.insert(held.values.end(), sums[lane], sums[lane] + count);
+      std::memset(sums[lane], run_.poison, count * sizeof(float));
+    }
+  }
+  product.sums = sums[0];
+  product.group = current().product_groups;
+  warp.products.push_back(std::move(product));
+  if (run_.landing == Run::Landing::kEarly) land(warp, warp.products.back());
+}
+
+void Block::land(Warp& warp, Product& product) {
+  product.add_to(warp.sums[product.sums].values.data());
+  product.landed = true;
+}
+
+void Block::wait_products(unsigned groups_left, Here here) {
+  Thread& me = current();
+  me.registers_fenced = false;
+  Warp& warp = warps_[me.warp()];
+  // What one warp waits for is done by all four.
+  Warpgroup& group = warpgroups_[me.warp() / kGroupWarps];
+  const auto others = [&] {
+    size_t least = warp.issued;
+    const size_t first = me.warp() / kGroupWarps * kGroupWarps;
+    for (size_t w = first; w < first + kGroupWarps && w < warps_.size(); ++w)
+      least = std::min(least, warps_[w].issued);
+    return least;
+  };
+  const auto finished = [&](const Product& p) { return p.group + groups_left < me.product_groups; };
+  collective(0xffffffffu, "wgmma.wait_group " + std::to_string(groups_left), here, nullptr, nullptr,
+             [](const Arrival*) {});
+  size_t done = warp.issued - warp.products.size();
+  for (const Product& product : warp.products) done += finished(product);
+  while (others() < done) {
+    group.waiting.push_back(&me);
+    pause("the wgmma of the other warps of its warpgroup, at " + describe(here));
+  }
+  while (!warp.products.empty() && finished(warp.products.front())) {
+    if (!warp.products.front().landed) land(warp, warp.products.front());
+    warp.products.pop_front();
+  }
+  for (auto held = warp.sums.begin(); held != warp.sums.end();) {
+    const bool pending =
+        std::any_of(warp.products.begin(), warp.products.end(),
+                    [&](const Product& product) { return product.sums == held->first; });
+    if (pending) {
+      ++held;
+      continue;
+    }
+    Sums& s = held->second;
+    for (unsigned lane = 0; lane < kWarp; ++lane)
+      std::memcpy(s.lanes[lane], &s.values[lane * s.count], s.count * sizeof(float));
+    held = warp.sums.erase(held);
+  }
+  land_some();
+}
+
+void Block::record(const Copy& copy, uint32_t fences) {
+  const auto thread = uint16_t(current().linear);
+  const auto begin = size_t(copy.to - arena_);
+  for (size_t i = begin / 16; i < (begin + copy.bytes + 15) / 16; ++i)
+    writings_[i] = {thread, fences, copy.here};
+}
+
+void Block::wrote(const void* p, size_t bytes, Here here) {
+  const char* at = static_cast<const char*>(p);
+  if (!running() || bytes == 0 || at < arena_ || at + bytes > arena_ + kArena) return;
+  const auto begin = size_t(at - arena_);
+  for (size_t i = begin / 16; i < (begin + bytes + 15) / 16; ++i)
+    writings_[i] = {uint16_t(current().linear), current().proxy_fences, here};
+}
+
+uint32_t Block::shared_address(const void* p, Here here) const {
+  const char* at = static_cast<const char*>(p);
+  if (at < arena_ || at >= arena_ + kArena) fail("a pointer that is not to shared memory", here);
+  return uint32_t(at - arena_);
+}
+
+const void* Block::read_by_product(uint32_t address, Here here) const {
+  if (address >= kArena) fail("a wgmma reads beyond the addresses of shared memory", here);
+  const char* at = arena_ + address;
+  memory().check(at, 16, 16, "a wgmma reads", here, Space::kShared);
+  const Writing& w = writings_[address / 16];
+  if (w.thread != 0xffff && (w.fences == kOnItsWay || w.fences == threads_[w.thread]->proxy_fences))
+    fail("a wgmma reads shared memory that thread " + words(threads_[w.thread]->index) +
+             " writes at " + describe(w.here) + " without a fence.proxy.async after it",
+         here);
+  return at;
 }
 
 // --- the kernel before this one ------------------------------------------------------------------

@@ -3,7 +3,9 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <string>
@@ -54,6 +56,23 @@ struct Copy {  // cp.async
   const char* from;
   size_t bytes, valid;  // beyond `valid`: zeros
   Here here;
+  bool landed = false;
+};
+
+// A warp's part of a wgmma, from its issue until somebody has waited for it.
+struct Product {
+  std::function<void(float*)> add_to;  // to what the accumulators hold, [lanes][accumulators]
+  const float* sums = nullptr;         // the first lane's accumulators stand for all
+  unsigned group = 0;                  // how many groups were committed before it
+  Here here{"", 0};
+  bool landed = false;
+};
+
+// The accumulators of wgmmas that nobody has waited for: what they hold meanwhile.
+struct Sums {
+  float* lanes[32];
+  size_t count;  // of one lane
+  std::vector<float> values;
 };
 
 struct Thread {
@@ -62,6 +81,9 @@ struct Thread {
   unsigned linear = 0;
   std::vector<std::vector<Copy>> copies;  // groups; the last one is still open
   std::string waits_for;                  // for messages; empty while it runs
+  unsigned product_groups = 0;            // of wgmmas, committed
+  bool registers_fenced = false;          // wgmma.fence since the last wait
+  uint32_t proxy_fences = 0;
   unsigned lane() const { return linear % kWarp; }
   unsigned warp() const { return linear / kWarp; }
 };
@@ -103,6 +125,21 @@ class Block {
   void wait_copies(size_t groups_left);
   void wait_previous_kernel();
 
+  // wgmma: the warp's part of one, by the last lane that comes; `what` is the same in the other
+  // warps of the warpgroup.
+  void issue_product(Product product, float* const (&sums)[32], size_t count,
+                     const std::string& what);
+  void fence_registers() { current().registers_fenced = true; }
+  void commit_products() { ++current().product_groups; }
+  void wait_products(unsigned groups_left, Here here);
+
+  // What threads write to shared memory is not seen by wgmma before they have fenced it.
+  void wrote(const void* p, size_t bytes, Here here);
+  void fence_proxy() { ++current().proxy_fences; }
+  // Shared memory as wgmma addresses it, and 16 bytes of it as wgmma reads them.
+  uint32_t shared_address(const void* p, Here here) const;
+  const void* read_by_product(uint32_t address, Here here) const;
+
  private:
   struct Barrier {
     unsigned arrived = 0, expected = 0;
@@ -119,12 +156,29 @@ class Block {
     std::function<void(const Arrival*)> combine;
   };
 
+  struct Warp {
+    std::deque<Product> products;  // in the order of their issue, in which they take effect
+    std::map<const float*, Sums> sums;
+    size_t issued = 0;
+  };
+  struct Warpgroup {
+    std::vector<std::string> issued;  // by the first warp that came
+    std::vector<Thread*> waiting;
+  };
+  struct Writing {  // who wrote 16 bytes of shared memory, and how often it had fenced before
+    uint16_t thread = 0xffff;
+    uint32_t fences = 0;
+    Here here{"", 0};
+  };
+
   void arrive(int id, unsigned expected, unsigned weight, bool wait, bool all, Here here);
   bool complete(Rendezvous& r, unsigned live);
   void pause(std::string waits_for);
   void wake(std::vector<Thread*>& threads);
   unsigned pick();
   void land(Copy& copy);
+  void land(Warp& warp, Product& product);
+  void record(const Copy& copy, uint32_t fences);
   void land_some();
   void hide_previous();
   void show_previous();
@@ -144,6 +198,9 @@ class Block {
 
   Barrier barriers_[kBarriers];
   std::vector<std::vector<Rendezvous>> rendezvous_;  // of each warp
+  std::vector<Warp> warps_;
+  std::vector<Warpgroup> warpgroups_;
+  std::vector<Writing> writings_;
 
   struct Array {
     const void* key;
@@ -151,7 +208,8 @@ class Block {
     size_t bytes;
     std::string name;
   };
-  std::unique_ptr<char[]> arena_;
+  std::unique_ptr<char[]> memory_;
+  char* arena_ = nullptr;
   size_t used_ = 0;
   std::vector<Array> arrays_;
   void* dynamic_ = nullptr;

@@ -21,6 +21,13 @@ bool has_tensor_cores(Kernel*) {
   return emulator::capability() >= 80;
 }
 
+template <class Kernel>
+bool has_warpgroup_products(Kernel*) {
+  return emulator::capability() == 90;
+}
+// Few, so that a block that stays for several tiles has several.
+inline int multiprocessors() { return 2; }
+
 constexpr size_t kParameterBytes = 4096, kLargeParameterBytes = 32760;
 inline bool takes_large_parameters() { return true; }
 

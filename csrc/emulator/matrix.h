@@ -41,9 +41,11 @@ struct Rows {
 // Lane l holds elements 2 (l % 4) and the next of row l / 4 of every matrix, or of its column.
 inline void move_matrices(const Rows& mine, int count, bool transposed, bool load, const char* kind,
                           Here here) {
-  if (int(block().current().lane()) < 8 * count)
+  if (int(block().current().lane()) < 8 * count) {
     memory().check(mine.row, 16, 16, load ? "reads a matrix row of" : "writes a matrix row of",
                    here, Space::kShared);
+    if (!load) block().wrote(mine.row, 16, here);
+  }
   const std::string name = std::string(kind) + ".x" + std::to_string(count) +
                            (transposed ? ".trans" : "") + whole_warp(here);
   block().collective(kAllLanes, name, here, &mine, nullptr, [=](const Arrival* lanes) {

@@ -42,6 +42,8 @@ void preempt() {
   if (block().running()) block().preempt();
 }
 
+void note_writing(const void* p, size_t bytes, Here here) { block().wrote(p, bytes, here); }
+
 void Memory::check(const void* p, size_t bytes, size_t alignment, const char* verb, Here here,
                    Space space) const {
   const char* at = static_cast<const char*>(p);

@@ -39,6 +39,8 @@ Memory& memory();
 
 // Sometimes lets other threads run first: an update that is not atomic shows.
 void preempt();
+// The running thread is about to write there.
+void note_writing(const void* p, size_t bytes, Here here);
 
 // What every load and store helper asks.
 template <class T>
@@ -52,6 +54,7 @@ template <class T>
 T* writable(T* p, size_t count = 1, size_t alignment = alignof(T), Here here = Here::current()) {
   memory().check(p, count * sizeof(T), alignment, "writes", here);
   preempt();
+  note_writing(p, count * sizeof(T), here);
   return p;
 }
 

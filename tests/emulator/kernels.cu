@@ -6,6 +6,7 @@
 
 #include "launch.h"
 #include "ptx.cuh"
+#include "ptx_sm90.cuh"
 #include "types.cuh"
 
 #ifdef FASTLORA_EMULATED
@@ -205,6 +206,85 @@ __global__ void narrow_kernel(T* to, const float* from) {
   narrow(from[i], to + i);
 }
 
+// C = A B, 64 x 64 by 64 x kColumns, by one warpgroup: A in registers or in shared memory, B
+// [k, columns] as it lies in memory (MN-major) or its transpose (k-major). Two stages of 64 k each,
+// the second one written over the first.
+enum class Fault {
+  kNone,
+  kProxy,
+  kEarlyProxy,
+  kRegisters,
+  kReads,
+  kOverwrites,
+  kNoBarrier,
+  kReuse
+};
+
+template <class T, int kColumns, bool kInRegisters, bool kMnMajor, Fault kFault = Fault::kNone>
+__global__ void wgmma_kernel(float* c, const T* a, const T* b, int stages) {
+#if FASTLORA_SM90A
+  constexpr int kBytes = 64 * (64 + kColumns) * 2;
+  FASTLORA_SHARED(memory, char[kBytes + kSwizzleBytes]);
+  char* const base = memory + (kSwizzleBytes - reinterpret_cast<uintptr_t>(memory) % kSwizzleBytes);
+  const int thread = int(threadIdx.x), warp = thread / 32, lane = thread % 32;
+  auto place = [&](char* matrix, int row, int group) {
+    return matrix + row * 128 + ((group ^ (row & 7)) << 4);
+  };
+  char* const second = base + 64 * 128;
+  float sum[kColumns / 2];
+  uint32_t x[4][4];
+  if (kFault != Fault::kReads)
+    for (float& v : sum) v = 1.0f;
+  for (int stage = 0; stage < stages; ++stage) {
+    for (int i = thread; i < 64 * 8; i += kThreads)
+      copy_async<16>(place(base, i / 8, i % 8), a + stage * 64 * 64 + i * 8);
+    const T* from = b + stage * 64 * kColumns;
+    for (int i = thread; i < 8 * kColumns; i += kThreads) {
+      const int row = kMnMajor ? i / (kColumns / 8) : i / 8;
+      const int group = kMnMajor ? i % (kColumns / 8) : i % 8;
+      char* to =
+          kMnMajor ? place(second + group / 8 * 8192, row, group % 8) : place(second, row, group);
+      copy_async<16>(to, from + i * 8);
+    }
+    commit_copies();
+    if (kFault == Fault::kEarlyProxy) fence_proxy_async();
+    wait_copies<0>();
+    if (kFault != Fault::kProxy && kFault != Fault::kEarlyProxy) fence_proxy_async();
+    if (kFault != Fault::kNoBarrier) __syncthreads();
+    for (int k16 = 0; k16 < 4; ++k16)
+      load_matrices(x[k16], place(base, warp * 16 + lane % 16, k16 * 2 + lane / 16));
+    if (kFault != Fault::kRegisters) wgmma_fence();
+    for (int k16 = 0; k16 < 4; ++k16) {
+      const uint64_t right = kMnMajor ? matrix_descriptor(second + k16 * 2048, 8192, 1024)
+                                      : matrix_descriptor(second + k16 * 32, 16, 1024);
+      const bool add = stage > 0 || k16 > 0;
+      if constexpr (kInRegisters)
+        wgmma<T, kMnMajor>(sum, x[k16], right, add);
+      else
+        wgmma<T, kMnMajor>(sum, matrix_descriptor(base + k16 * 32, 16, 1024), right, add);
+      if (kFault == Fault::kReuse && k16 == 0) load_matrices(x[0], place(base, lane % 16, 0));
+    }
+    wgmma_commit();
+    if (kFault != Fault::kOverwrites) wgmma_wait<0>();
+    if (kFault == Fault::kReads) wgmma_commit();
+    __syncthreads();
+  }
+  if (kFault == Fault::kReads) {  // one that nobody has waited for yet
+    wgmma_fence();
+    wgmma<T, kMnMajor>(sum, x[0], matrix_descriptor(second, 8192, 1024), true);
+    wgmma_commit();
+  }
+  auto store_all = [&] {
+    for (int i = 0; i < kColumns / 2; ++i)
+      c[(warp * 16 + i / 2 % 2 * 8 + lane / 4) * kColumns + i / 4 * 8 + lane % 4 * 2 + i % 2] =
+          sum[i];
+  };
+  if (kFault == Fault::kReads) store_all();
+  wgmma_wait<0>();
+  if (kFault != Fault::kReads) store_all();
+#endif
+}
+
 // --- with a fault --------------------------------------------------------------------------------
 
 __global__ void no_barrier_kernel(int* to, const int* from) {
@@ -338,6 +418,40 @@ __global__ void crowded_barrier_kernel(int* to) {
   to[threadIdx.x] = 0;
 }
 
+// What only some warps of a warpgroup do.
+__global__ void lonely_wgmma_kernel(float* to) {
+#if FASTLORA_SM90A
+  FASTLORA_SHARED(memory, char[64 * 256]);
+  for (int i = int(threadIdx.x); i < 64 * 16; i += int(blockDim.x))
+    *reinterpret_cast<uint4*>(writable(memory + i * 16, 16, 16)) = make_uint4(0, 0, 0, 0);
+  fence_proxy_async();
+  __syncthreads();
+  float sum[64] = {};
+  const uint32_t a[4] = {};
+  wgmma_fence();
+  if (threadIdx.x < 96) wgmma<__half, true>(sum, a, matrix_descriptor(memory, 8192, 1024), false);
+  wgmma_commit();
+  wgmma_wait<0>();
+  to[threadIdx.x] = sum[0];
+#endif
+}
+
+__global__ void never_waits_for_wgmma_kernel(float* to) {
+#if FASTLORA_SM90A
+  FASTLORA_SHARED(memory, char[64 * 256]);
+  for (int i = int(threadIdx.x); i < 64 * 16; i += int(blockDim.x))
+    *reinterpret_cast<uint4*>(writable(memory + i * 16, 16, 16)) = make_uint4(0, 0, 0, 0);
+  fence_proxy_async();
+  __syncthreads();
+  float sum[64] = {};
+  const uint32_t a[4] = {};
+  wgmma_fence();
+  wgmma<__half, true>(sum, a, matrix_descriptor(memory, 8192, 1024), false);
+  wgmma_commit();
+  to[threadIdx.x] = 0;
+#endif
+}
+
 // --- by name -------------------------------------------------------------------------------------
 
 struct Case {
@@ -379,6 +493,39 @@ bool matrices(const Case& c) {
          c.run("store_4t", store_matrices_kernel<4, true>, 1, 32, q, registers);
 }
 
+template <Fault kFault>
+bool faulty_product(const Case& c, const char* name) {
+  return c.run(name, wgmma_kernel<__nv_bfloat16, 128, true, true, kFault>, 1, kThreads,
+               c.at<float>(0), c.at<const __nv_bfloat16>(1), c.at<const __nv_bfloat16>(2),
+               int(c.sizes[1] / 4096));
+}
+
+template <class T, int kColumns>
+bool product(const Case& c, const std::string& name) {
+  const auto *a = c.at<const T>(1), *b = c.at<const T>(2);
+  const int stages = int(c.sizes[1] / 4096);
+  const auto run = [&](const char* form, auto kernel) {
+    return c.run((name + form).c_str(), kernel, 1, kThreads, c.at<float>(0), a, b, stages);
+  };
+  return run("_registers_mn", wgmma_kernel<T, kColumns, true, true>) ||
+         run("_registers_k", wgmma_kernel<T, kColumns, true, false>) ||
+         run("_memory_mn", wgmma_kernel<T, kColumns, false, true>) ||
+         run("_memory_k", wgmma_kernel<T, kColumns, false, false>);
+}
+
+bool products(const Case& c) {
+  return product<__half, 128>(c, "wgmma_half_128") || product<__half, 256>(c, "wgmma_half_256") ||
+         product<__nv_bfloat16, 128>(c, "wgmma_bfloat16_128") ||
+         product<__nv_bfloat16, 256>(c, "wgmma_bfloat16_256") ||
+         faulty_product<Fault::kProxy>(c, "no_proxy_fence") ||
+         faulty_product<Fault::kEarlyProxy>(c, "early_proxy_fence") ||
+         faulty_product<Fault::kRegisters>(c, "no_register_fence") ||
+         faulty_product<Fault::kReads>(c, "reads_accumulators") ||
+         faulty_product<Fault::kOverwrites>(c, "overwrites_operands") ||
+         faulty_product<Fault::kReuse>(c, "reuses_registers") ||
+         faulty_product<Fault::kNoBarrier>(c, "no_barrier_before_wgmma");
+}
+
 bool dependent(const Case& c, Wait wait) {
   auto *middle = c.at<float>(1), *to = c.at<float>(0);
   launch("square", square_kernel, dim3(1), dim3(kThreads), 0, c.stream, middle,
@@ -403,7 +550,7 @@ void run_case(const Case& c) {
     const auto *a = c.at<const uint32_t>(1), *b = c.at<const uint32_t>(2);
     const auto *h = c.at<const __nv_bfloat16>(1), *g = c.at<const __nv_bfloat16>(2);
     found =
-        c.run("multiply_half", multiply_kernel<__half>, 1, 32, f0, a, b) ||
+        products(c) || c.run("multiply_half", multiply_kernel<__half>, 1, 32, f0, a, b) ||
         c.run("multiply_bfloat16", multiply_kernel<__nv_bfloat16>, 1, 32, f0, a, b) ||
         c.run("multiply_tf32", multiply_kernel<float>, 1, 32, f0, a, b) ||
         c.run("swizzled", swizzled_kernel<8>, 1, 32, f0, h, g) ||
@@ -463,6 +610,8 @@ void run_case(const Case& c) {
       c.run("two_types", two_types_kernel, 1, 32, i0) ||
       c.run("half_a_warp", half_a_warp_kernel, 1, kThreads, i0) ||
       c.run("long_copy", long_copy_kernel, 1, 32, f0, f1) ||
+      c.run("lonely_wgmma", lonely_wgmma_kernel, 1, kThreads, f0) ||
+      c.run("never_waits_for_wgmma", never_waits_for_wgmma_kernel, 1, kThreads, f0) ||
       c.run("crowded_barrier", crowded_barrier_kernel, 1, kThreads, i0);
   if (!found) throw std::invalid_argument("no kernel is called " + c.name);
 }

@@ -192,6 +192,53 @@ def test_wrong_swizzle_gives_wrong_results(emulated):
     assert (c.view(16, 8).double() - exact).abs().max() > 1
 
 
+def product() -> tuple:
+    """C = A B of a warpgroup, 64 x 128 x 128."""
+    a, b = floats(2 * 64 * 64, 1).bfloat16(), floats(2 * 64 * 128, 2).bfloat16()
+    return (torch.zeros(64 * 128), OUT), (a, IN), (b, IN)
+
+
+@SEEDS
+@pytest.mark.parametrize("name", ["no_proxy_fence", "early_proxy_fence"])
+def test_shared_memory_that_wgmma_may_not_see_yet(emulated, name, seed):
+    """Without fence.proxy.async, or with one before the copies had been waited for."""
+    message = fault(emulated, name, *product(), seed=seed)
+    lines = [line_of("place(base, i / 8, i % 8), a"), line_of("copy_async<16>(to, from + i * 8)")]
+    assert "a wgmma reads shared memory that thread (" in message
+    assert any(f"writes at kernels.cu:{n} without a fence.proxy.async" in message for n in lines)
+
+
+@SEEDS
+@pytest.mark.parametrize(
+    "name",
+    [
+        "reads_accumulators",
+        "overwrites_operands",
+        "reuses_registers",
+        "no_barrier_before_wgmma",
+    ],
+)
+def test_what_wgmma_does_at_any_time(emulated, name, seed):
+    """Accumulators read, A's registers or B's memory overwritten before the wait; no barrier."""
+    message = fault(emulated, name, *product(), seed=seed)
+    assert "depends on how it is executed" in message or "a wgmma reads shared memory" in message
+
+
+def test_registers_without_a_fence(emulated):
+    message = fault(emulated, "no_register_fence", *product())
+    assert "a wgmma without a wgmma.fence" in message
+
+
+def test_wgmma_takes_four_warps(emulated):
+    message = fault(emulated, "lonely_wgmma", (torch.zeros(128), OUT))
+    assert "waits for ever for the wgmma of the other warps" in message
+
+
+def test_wgmma_that_nobody_waits_for(emulated):
+    message = fault(emulated, "never_waits_for_wgmma", (torch.zeros(128), OUT))
+    assert "ends with a wgmma that nobody has waited for at kernels.cu:" in message
+
+
 def test_unknown_kernel(emulated):
     with pytest.raises(KernelFault, match="no kernel is called nothing"):
         emulated("nothing", to())

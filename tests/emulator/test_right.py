@@ -133,6 +133,25 @@ def test_storing_matrices(kernels, count, transposed, request):
     assert torch.equal(to.view(torch.int16).view(4, 8, 8), expected)
 
 
+@pytest.mark.parametrize("layout", ["mn", "k"])
+@pytest.mark.parametrize("place", ["registers", "memory"])
+@pytest.mark.parametrize("columns", [128, 256])
+@pytest.mark.parametrize("name", ["half", "bfloat16"])
+def test_products_of_a_warpgroup(kernels, name, columns, place, layout, request):
+    """A [64, 192] in registers or shared memory, B [192, columns] or its transpose, in 128-byte
+    swizzles, three times over the same memory."""
+    if "on_gpu" in request.node.callspec.id and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("wgmma needs sm_90a")
+    dtype = torch.float16 if name == "half" else torch.bfloat16
+    a, b = floats(3 * 64 * 64, 1).to(dtype), floats(3 * 64 * columns, 2).to(dtype)
+    c = torch.empty(64 * columns)
+    kernels(f"wgmma_{name}_{columns}_{place}_{layout}", (c, OUT), (a, IN), (b, IN))
+    left = a.view(3, 64, 64).double()
+    right = b.double().view(3, 64, -1) if layout == "mn" else b.double().view(3, -1, 64).mT
+    exact = (left @ right).sum(0)
+    torch.testing.assert_close(c.view(64, columns).double(), exact, rtol=1e-5, atol=1e-4)
+
+
 def test_sum_of_a_block(kernels):
     x, to = ints(5 * 128), torch.empty(5, dtype=torch.int32)
     kernels("sum", (to, OUT), (x, IN))

@@ -123,9 +123,9 @@ def test_gradcheck(shape):
 
 @on_devices
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=identify)
-@pytest.mark.parametrize("shape", [(33, 65), (600, 500)], ids=identify)
+@pytest.mark.parametrize("shape", [(33, 65), (200, 150)], ids=identify)
 def test_gradient_of_the_shift_is_a_row_dot(shape, dtype):
-    """dδ_i = strength u_iᵀ G v_i where the singular value stays positive, in several row blocks."""
+    """dδ_i = strength u_iᵀ G v_i where the singular value stays positive, in several tiles."""
     args = arguments(*shape, dtype)
     probe = randn(*shape, dtype=dtype, seed=7)
     args[4].requires_grad_()
@@ -173,7 +173,7 @@ print(kernels.build_info()["cpu_isa"])
 
 def test_opcheck_of_the_gradient():
     _, u, _, vh, _, _ = arguments(7, 5)
-    torch.library.opcheck(torch.ops.fastlora.spectral_dots.default, (randn(7, 5), u, vh))
+    torch.library.opcheck(ops.spectral_dots.overload, ([randn(7, 5)], [u], [vh]))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inductor's own
