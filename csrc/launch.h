@@ -40,35 +40,34 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-// Lets a kernel have more than 48 KB of dynamic shared memory.
-template <class Kernel>
-void allow_shared_memory(Kernel* kernel, int bytes) {
-  if (bytes > (48 << 10))
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-               "shared memory");
-}
-
 namespace detail {
 
-// What the compiler says of a kernel on the current device.
-template <class Kernel>
-const cudaFuncAttributes& attributes_of(Kernel* kernel) {
+// What the compiler says of a kernel on the current device, and what it was allowed there.
+struct Known : cudaFuncAttributes {
+  int allowed = 0;  // bytes of dynamic shared memory
+};
+
+// `use(known)`, one thread at a time.
+template <class Kernel, class Use>
+auto with_known(Kernel* kernel, const Use& use) {
   static std::mutex mutex;
-  static std::map<std::pair<int, const void*>, cudaFuncAttributes> known;
+  static std::map<std::pair<int, const void*>, Known> all;
   std::pair<int, const void*> key{0, reinterpret_cast<const void*>(kernel)};
   check_cuda(cudaGetDevice(&key.first), "cudaGetDevice");
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = known.find(key);
-  if (found != known.end()) return found->second;
-  cudaFuncAttributes attributes{};
-  check_cuda(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
-  return known[key] = attributes;
+  auto found = all.find(key);
+  if (found == all.end()) {
+    Known known;
+    check_cuda(cudaFuncGetAttributes(&known, kernel), "cudaFuncGetAttributes");
+    found = all.emplace(key, known).first;
+  }
+  return use(found->second);
 }
 
 // The architecture that a kernel's source was compiled for (80, 90, ...) on the current device.
 template <class Kernel>
 int compiled_for(Kernel* kernel) {
-  return attributes_of(kernel).ptxVersion;
+  return with_known(kernel, [](const Known& known) { return known.ptxVersion; });
 }
 
 template <class... Parameters, class... Arguments>
@@ -91,6 +90,21 @@ void launch(const char* name, bool dependent, void (*kernel)(Parameters...), dim
 
 }  // namespace detail
 
+// Lets a kernel have so much dynamic shared memory, beyond 48 KB too, and a multiprocessor as many
+// of its blocks as there is room for: the driver alone may leave more to the first-level cache.
+template <class Kernel>
+void allow_shared_memory(Kernel* kernel, int bytes) {
+  detail::with_known(kernel, [&](detail::Known& known) {
+    if (known.allowed >= bytes) return;
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+               "shared memory");
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                    cudaSharedmemCarveoutMaxShared),
+               "shared memory");
+    known.allowed = bytes;
+  });
+}
+
 // Whether a kernel that wants tensor cores and asynchronous copies (sm_80) has them on the current
 // device: code for an older GPU, which a newer one runs as well, is compiled without.
 template <class Kernel>
@@ -103,8 +117,9 @@ bool has_tensor_cores(Kernel* kernel) {
 // them it keeps 128 sums.
 template <class Kernel>
 bool has_warpgroup_products(Kernel* kernel) {
-  const cudaFuncAttributes& attributes = detail::attributes_of(kernel);
-  return attributes.ptxVersion / 10 == 9 && attributes.numRegs > 128;
+  return detail::with_known(kernel, [](const detail::Known& known) {
+    return known.ptxVersion / 10 == 9 && known.numRegs > 128;
+  });
 }
 
 // Multiprocessors of the current device.

@@ -320,6 +320,9 @@ void* Block::shared(const void* key, size_t bytes, const char* name) {
   if (total > most || (is_static && total - launch_->shared_bytes > kStaticShared))
     throw Fault(std::string("emulator: kernel ") + launch_->name + " uses " +
                 std::to_string(total) + " bytes of shared memory");
+  if (total > kStaticShared && !launch_->shared_allowed)  // the launch fails on a GPU
+    throw Fault(std::string("emulator: kernel ") + launch_->name + ": " + std::to_string(total) +
+                " bytes of shared memory; more than 48 KB need allow_shared_memory");
   char* array = arena_ + begin;
   allow(arena_ + used_, begin + bytes + kRedZone - used_);
   std::memset(arena_ + used_, canary(run_), begin - used_);

@@ -48,7 +48,7 @@ void launch(const char* name, bool dependent, void (*kernel)(Parameters...), dim
   l.grid = index_of(grid);
   l.block = index_of(block);
   l.shared_bytes = shared_bytes;
-  emulator::check_shared_memory(name, reinterpret_cast<const void*>(kernel), shared_bytes);
+  l.shared_allowed = shared_memory_allowed(reinterpret_cast<const void*>(kernel), shared_bytes);
   // Every thread gets parameters of its own, as every GPU thread does.
   const std::tuple<Parameters...> parameters(Parameters(std::forward<Arguments>(arguments))...);
   l.body = [kernel, parameters] { std::apply(kernel, parameters); };
