@@ -1,4 +1,4 @@
-// The layers of a rank update as one kernel parameter, and which of them a block works for.
+// Layers as one kernel parameter, and which of them, and which of its tiles, a block works for.
 // Included by .cu files only.
 #pragma once
 
@@ -10,7 +10,39 @@
 
 namespace fastlora {
 
-constexpr int kTileRows = 64, kTileColumns = 128;  // of W', what a block computes
+// What a block computes of a layer's matrix: of W' [out, in], or of G V [out, rank]. Which kernel
+// has which tiles is a parameter of everything here. kShortFirst: blocks that run at the same time
+// share as much as they can of both factors, for products that read them often; otherwise they
+// follow the rows of the memory.
+template <int kRows_, int kColumns_, bool kShortFirst_ = false>
+struct WeightTiles {
+  static constexpr int kRows = kRows_, kColumns = kColumns_;
+  static constexpr bool kShortFirst = kShortFirst_;
+  template <class Layer>
+  __host__ __device__ static int32_t columns(const Layer& p) {
+    return p.in;
+  }
+};
+
+template <int kRows_, int kColumns_, bool kShortFirst_ = false>
+struct ProductTiles {
+  static constexpr int kRows = kRows_, kColumns = kColumns_;
+  static constexpr bool kShortFirst = kShortFirst_;
+  template <class Layer>
+  __host__ __device__ static int32_t columns(const Layer& p) {
+    return p.rank;
+  }
+};
+
+template <class Tiling, class Layer>
+__host__ __device__ __forceinline__ int32_t tiles_down(const Layer& p) {
+  return (p.out + Tiling::kRows - 1) / Tiling::kRows;
+}
+
+template <class Tiling, class Layer>
+__host__ __device__ __forceinline__ int32_t tiles_across(const Layer& p) {
+  return (Tiling::columns(p) + Tiling::kColumns - 1) / Tiling::kColumns;
+}
 
 // A FoldLayer in 96 bytes, so that a model's fit into the parameters of one launch.
 struct DeviceLayer {
@@ -44,10 +76,6 @@ struct DeviceLayer {
     }
     gate_stride = rank > 1 ? int32_t(p.gate_stride) : 0;
   }
-  int64_t tiles() const {
-    return ((int64_t(out) + kTileRows - 1) / kTileRows) *
-           ((int64_t(in) + kTileColumns - 1) / kTileColumns);
-  }
 };
 static_assert(sizeof(DeviceLayer) == 96, "a model's fit into 32 KB");
 
@@ -68,13 +96,13 @@ static_assert(LayerGroup<DeviceLayer, 32760>::kCapacity == 327 &&
                   sizeof(LayerGroup<DeviceLayer, 32760>) <= 32760,
               "what fold.h and the documentation say");
 
-// A block's part of W'.
+// A block's part of a layer's matrix.
 struct Tile {
   int32_t layer;  // in the group
   int32_t row, column;
 };
 
-template <class Group>
+template <class Tiling, class Group>
 __device__ __forceinline__ Tile tile_of(const Group& group, int32_t block) {
   int32_t low = 0, high = group.count;  // first_tile[low] <= block < first_tile[high]
   while (high - low > 1) {
@@ -85,8 +113,12 @@ __device__ __forceinline__ Tile tile_of(const Group& group, int32_t block) {
       high = middle;
   }
   const int32_t tile = block - group.first_tile[low];
-  const int32_t across = (group.layers[low].in + kTileColumns - 1) / kTileColumns;
-  return {low, tile / across * kTileRows, tile % across * kTileColumns};
+  const int32_t across = tiles_across<Tiling>(group.layers[low]);
+  if (Tiling::kShortFirst) {
+    const int32_t down = tiles_down<Tiling>(group.layers[low]);
+    if (down < across) return {low, tile % down * Tiling::kRows, tile / down * Tiling::kColumns};
+  }
+  return {low, tile / across * Tiling::kRows, tile % across * Tiling::kColumns};
 }
 
 // How many of kWidth elements from `first` on there are.
@@ -96,7 +128,7 @@ __device__ __forceinline__ int elements_left(int32_t first, int32_t end) {
 }
 
 // Fills groups with layers, and `run(group, tiles)` for each: a small one where it is enough.
-template <class Layer, class Run>
+template <class Tiling, class Layer, class Run>
 void for_each_group(const std::vector<Layer>& layers, const Run& run) {
   using Few = LayerGroup<Layer, kParameterBytes>;
   using Many = LayerGroup<Layer, kLargeParameterBytes>;
@@ -105,9 +137,10 @@ void for_each_group(const std::vector<Layer>& layers, const Run& run) {
     int64_t tiles = 0;
     group.count = 0;
     for (; next < layers.size() && group.count < group.kCapacity; ++next) {
-      const int64_t more = layers[next].tiles();
+      const int64_t more =
+          int64_t(tiles_down<Tiling>(layers[next])) * tiles_across<Tiling>(layers[next]);
       if (more > INT32_MAX)
-        throw std::invalid_argument("fold: weights: a layer is too large for one launch");
+        throw std::invalid_argument("weights: a layer is too large for one launch");
       if (more == 0) continue;
       if (tiles + more > INT32_MAX) break;
       group.layers[group.count] = layers[next];

@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kTileThreads, 3)
   FASTLORA_SHARED(down, float[kTileRank][kTileColumns]);
   FASTLORA_SHARED(factor, float[kTileRank][kTileRows + 4]);
 
-  const Tile tile = tile_of(group, int32_t(blockIdx.x));
+  const Tile tile = tile_of<UpdateTiles>(group, int32_t(blockIdx.x));
   const auto& p = group.layers[tile.layer];
   constexpr int kGroups = kTileColumns / kWidth;  // of columns, across the tile
   const int thread = int(threadIdx.x);
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kTileThreads, 3)
 // Layers of one dtype: one launch for as many as its parameters hold.
 template <class T, class Layer>
 void launch_rank_update(const std::vector<Layer>& layers, void* stream) {
-  for_each_group(layers, [&](const auto& group, dim3 tiles) {
+  for_each_group<UpdateTiles>(layers, [&](const auto& group, dim3 tiles) {
     using Group = std::decay_t<decltype(group)>;
     if constexpr (sizeof(T) == 2) {
       const auto kernel = rank_update_sm80_kernel<T, Group>;

@@ -18,6 +18,9 @@
 
 namespace fastlora {
 
+constexpr int kTileRows = 64, kTileColumns = 128;  // of W', what a block computes
+using UpdateTiles = WeightTiles<kTileRows, kTileColumns>;
+
 constexpr int kTensorThreads = 256, kWarpColumns = 64;
 constexpr int kChunk = 32;  // components in shared memory at a time: rows of 64 bytes
 constexpr int kDownPitch = kTileColumns + 8;
@@ -44,7 +47,7 @@ __global__ void __launch_bounds__(kTensorThreads, 3)
     rank_update_sm80_kernel(const __grid_constant__ Group group) {
   FASTLORA_SHARED(factor, char[2][kTileRows * kChunk * 2]);    // high, low
   FASTLORA_SHARED(down, uint32_t[2][kChunk][kDownPitch / 2]);  // the same
-  const Tile tile = tile_of(group, int32_t(blockIdx.x));
+  const Tile tile = tile_of<UpdateTiles>(group, int32_t(blockIdx.x));
   const int thread = int(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const bool split_down = !std::is_same_v<T, __nv_bfloat16> || group.layers[tile.layer].down_wide;
 

@@ -151,7 +151,20 @@ EXAMPLES: dict[str, Callable[[Any, Any, str], tuple[Any, ...]]] = {
         data(19),
         control(),
     ),
-    "spectral_dots": lambda data, control, device: (data(23, 19), data(23, 19), data(19, 19)),
+    "spectral_weights": lambda data, control, device: (
+        [data(23, 19), data(7, 5)],
+        [data(23, 19), data(7, 5)],
+        [data(19).abs(), data(5).abs()],
+        [data(19, 19), data(5, 5)],
+        [data(19), data(5)],
+        [control(), control()],
+        [data(23, 19), data(7, 5)],
+    ),
+    "spectral_dots": lambda data, control, device: (
+        [data(23, 19), data(7, 5)],
+        [data(23, 19), data(7, 5)],
+        [data(19, 19), data(5, 5)],
+    ),
     "sampler_step": lambda data, control, device: (
         data(2, 3, 5),
         [data(2, 3, 5), data(2, 3, 5)],

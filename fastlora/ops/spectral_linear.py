@@ -41,17 +41,15 @@ def spectral_linear(
 
 
 def activations_are_cheaper(
-    tokens: int, features: int, out: int, *, backward: bool = False
+    tokens: int, features: int, out: int, rank: int, *, backward: bool = False
 ) -> bool:
-    """Whether `spectral_linear` takes fewer multiplications than `spectral_weight` and `F.linear`,
-    for weights `[out, features]` with all `R = min(out, features)` components.
+    """Whether `spectral_linear` takes fewer multiplications than `spectral_weight` and `F.linear`.
 
-    `M R (K + N)` against `N K R`: M tokens, K features, N outputs. With the backward pass as well
-    `3 M R (K + N)` (the forward's two products; for dx and dδ those of dY and U, x and V, and dx's
-    own) against `3 N K R + M N K`: W', W' once more for dx, `G = dYᵀ x`, and the dots
+    `M R (K + N)` against `N K R`: M tokens, K features, N outputs, rank R. With the backward pass
+    `3 M R (K + N)` (the two products of the forward pass; for dx and dδ those of dY and U, x and V,
+    and dx's own) against `3 N K R + M N K`: W', W' once more for dx, `G = dYᵀ x`, and the dots
     `u_iᵀ G v_i`. What both have in common, `x Wᵀ` and `dY W`, is left out.
     """
-    rank = min(features, out)
     activations, weights = tokens * rank * (features + out), out * features * rank
     if backward:
         activations, weights = 3 * activations, 3 * weights + tokens * out * features
@@ -153,9 +151,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """dX is the same operator with W, U, V read the other way. With
-    `p_i = Σ (dY U)_i (x V)_i` over the tokens where `s_i + strength δ_i > 0`, else 0:
-    `dδ = strength p`, `dstrength = Σ δ_i p_i`."""
+    """dX is the same operator with W, U, V read the other way; that of the singular values is
+    `p_i = Σ (dY U)_i (x V)_i` over the tokens."""
     x, weight, bias, u, s, vh, shift, strength = ctx.saved_tensors
     needs = ctx.needs_input_grad
     dx = d_weight = d_bias = d_shift = d_strength = None
@@ -169,11 +166,18 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if needs[6] or needs[7]:
         c = _coefficients(s, shift, strength)
         _, _, dots = low_rank_gradients(x2, dy2, vh, u, c, (False, False, True))
-        wide = shift.to(strength.dtype)
-        dots = torch.where(strength * wide > -s.to(strength.dtype), dots, 0)
-        d_shift = (strength * dots).to(shift.dtype)
-        d_strength = (dots * wide).sum()
+        d_shift, d_strength = shift_gradients(dots, s, shift, strength)
     return dx, d_weight, d_bias, None, None, None, d_shift, d_strength
+
+
+def shift_gradients(
+    dots: Tensor, s: Tensor, shift: Tensor, strength: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(dδ, dstrength) from the gradients `p` of the singular values, which are 0 where the relu
+    cuts: `dδ = strength p`, `dstrength = Σ δ_i p_i`."""
+    wide = shift.to(strength.dtype)
+    dots = torch.where(strength * wide > -s.to(strength.dtype), dots, 0)
+    return (strength * dots).to(shift.dtype), (dots * wide).sum()
 
 
 spectral_linear = define_op(

@@ -1,4 +1,4 @@
-"""`spectral_weight`: a weight with shifted singular values (SVDiff)."""
+"""`spectral_weight`: a weight with shifted singular values (SVDiff); `spectral_weights`: many."""
 
 from typing import Any
 
@@ -7,14 +7,15 @@ from torch import Tensor
 
 from fastlora.ops._define import FLOATS, define_op, expect, expect_tensor, gate_dtype, kernels
 from fastlora.ops._device import device_type, kernels_of
+from fastlora.ops.spectral_dots import spectral_dots
 
-# Beyond so many multiplications torch's product takes over from our loop, which serves all dtypes
-# alike. float16 stays with the loop: few CPUs can multiply halves.
-LOOP = {torch.float32: 1 << 32, torch.float64: 1 << 32, torch.bfloat16: 1 << 24}
-# The same for the first CUDA kernel; a guess until it has been measured.
+# On the CPU torch's product takes over from our loop beyond so many multiplications; the loop
+# serves all dtypes alike. float16 stays with it: few CPUs can multiply halves.
+LOOP = {torch.float32: 1 << 18, torch.float64: 1 << 18, torch.bfloat16: 1 << 24}
+# Rows of U diag(c) that are alive at a time before that product.
+ROWS = 512
+# The same for the CUDA kernel; a guess until it has been measured.
 LOOP_CUDA = 1 << 26
-# Elements of G Vᵀ that are alive at a time in the backward.
-BLOCK, BLOCK_CUDA = 1 << 18, 1 << 24
 
 
 def spectral_weight(
@@ -41,17 +42,92 @@ def spectral_weight(
     return weight + (u.to(wide) * c).to(weight.dtype) @ vh.to(weight.dtype)
 
 
+def spectral_weights(
+    weights: list[Tensor],  # each [out, in]
+    us: list[Tensor],  # each [out, rank]
+    ss: list[Tensor],  # each [rank]
+    vhs: list[Tensor],  # each [rank, in]
+    shifts: list[Tensor],  # each [rank]
+    strengths: list[Tensor],  # each []
+    outs: list[Tensor],  # each [out, in], written
+) -> None:
+    """`spectral_weight` of every layer of a model, each with a rank, shape and dtype of its own.
+
+    `outs[i]` is `weights[i]` itself or memory of its own; the bits are those of the layer alone.
+    On CUDA the layers of one dtype are one launch, up to 303 of them in 16 bits. Not
+    differentiable: it runs as under `no_grad`, and the version counters of `outs` rise. Raises
+    ContractError (a ValueError) naming argument, expected, got.
+    """
+    with torch.no_grad():
+        for *layer, out in zip(weights, us, ss, vhs, shifts, strengths, outs, strict=True):
+            out.copy_(_reference(*layer))
+
+
 def _fake(
     weight: Tensor, u: Tensor, s: Tensor, vh: Tensor, shift: Tensor, strength: Tensor
 ) -> Tensor:
-    op = "spectral_weight"
-    tensors = {"weight": weight, "u": u, "s": s, "vh": vh, "shift": shift, "strength": strength}
+    if not _holds(weight, u, s, vh, shift, strength):
+        _explain("spectral_weight", "{}", weight, u, s, vh, shift, strength)
+    return weight.new_empty(weight.shape)
+
+
+def _fake_all(
+    weights: list[Tensor],
+    us: list[Tensor],
+    ss: list[Tensor],
+    vhs: list[Tensor],
+    shifts: list[Tensor],
+    strengths: list[Tensor],
+    outs: list[Tensor],
+) -> None:
+    op = "spectral_weights"
+    lists = {"us": us, "ss": ss, "vhs": vhs, "shifts": shifts, "strengths": strengths, "outs": outs}
+    for name, tensors in lists.items():
+        count = f"a list of {len(weights)} tensors, one for each layer"
+        expect(len(tensors) == len(weights), op, name, count, f"{len(tensors)} tensors")
+    for i, (*layer, out) in enumerate(zip(weights, *lists.values(), strict=True)):
+        if not _holds(*layer):
+            _explain(op, f"{{}}s[{i}]", *layer)
+        expect_tensor(op, f"outs[{i}]", out)
+        weight = layer[0]
+        dtype = str(weight.dtype).removeprefix("torch.")
+        good = out.shape == weight.shape and out.dtype == weight.dtype
+        expect(good, op, f"outs[{i}]", f"{dtype} {list(weight.shape)}", out)
+
+
+def _holds(weight: Any, u: Any, s: Any, vh: Any, shift: Any, strength: Any) -> bool:
+    """The contract of one layer without its messages: a model has hundreds of them."""
+    try:
+        rows, features = weight.shape
+        (rank,) = s.shape
+        dtype = weight.dtype
+        wide = gate_dtype(dtype)
+        either = (dtype, wide)
+        return (
+            u.shape == (rows, rank)
+            and vh.shape == (rank, features)
+            and shift.shape == (rank,)
+            and strength.shape == ()
+            and dtype in FLOATS
+            and strength.dtype == wide
+            and all(t.dtype in either for t in (u, s, vh, shift))
+        )
+    except (AttributeError, TypeError, ValueError):
+        return False
+
+
+def _explain(op: str, names: str, *layer: Any) -> None:
+    """`names` makes an argument's name of that of `spectral_weight`'s."""
+    parts = ("weight", "u", "s", "vh", "shift", "strength")
+    tensors = dict(zip(parts, layer, strict=True))
     for name, value in tensors.items():
-        expect_tensor(op, name, value)
-    expect(weight.dim() == 2, op, "weight", "[out, in]", weight)
-    expect(weight.dtype in FLOATS, op, "weight", "float32, float16, bfloat16 or float64", weight)
+        expect_tensor(op, names.format(name), value)
+    weight, s = tensors["weight"], tensors["s"]
+    expect(weight.dim() == 2, op, names.format("weight"), "[out, in]", weight)
+    floats = "float32, float16, bfloat16 or float64"
+    expect(weight.dtype in FLOATS, op, names.format("weight"), floats, weight)
     (out, features), wide = weight.shape, gate_dtype(weight.dtype)
-    expect(s.dim() == 1, op, "s", "[rank]", s)
+    expect(s.dim() == 1, op, names.format("s"), "[rank]", s)
     rank = s.shape[0]
     for name, shape, dtypes in (
         ("u", (out, rank), (weight.dtype, wide)),
@@ -63,34 +139,82 @@ def _fake(
         value = tensors[name]
         allowed = " or ".join(str(d).removeprefix("torch.") for d in dict.fromkeys(dtypes))
         good = tuple(value.shape) == shape and value.dtype in dtypes
-        expect(good, op, name, f"{allowed} {list(shape)}", value)
-    return weight.new_empty(weight.shape)
+        expect(good, op, names.format(name), f"{allowed} {list(shape)}", value)
 
 
 def _plan(weight: Tensor, u: Tensor, s: Tensor, vh: Tensor, shift: Tensor, _: Tensor) -> Any:
-    dtype, device = weight.dtype, device_type(weight)
-    work = u.numel() * weight.shape[1]
+    device = device_type(weight)
     if device == "cpu":
-        same = u.dtype == vh.dtype == dtype
-        return _product if same and work > LOOP.get(dtype, work) else _loop
-    if device == "cuda" and dtype == torch.float64:
-        expect(False, "spectral_weight", "weight", "float32, float16 or bfloat16 on CUDA", weight)
-    if device == "cuda":
-        return _loop if work <= LOOP_CUDA or u.dtype != dtype or vh.dtype != dtype else _cublas
-    return _reference
+        return _alone(_product if _by_products(weight, u, vh) else _loop)
+    if device != "cuda":
+        return _reference
+    _refuse_float64("weight", weight)
+    work = u.numel() * weight.shape[1]
+    same = u.dtype == vh.dtype == weight.dtype
+    return _alone(_loop) if work <= LOOP_CUDA or not same else _cublas
 
 
-def _loop(weight: Tensor, u: Tensor, s: Tensor, vh: Tensor, shift: Tensor, a: Tensor) -> Tensor:
-    out = weight.new_empty(weight.shape)
+def _plan_all(weights: list[Tensor], us: list[Tensor], ss: Any, vhs: list[Tensor], *_: Any) -> Any:
+    kinds = {device_type(w) for w in weights}
+    if not kinds <= {"cpu", "cuda"}:
+        return _reference_all
+    products = []
+    for i, (weight, u, vh) in enumerate(zip(weights, us, vhs, strict=True)):
+        if device_type(weight) == "cuda":
+            _refuse_float64(f"weights[{i}]", weight)
+        elif _by_products(weight, u, vh):
+            products.append(i)
+
+    def route(*lists: list[Tensor]) -> None:
+        for i, layer in enumerate(zip(*lists, strict=True)):
+            (_product if i in products else _loop)(*layer)
+
+    return route
+
+
+def _refuse_float64(name: str, weight: Tensor) -> None:
+    op = "spectral_weights" if "[" in name else "spectral_weight"
+    good = weight.dtype != torch.float64
+    expect(good, op, name, "float32, float16 or bfloat16 on CUDA", weight)
+
+
+def _by_products(weight: Tensor, u: Tensor, vh: Tensor) -> bool:
+    """Whether torch's product is the faster way on the CPU."""
+    work, dtype = u.numel() * weight.shape[1], weight.dtype
+    return u.dtype == vh.dtype == dtype and work > LOOP.get(dtype, work)
+
+
+def _alone(write: Any) -> Any:
+    """A route of one layer that returns its result."""
+
+    def route(*layer: Tensor) -> Tensor:
+        out = layer[0].new_empty(layer[0].shape)
+        write(*layer, out)
+        return out
+
+    return route
+
+
+def _loop(
+    weight: Tensor, u: Tensor, s: Tensor, vh: Tensor, shift: Tensor, a: Tensor, out: Tensor
+) -> None:
     kernels_of(weight).spectral_weight(out, weight, u, s.to(a.dtype), vh, shift.to(a.dtype), a)
-    return out
 
 
-def _product(weight: Tensor, u: Tensor, s: Tensor, vh: Tensor, shift: Tensor, a: Tensor) -> Tensor:
-    scaled = u.new_empty(u.shape)
-    if not kernels.spectral_scale(scaled, u, s.to(a.dtype), shift.to(a.dtype), a):
-        return weight.clone(memory_format=torch.contiguous_format)
-    return torch.addmm(weight, scaled, vh)
+def _product(
+    weight: Tensor, u: Tensor, s: Tensor, vh: Tensor, shift: Tensor, a: Tensor, out: Tensor
+) -> None:
+    """In blocks of rows, so that little of U diag(c) is alive at a time."""
+    s, shift, count = s.to(a.dtype), shift.to(a.dtype), -(-u.shape[0] // ROWS)
+    rows = -(-u.shape[0] // max(count, 1))
+    scaled = u.new_empty(rows, u.shape[1])
+    for first in range(0, u.shape[0], max(rows, 1)):
+        last = min(first + rows, u.shape[0])
+        block, part = out[first:last], scaled[: last - first]
+        if out.data_ptr() != weight.data_ptr():
+            block.copy_(weight[first:last])
+        if kernels.spectral_scale(part, u[first:last], s, shift, a):
+            block.addmm_(part, vh)
 
 
 def _cublas(weight: Tensor, u: Tensor, s: Tensor, vh: Tensor, shift: Tensor, a: Tensor) -> Tensor:
@@ -111,62 +235,21 @@ def _backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
     d_shift = d_strength = None
     if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
         x = shift.to(strength.dtype)
-        dots = spectral_dots(d, u, vh)
+        (dots,) = spectral_dots([d], [u], [vh])
         dots = torch.where(strength * x > -s.to(strength.dtype), dots, 0)
         d_shift = (strength * dots).to(shift.dtype)
         d_strength = (dots * x).sum()
     return d if ctx.needs_input_grad[0] else None, None, None, None, d_shift, d_strength
 
 
-def spectral_dots(
-    grad: Tensor,  # [out, in]
-    u: Tensor,  # [out, rank]
-    vh: Tensor,  # [rank, in]
-) -> Tensor:  # [rank]
-    """`p_i = u_iᵀ G v_i`, the gradient of the singular values; float32 (float64 beside float64).
-
-    `G Vᵀ` is formed for a block of rows at a time, the sums run over them in a fixed order. Not
-    differentiable a second time.
-    """
-    product = grad.to(vh.dtype) @ vh.t()
-    return (product.to(u.dtype) * u).sum(0).to(gate_dtype(grad.dtype))
-
-
-def _fake_dots(grad: Tensor, u: Tensor, vh: Tensor) -> Tensor:
-    op = "spectral_dots"
-    for name, value in (("grad", grad), ("u", u), ("vh", vh)):
-        expect_tensor(op, name, value)
-        expect(value.dim() == 2 and value.dtype in FLOATS, op, name, "a floating matrix", value)
-    rank = u.shape[1]
-    expect(u.shape[0] == grad.shape[0], op, "u", f"[{grad.shape[0]}, rank]", u)
-    expect(tuple(vh.shape) == (rank, grad.shape[1]), op, "vh", f"[{rank}, {grad.shape[1]}]", vh)
-    return grad.new_empty(rank, dtype=gate_dtype(grad.dtype))
-
-
-def _plan_dots(grad: Tensor, u: Tensor, vh: Tensor) -> Any:
-    device = device_type(grad)
-    if device not in ("cpu", "cuda") or (device == "cuda" and vh.dtype == torch.float64):
-        return _reference_dots
-    kernel = kernels_of(grad).spectral_dots
-    rank, wide = u.shape[1], gate_dtype(grad.dtype)
-    rows = max((BLOCK_CUDA if device == "cuda" else BLOCK) // max(rank, 1), 16)
-
-    def route(grad: Tensor, u: Tensor, vh: Tensor) -> Tensor:
-        sums = torch.zeros(rank, dtype=torch.float64, device=grad.device)
-        for first in range(0, grad.shape[0], rows):
-            product = grad[first : first + rows].to(vh.dtype) @ vh.t()
-            kernel(sums, product, u[first : first + rows].to(product.dtype))
-        return sums.to(wide)
-
-    return route
-
-
-_reference, _reference_dots = spectral_weight, spectral_dots
-spectral_dots = define_op(spectral_dots, fake=_fake_dots, plan=_plan_dots, differentiable=False)
+_reference, _reference_all = spectral_weight, spectral_weights
 spectral_weight = define_op(
     spectral_weight,
     fake=_fake,
     plan=_plan,
     setup_context=_setup_context,
     backward=_backward,
+)
+spectral_weights = define_op(
+    spectral_weights, fake=_fake_all, plan=_plan_all, mutates=("outs",), differentiable=False
 )
