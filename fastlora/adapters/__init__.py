@@ -1,6 +1,7 @@
 """Adapters on existing layers: inject, scale, fold, save, load, remove."""
 
 from fastlora.adapters.captured import CapturedStrengths
+from fastlora.adapters.combine import combine
 from fastlora.adapters.control import (
     adapters,
     disable,
@@ -14,6 +15,7 @@ from fastlora.adapters.folding import fold, unfold
 from fastlora.adapters.inject import inject, remove
 from fastlora.adapters.io import load, save
 from fastlora.adapters.lookup import adapted_layers
+from fastlora.adapters.materialize import materialize
 from fastlora.adapters.phases import phases
 from fastlora.adapters.reserve import ReserveInfo, reserve
 from fastlora.adapters.specs import AdapterError, AdapterInfo, LoRA, Spectral
@@ -28,11 +30,13 @@ __all__ = [
     "Spectral",
     "adapted_layers",
     "adapters",
+    "combine",
     "disable",
     "enable",
     "fold",
     "inject",
     "load",
+    "materialize",
     "parameters",
     "phases",
     "remove",
