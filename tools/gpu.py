@@ -61,6 +61,7 @@ BENCHMARKS = {
         for model in NAMES
     },
     "other operators": ["bench/bench_sampler.py", "bench/bench_spectral.py"],
+    "memory": ["bench/bench_memory.py"],
     "loops": ["bench/bench_loop.py", "bench/bench_schedulers.py"],
 }  # fmt: skip
 LEAST = 30.0  # seconds: with less time left no step begins
