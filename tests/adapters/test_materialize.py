@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import fastlora
 from fastlora import ops
 from fastlora.adapters.lookup import adapted_layers, arenas
+from fastlora.training import train
 from tests.adapters.nets import Net
 from tests.adapters.oracles import randomise, same_bits, spectral_weight
 
@@ -349,3 +350,35 @@ def test_another_word_is_an_error() -> None:
     with pytest.raises(fastlora.AdapterError, match="materialize: expected 'forward' or 'step'"):
         with fastlora.materialize(nn.Linear(2, 2), "never"):  # type: ignore[arg-type]
             pass
+
+
+@SETTINGS
+def test_train_passes_it_on(when: Any) -> None:
+    """And the shifts that come out are the same in either."""
+    model, seen = stack(2, 8), []
+    schedule = fastlora.Schedule.cosine()
+
+    def loss(model: nn.Module, batch: Any, *_: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        seen.extend(a.materialize for a in arenas(model))
+        value = model(batch["x0"]).square().mean()
+        return value, {"loss": value.detach()}
+
+    def run(setting: Any) -> list[Tensor]:
+        one = copy.deepcopy(model)
+        train(
+            one,
+            loss,
+            lambda generator: {"x0": torch.randn(MANY, 8, generator=generator)},
+            schedule,
+            steps=3,
+            lr=1e-2,
+            materialize=setting,
+            progress=False,
+        )
+        return fastlora.parameters(one)
+
+    expected = run(None)
+    assert seen == ["forward"] * 3
+    for a, b in zip(run(when), expected, strict=True):
+        assert same_bits(a, b)
+    assert seen[3:] == [when] * 3
