@@ -141,6 +141,16 @@ EXAMPLES: dict[str, Callable[[Any, Any, str], tuple[Any, ...]]] = {
         data(19),
         control(),
     ),
+    "spectral_linear": lambda data, control, device: (
+        data(2, 5, 19),
+        data(23, 19),
+        data(23),
+        data(23, 19),
+        data(19).abs(),
+        data(19, 19),
+        data(19),
+        control(),
+    ),
     "spectral_weights": lambda data, control, device: (
         [data(23, 19), data(7, 5)],
         [data(23, 19), data(7, 5)],

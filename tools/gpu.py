@@ -62,6 +62,7 @@ BENCHMARKS = {
     },
     "spectral": ["bench/bench_spectral.py"],
     "sampler step": ["bench/bench_sampler.py"],
+    "memory": ["bench/bench_memory.py"],
     "loops": ["bench/bench_loop.py", "bench/bench_schedulers.py"],
 }  # fmt: skip
 LEAST = 30.0  # seconds: with less time left no step begins

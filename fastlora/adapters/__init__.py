@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import fastlora.adapters.transposed  # noqa: F401  # registers its layer
 from fastlora.adapters.captured import CapturedStrengths
+from fastlora.adapters.combine import combine
 from fastlora.adapters.control import (
     adapters,
     disable,
@@ -17,6 +18,7 @@ from fastlora.adapters.folding import fold, unfold
 from fastlora.adapters.inject import inject, remove
 from fastlora.adapters.io import load, save
 from fastlora.adapters.lookup import adapted_layers
+from fastlora.adapters.materialize import materialize
 from fastlora.adapters.phases import phases
 from fastlora.adapters.reserve import ReserveInfo, reserve
 from fastlora.adapters.specs import AdapterError, AdapterInfo, LoRA, Spectral
@@ -36,12 +38,14 @@ __all__ = [
     "Spectral",
     "adapted_layers",
     "adapters",
+    "combine",
     "decompose",
     "disable",
     "enable",
     "fold",
     "inject",
     "load",
+    "materialize",
     "parameter_counts",
     "parameters",
     "phases",

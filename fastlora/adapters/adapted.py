@@ -6,19 +6,20 @@ it and taking the class back restores it. The adapters' parameters live in the c
 """
 
 import copy
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from fastlora.adapters.folded_weight import fold_layers
-from fastlora.adapters.slots import LoRASlot, SpectralSlot, in_place
+from fastlora.adapters.slots import LoRASlot, in_place
 from fastlora.adapters.specs import AdapterError
+from fastlora.adapters.spectral import Shift, changed_weight, shift_of, weight_under
 from fastlora.adapters.state import LayerState, in_graph, is_capturing
-from fastlora.adapters.tensors import full_precision, memory, same_start, same_values
-from fastlora.ops import ContractError, spectral_weight
+from fastlora.adapters.tensors import memory, same_start, same_values
+from fastlora.ops import ContractError
 
 
 class Adapted(nn.Module):
@@ -72,11 +73,22 @@ class Adapted(nn.Module):
         slots = self.low_rank_slots(active)
         if not active and not slots:
             return self.base(input)
-        weight = self.spectral(active)
+        shift = shift_of(self, active)
+        if shift is None:
+            return self.explaining(input, self.low_rank, input, None, slots)
+        return self.shifted(input, shift, slots)
+
+    def shifted(self, x: Tensor, shift: Shift, slots: list[tuple[Any, Tensor]]) -> Tensor:
+        """The forward pass under spectral shifts, then low-rank parts."""
+        if is_compiling():
+            return self.on_weight(x, changed_weight(self, shift), slots)
+        with weight_under(self, shift) as weight:
+            return self.on_weight(x, weight, slots)
+
+    def on_weight(self, x: Tensor, weight: Tensor, slots: list[tuple[Any, Tensor]]) -> Tensor:
         if slots:
-            return self.explaining(input, self.low_rank, input, weight, slots)
-        assert weight is not None
-        return self.with_weight(input, weight, self.bias_or_none())
+            return self.explaining(x, self.low_rank, x, weight, slots)
+        return self.with_weight(x, weight, self.bias_or_none())
 
     def active(self) -> tuple[tuple[str, Any], ...]:
         """The slots to compute; in a graph all of them, some with gates of zero, but for those in
@@ -120,7 +132,7 @@ class Adapted(nn.Module):
 
     def explaining(self, x: Tensor, compute: Callable[..., Tensor], *args: Any) -> Tensor:
         """`compute(*args)`, whose errors speak of this layer; a graph has no place for that."""
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return compute(*args)
         try:
             return compute(*args)
@@ -161,7 +173,7 @@ class Adapted(nn.Module):
             return False
         if self.training and slots.drops:
             return False
-        return torch.compiler.is_compiling() or in_place(slots.pins)
+        return is_compiling() or in_place(slots.pins)
 
     def low_rank_slots(self, active: Any) -> list[tuple[Any, Tensor]]:
         """The low-rank parts to compute, LoRASlots or Packed ones, with their gates."""
@@ -207,40 +219,7 @@ class Adapted(nn.Module):
             return gate.double()
         return gate.clone() if torch.is_grad_enabled() else gate
 
-    # --- spectral shifts --------------------------------------------------------------------------
-
-    def spectral(self, active: Any) -> Tensor | None:
-        """The weight under the active spectral shifts; None without any."""
-        slots = [(name, s) for name, s in active if isinstance(s, SpectralSlot)]
-        if not slots:
-            return None
-        gates = [self.gate(name) for name, _ in slots]
-        if any(g.dim() == 2 for g in gates):
-            raise AdapterError(
-                f"{self._state.path}: a spectral shift changes the weight itself, so its strength "
-                "cannot differ per sample; use a number for its scale"
-            )
-        shifts = [s.shift for _, s in slots]
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self.spectral_now(shifts, gates)
-        small = [*shifts, *gates]
-        return self.cached("spectral", small, lambda: self.spectral_now(shifts, gates))
-
-    def spectral_now(self, shifts: Sequence[Tensor], gates: list[Tensor]) -> Tensor:
-        with full_precision(self.weight.device):
-            strength: Tensor = gates[0].reshape(())
-            shift = shifts[0]
-            if self.is_norm() or len(shifts) > 1:  # several of a layer add up under one relu
-                products = [g * s for g, s in zip(gates, shifts, strict=True)]
-                shift = functools.reduce(torch.add, products)
-                strength = torch.ones_like(strength)
-            if self.is_norm():  # w + Σ strength δ
-                return (self.weight + shift).to(self.weight.dtype)
-            factors = self.fastlora
-            changed = spectral_weight(
-                self.matrix(), factors.svd_u, factors.svd_s, factors.svd_vh, shift, strength
-            )
-        return self.from_matrix(changed)
+    # --- what is kept -----------------------------------------------------------------------------
 
     def cached(self, name: str, small: list[Tensor], make: Callable[[], Any]) -> Any:
         """`make()`, kept while the weight and the tensors in `small` have the values that they had.
@@ -264,9 +243,10 @@ class Adapted(nn.Module):
         self._state.cache[name] = (before, made)
         return made
 
-    def kept(self, name: str, make: Callable[[], Any]) -> Any:
-        """`make()`, kept to the end of the `steady` block; only within one."""
-        kept, at = self._state.kept[is_capturing()], (self.weight.device, self.weight.dtype)
+    def kept(self, name: str, make: Callable[[], Any], stamp: Any = None) -> Any:
+        """`make()`, kept to the end of the `steady` block or to another stamp; only within one."""
+        kept = self._state.kept[is_capturing()]
+        at = self.weight.device, self.weight.dtype, stamp
         if name not in kept or kept[name][0] != at:
             kept[name] = at, make()
         return kept[name][1]

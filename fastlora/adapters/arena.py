@@ -40,6 +40,7 @@ class Arena:
         self.learned = False  # some scale requires a gradient
         self.folded = False  # some layer may be
         self.steady = [0, 0]  # blocks that say that weights stay; those begun in a capture
+        self.materialize = "forward"  # how long training keeps W' of spectral shifts, or "step"
         self._layers: dict[int, weakref.ref[Any]] = {}
         self._total = 0  # entries
         self._block = 1  # so many neighbours of each have its value: the gcd of all widths
@@ -209,6 +210,12 @@ class Arena:
         self.prepare(device)
         return self._values[device].narrow(-1, offset, width)
 
+    def stamp(self, device: torch.device) -> tuple[int, int]:
+        """Another one whenever the gates on a device have been written."""
+        self.prepare(device)
+        values = self._values[device]
+        return values.data_ptr(), values._version
+
     def prepare(self, device: torch.device) -> None:
         """Makes the gates exist on a device."""
         if device not in self._values and self._total:
@@ -294,7 +301,7 @@ class Arena:
             for n, s in self.scales.items()
         }
         rebuilt: dict[str, Any] = {"_index": {}, "_values": {}, "_writers": {}, "_layers": {}}
-        rebuilt["steady"] = [0, 0]
+        rebuilt |= {"steady": [0, 0], "materialize": "forward"}
         return {**self.__dict__, "scales": scales, **rebuilt}
 
 

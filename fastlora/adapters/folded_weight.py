@@ -10,32 +10,56 @@ from torch import Tensor
 from fastlora import ops
 from fastlora.adapters.dora import row_scale
 from fastlora.adapters.slots import LoRASlot
+from fastlora.adapters.spectral import changed_weight, operands, shift_of, write_weights
+from fastlora.adapters.tensors import same_start
 
 
 # What is made here under inference mode has to serve training later.
 @torch.inference_mode(False)
 @torch.no_grad()
 def fold_layers(layers: Iterable[Any]) -> None:
-    """Writes the folded weights. Low-rank parts of all layers go through one call of `ops.fold`."""
-    terms: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
+    """Writes the folded weights. Spectral shifts of all layers go through one call of
+    `ops.spectral_weights`, low-rank parts through one of `ops.fold`."""
+    layers = list(layers)
     for layer in layers:
         layer.refresh()
+    shifted = shifted_weights(layers)
+    terms: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
+    for layer in layers:
         out = buffer(layer)
-        active = layer._state.active
-        weight = layer.spectral(active)
-        weight = layer.limited(layer.weight.detach() if weight is None else weight)
-        slots = layer.low_rank_slots(active)
+        weight = layer.limited(shifted.get(layer, layer.weight.detach()))
+        slots = layer.low_rank_slots(layer._state.active)
         if any(s.spec.dora for s, _ in slots):
             out.copy_(dora_weight(layer, weight, slots))
-        elif not slots:
-            out.copy_(weight)
-        else:
+        elif slots:
             terms += parts(layer, weight, slots, out)
+        elif weight is not out:
+            out.copy_(weight)
         layer._state.merged, layer._state.stale = True, False
         layer._state.arena.folded = True
         layer._state.forget()
     if terms:
         ops.fold(*([t[i] for t in terms] for i in range(5)))
+
+
+def shifted_weights(layers: Iterable[Any]) -> dict[Any, Tensor]:
+    """The weights under spectral shifts of the layers that have them: in one call, in the layers'
+    buffers."""
+    found: dict[Any, Tensor] = {}
+    terms: list[tuple[Tensor, ...]] = []
+    for layer in layers:
+        shift = shift_of(layer, layer._state.active)
+        if shift is None:
+            continue
+        weight = layer.weight
+        if layer.is_norm() or not weight.is_contiguous() or not same_start(weight, layer.matrix()):
+            found[layer] = changed_weight(layer, shift)
+            continue
+        matrix, *factors = operands(layer, shift)
+        found[layer] = buffer(layer)
+        terms.append((matrix.detach(), *factors, found[layer].view(matrix.shape)))
+    write_weights(terms)
+    return found
 
 
 def buffer(layer: Any) -> Tensor:

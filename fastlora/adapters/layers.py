@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from fastlora.adapters.adapted import Adapted, adapts, adapts_subclasses
 from fastlora.adapters.dora import row_scale
 from fastlora.adapters.slots import LoRASlot, in_place
+from fastlora.adapters.spectral import Shift, in_activations, operands
 from fastlora.adapters.state import is_capturing
-from fastlora.ops import ContractError, lora_add_, lora_linear
+from fastlora.ops import ContractError, lora_add_, lora_linear, spectral_linear
 
 # Bound once: the shortest way through an adapted Linear looks up as little as it can.
 _lora_linear = lora_linear.eager  # type: ignore[attr-defined]
@@ -70,6 +71,16 @@ class AdaptedLinear(Adapted, nn.Linear):
 
     def with_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
+
+    def shifted(self, x: Tensor, shift: Shift, slots: Gated) -> Tensor:
+        if any(s.spec.dora for s, _ in slots) or not in_activations(self, x):
+            return super().shifted(x, shift, slots)
+        weight, *factors = operands(self, shift)
+        y = spectral_linear(x, weight, self.bias, *factors)
+        for slot, gate in slots:
+            x_in = dropped(slot, x, self.training).to(y.dtype)
+            self.explaining(x, lora_add_, y, x_in, slot.down, slot.up, gate)
+        return y
 
     def low_rank(self, x: Tensor, weight: Tensor | None, slots: Gated) -> Tensor:
         weight = self.weight if weight is None else weight

@@ -3,11 +3,13 @@
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from fastlora.adapters.arena import Arena
 from fastlora.adapters.slots import Packed
 
 _is_compiling = torch.compiler.is_compiling
+_functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009 (not in its type stub)
 is_capturing = (
     torch.cuda.is_current_stream_capturing if torch.backends.cuda.is_built() else lambda: False
 )
@@ -19,12 +21,17 @@ def in_graph() -> bool:
     return _is_compiling() or is_capturing()
 
 
+def interposed() -> bool:
+    """Whether functorch or forward-mode differentiation looks on, which see formulas alone."""
+    return _functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
 class LayerState:
     """What an adapted layer caches; rebuilt when the arena's epoch moves on."""
 
     __slots__ = (
         "arena", "path", "offset", "offsets", "outside", "rows", "merged", "stale",
-        "epoch", "fast", "active", "packed", "cache", "kept",
+        "epoch", "fast", "active", "packed", "cache", "kept", "step",
     )  # fmt: skip
 
     def __init__(self, arena: Arena, path: str) -> None:
@@ -46,8 +53,9 @@ class LayerState:
 
     def forget_weights(self) -> None:
         self.cache: dict[str, tuple[list[Any], Any]] = {}  # (made from, made)
-        # What `steady` keeps: made outside of captures, and in one. Each (device, dtype, made).
+        # What `steady` keeps: made outside of captures, and in one. Each (made for, made).
         self.kept: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+        self.step: Any = None  # (made from, W'), kept for an optimiser's step
 
     def __getstate__(self) -> Any:
         kept = self.offset, self.offsets, self.outside, self.rows, self.merged, self.stale

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastlora.adapters.adapted import Adapted, adapts
 from fastlora.adapters.layers import Gated
+from fastlora.adapters.spectral import shift_of, weight_under
 from fastlora.adapters.specs import AdapterError
 
 
@@ -27,11 +28,13 @@ class AdaptedConvTranspose2d(Adapted, nn.ConvTranspose2d):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         if output_size is None:
             return super().forward(input)
-        state = self._state
-        weight = self.folded() if state.merged else self.spectral(self.active())
-        if weight is None:
+        if self._state.merged:
+            return self.with_weight(input, self.folded(), self.bias, output_size)
+        shift = shift_of(self, self.active())
+        if shift is None:
             return self.base(input, output_size)
-        return self.with_weight(input, weight, self.bias, output_size)
+        with weight_under(self, shift) as weight:
+            return self.with_weight(input, weight, self.bias, output_size)
 
     def with_weight(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None = None

@@ -8,11 +8,13 @@ from fastlora.ops.lora_add import lora_add_
 from fastlora.ops.lora_linear import lora_linear
 from fastlora.ops.sampler_step import sampler_step
 from fastlora.ops.spectral_dots import spectral_dots
+from fastlora.ops.spectral_linear import spectral_linear
 from fastlora.ops.spectral_weight import spectral_weight, spectral_weights
 
 __all__ = [
     "fold",
     "spectral_dots",
+    "spectral_linear",
     "spectral_weight",
     "spectral_weights",
     "ContractError",

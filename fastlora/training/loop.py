@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from tqdm.auto import tqdm
 
 from fastlora.adapters.folding import is_folded
 from fastlora.adapters.lookup import adapted_layers
+from fastlora.adapters.materialize import materialize as keeping_weights
 from fastlora.adapters.specs import AdapterError
 from fastlora.samplers.arguments import integer, number
 from fastlora.samplers.schedule import Schedule
@@ -53,6 +55,7 @@ def train(
     seed: int = 0,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 500,
+    materialize: Literal["forward", "step"] | None = None,
     progress: bool = True,
     description: str = "training",
 ) -> TrainResult:
@@ -68,6 +71,9 @@ def train(
     `checkpoint` names a file that is written every `checkpoint_every` steps and at the end; if it
     exists, the run goes on from there, bit for bit as if it had not stopped. Its directory is tried
     before the first step.
+
+    `materialize`: how long weights under spectral shifts are kept, as `fastlora.materialize` says;
+    None leaves that as it is.
 
     The model's training mode is set for the run and put back.
 
@@ -102,7 +108,8 @@ def train(
     bar = tqdm(total=steps, desc=description, disable=not progress)
     window: list[dict[str, torch.Tensor]] = []
     try:
-        with torch.random.fork_rng(state.gpus):
+        keeping = nullcontext() if materialize is None else keeping_weights(model, materialize)
+        with torch.random.fork_rng(state.gpus), keeping:
             torch.manual_seed(seed)
             if path is not None and path.exists():
                 state.load(load_checkpoint(path, signature))

@@ -204,7 +204,8 @@ def test_emulated_operators_run_on_the_emulator(name, monkeypatch):
             operator(*_selfcheck.EXAMPLES[name](data, data, "cpu"))
         finally:
             operator.clear()
-    assert name in called
+    # what has no kernel of its own goes through another's
+    assert {"spectral_linear": "lora_add_"}.get(name, name) in called
     called.clear()
     operator(*_selfcheck.EXAMPLES[name](data, data, "cpu"))
     assert called == []

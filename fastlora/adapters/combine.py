@@ -1,0 +1,133 @@
+"""`combine`: several adapters as a new one."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.adapters.adapted import Adapted
+from fastlora.adapters.control import apply
+from fastlora.adapters.inject import Where, attach, check_name, matcher, parameter_dtype
+from fastlora.adapters.lookup import adapted_layers, arenas, require_known, unwrapped
+from fastlora.adapters.slots import LoRASlot, Slot, SpectralSlot
+from fastlora.adapters.specs import AdapterError, AdapterInfo, LoRA, fits_float32, is_number
+
+Parts = list[tuple[Any, float]]  # slots of a layer with their weights
+
+
+# What is made under inference mode has to serve training later.
+@torch.inference_mode(False)
+@torch.no_grad()
+def combine(
+    model: nn.Module,
+    weights: Mapping[str, float],
+    rule: Literal["add", "interpolate"] = "add",
+    *,
+    where: Mapping[str, Where] | None = None,
+    name: str = "combined",
+) -> AdapterInfo:
+    """Makes the adapter `name` out of those in `weights`, `{"dog": 1.0, "statue": 0.8}`.
+
+    Spectral shifts, under one relu: `W' = U diag(relu(σ + δ)) Vᵀ` with "add" `δ = Σ w_i δ_i`, with
+    "interpolate" `δ = Σ w_i δ_i / Σ w_i`, for two `α δ_1 + (1 - α) δ_2`. Norms likewise; an adapter
+    without shifts in a layer has δ = 0 there. LoRAs: their factors one after another, `w_i α_i/r_i`
+    in U, which is `Σ w_i α_i/r_i U_i D_i` exactly; the rank is the sum of the ranks.
+
+    Style mixing: `where={"style": r"up_blocks\\..*"}` takes the layers that it selects (a regex,
+    suffixes or a predicate, as for `inject`) from "style", and from nobody else; adapters that are
+    not in `where` have all other layers. The weights that "interpolate" divides by are those of the
+    adapters that a layer is taken from.
+
+    The new adapter has strength 1 and can be scaled, saved, trained and removed like any other. The
+    combined ones stay as they are, switched off (`enable` brings them back); their strengths of
+    `set_scale` do not count here, nor does dropout. SVDiff (Han et al. 2023, arXiv 2303.11305):
+    sums of δ interfere more than sums of whole weight differences, because all adapters share the
+    directions U and V; subjects that were trained apart may bleed into one another.
+
+    Raises AdapterError for unknown names, weights that are not finite or sum to 0 ("interpolate"),
+    another rule, a taken name, adapters of both kinds, DoRA (its norm is not a sum), a layer that
+    cannot take the new one, and a selection in `where` without any layer of its adapter. The model
+    is unchanged then.
+    """
+    model = unwrapped(model)
+    if rule not in ("add", "interpolate"):
+        raise AdapterError(f"combine: rule: expected 'add' or 'interpolate', got {rule!r}")
+    check_weights(weights)
+    require_known(model, *weights)
+    check_name(model, name)
+    slots: dict[str, Slot] = {}
+    for path, layer, names in taken(model, list(weights), where or {}):
+        total = sum(weights[n] for n in names) if rule == "interpolate" else 1.0
+        if abs(total) < 1e-12:
+            raise AdapterError(f"combine: {path}: the weights of {names} sum to 0; use rule='add'")
+        parts = [(layer.fastlora[n], weights[n] / total) for n in names if n in layer.fastlora]
+        if parts:
+            slots[path] = combined(path, layer, parts)
+    if len({type(slot) for slot in slots.values()}) > 1:
+        raise AdapterError("combine: expected adapters of one kind, got LoRA and spectral shifts")
+    froze = any(n in arena.froze for arena in arenas(model) for n in weights)
+    info = attach(model, slots, name, freeze=froze, scale=1.0)
+    apply(model, {}, dict.fromkeys(weights, False))
+    return info
+
+
+def check_weights(weights: Any) -> None:
+    if not isinstance(weights, Mapping) or not weights:
+        raise AdapterError(f"combine: expected weights by adapter name, got {weights!r}")
+    for name, weight in weights.items():
+        if not is_number(weight) or not fits_float32(weight):
+            raise AdapterError(
+                f"combine: weight of {name!r}: expected a finite number, got {weight!r}"
+            )
+
+
+def taken(
+    model: nn.Module, names: list[str], where: Mapping[str, Where]
+) -> list[tuple[str, Adapted, list[str]]]:
+    """(path, layer, the adapters that it is taken from) of all layers that have any of `names`."""
+    if not isinstance(where, Mapping) or set(where) - set(names):
+        raise AdapterError(
+            f"combine: where: expected selections for some of {names}, got {where!r}"
+        )
+    selections = {name: matcher(selection, "combine") for name, selection in where.items()}
+    found, used = [], set()
+    for path, layer in adapted_layers(model).items():
+        if not any(name in layer.fastlora for name in names):
+            continue
+        own = [n for n, selects in selections.items() if selects(path, layer)]
+        used.update(n for n in own if n in layer.fastlora)
+        found.append((path, layer, own or [n for n in names if n not in selections]))
+    for name in selections:
+        if name not in used:
+            raise AdapterError(
+                f"combine: where: {where[name]!r} selects no layer that {name!r} adapts"
+            )
+    return found
+
+
+def combined(path: str, layer: Any, parts: Parts) -> Slot:
+    """One slot for those of a layer."""
+    kinds = {slot.kind for slot, _ in parts}
+    if "dora" in kinds or len(kinds) > 1:
+        raise AdapterError(
+            f"combine: {path}: expected spectral shifts or LoRA without DoRA, all of one kind, got "
+            f"{' and '.join(sorted(kinds))}"
+        )
+    weight: Tensor = layer.weight
+    dtype = parameter_dtype(path, weight, None)
+    if kinds == {"lora"}:
+        return concatenated(layer, parts, dtype)
+    shifts = [w * slot.shift.to(dtype) for slot, w in parts]  # norms: [1] spreads over [dim]
+    largest = max((slot for slot, _ in parts), key=lambda slot: slot.shift.numel())
+    return SpectralSlot(largest.spec, functools.reduce(torch.add, shifts))
+
+
+def concatenated(layer: Any, parts: Parts, dtype: torch.dtype) -> LoRASlot:
+    """D and U one after another along the rank, within each group of a convolution."""
+    groups = getattr(layer, "groups", 1)
+    downs = [s.down.to(dtype).unflatten(0, (groups, -1)) for s, _ in parts]
+    ups = [s.up.to(dtype) * (w * s.ratio) for s, w in parts]
+    down, up = torch.cat(downs, 1).flatten(0, 1), torch.cat(ups, 1)
+    return LoRASlot(LoRA(rank=len(down)), down.contiguous(), up.contiguous())
