@@ -40,14 +40,6 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-// Lets a kernel have more than 48 KB of dynamic shared memory.
-template <class Kernel>
-void allow_shared_memory(Kernel* kernel, int bytes) {
-  if (bytes > (48 << 10))
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-               "shared memory");
-}
-
 namespace detail {
 
 // What the compiler says of a kernel on the current device.
@@ -90,6 +82,14 @@ void launch(const char* name, bool dependent, void (*kernel)(Parameters...), dim
 }
 
 }  // namespace detail
+
+// Lets a kernel have more than 48 KB of shared memory, `bytes` of it dynamic.
+template <class Kernel>
+void allow_shared_memory(Kernel* kernel, int bytes) {
+  if (size_t(bytes) + detail::attributes_of(kernel).sharedSizeBytes > (48 << 10))
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+               "shared memory");
+}
 
 // Whether a kernel that wants tensor cores and asynchronous copies (sm_80) has them on the current
 // device: code for an older GPU, which a newer one runs as well, is compiled without.
