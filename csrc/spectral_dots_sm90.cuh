@@ -21,24 +21,26 @@ constexpr int kWarps = kComputing / 32;
 using WarpDots = float[2][kWarps][kColumns];
 constexpr int kDotsShared = kStagesBytes + int(sizeof(WarpDots));
 
-// What the copying warp of a stage does.
+// What copying warp `part` does.
 template <class T, class Group>
-__device__ __forceinline__ void copy_dots(const Group& group, char* stages, int stage) {
-  char* const to = stages + stage * kStageBytes;
-  for (Cursor<DotsTiling, Group> at(group, stage); at.inside(group); at.advance(group, kStages)) {
+__device__ __forceinline__ void copy_dots(const Group& group, char* stages, int part) {
+  constexpr int kMyRows = kRows / kParts, kMyColumns = kColumns / kParts;
+  copy_all_steps<DotsTiling>(group, [&](const auto& at, int stage, auto wait) {
     const DeviceDots& p = group.layers[at.tile.layer];
-    wait_until_empty(stage);
-    if (at.step < at.products) {
-      const int32_t k0 = at.step * kDepth;
-      copy_rows<T, kRows, 8>(to, {p.grad, p.grad_stride[0], p.out, p.in}, at.tile.row, k0);
-      copy_rows<T, kColumns, 8>(to + kLeftBytes, {p.vh, p.vh_stride[0], p.rank, p.in},
-                                at.tile.column, k0);
-    } else {
-      copy_rows<T, kRows, 16>(to, {p.u, p.u_stride[0], p.out, p.rank}, at.tile.row,
-                              at.tile.column + (at.step - at.products) * kHalf);
+    char* const to = stages + stage * kStageBytes;
+    const int32_t row = at.tile.row + part * kMyRows, k0 = at.step * kDepth;
+    wait();
+    if (at.step >= at.products) {
+      copy_rows<T, kMyRows, 16>(to + part * kMyRows * 256, {p.u, p.u_stride[0], p.out, p.rank}, row,
+                                at.tile.column + (at.step - at.products) * kHalf);
+      return;
     }
-    hand_over(stage);
-  }
+    copy_rows<T, kMyRows, 8>(to + part * kMyRows * 128, {p.grad, p.grad_stride[0], p.out, p.in},
+                             row, k0);
+    copy_rows<T, kMyColumns, 8>(to + kLeftBytes + part * kMyColumns * 128,
+                                {p.vh, p.vh_stride[0], p.rank, p.in},
+                                at.tile.column + part * kMyColumns, k0);
+  });
 }
 
 // Adds values of two lanes whose numbers differ in kBit: each keeps the sums of one half of them.

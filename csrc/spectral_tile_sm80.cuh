@@ -54,7 +54,7 @@ __device__ __forceinline__ void copy_eight(void* to, const Part<T>& p, int32_t r
 template <class T>
 __device__ __forceinline__ void copy_rows(char* operand, const Part<T>& p, int32_t k) {
   const int thread = int(threadIdx.x);
-#pragma unroll
+#pragma unroll 1  // addresses of several groups at a time would not fit beside the sums
   for (int i = 0; i < 4; ++i) {
     const int row = thread / 4 + i * 32, group = thread % 4;
     copy_eight(place(operand, row, group), p, row, k + group * 8);

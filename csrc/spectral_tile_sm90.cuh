@@ -1,9 +1,10 @@
 // What the kernels on warpgroups (sm_90a) have in common. Included by .cu files only.
 //
 // A block stays for several tiles of 128 x 256. A step is one full stage of shared memory: 64 k of
-// both operands, or half of the matrix that the epilogue needs. Four warps copy, each into a stage
-// of its own, ahead into the next tile too; two warpgroups compute, each 64 rows of the tile. They
-// meet at named barriers: a stage is full for a warpgroup, or empty for the warp that fills it.
+// both operands, or half of the matrix that the epilogue needs. Four warps copy, a quarter of each
+// step, ahead into the next tile too; two warpgroups compute, each 64 rows of the
+// tile. They meet at named barriers: a stage is full for a warpgroup, or empty for the warp that
+// fills it.
 #pragma once
 
 #include "layer_group.cuh"
@@ -13,8 +14,9 @@
 namespace fastlora::sm90 {
 
 constexpr int kRows = 128, kColumns = 256, kDepth = 64;
-constexpr int kComputing = 256, kStages = 4, kThreads = kComputing + kStages * 32;
-constexpr int kSums = kColumns / 2;  // of a thread
+constexpr int kComputing = 256, kCopying = 128, kThreads = kComputing + kCopying;
+constexpr int kStages = 4, kParts = kCopying / 32;  // of a stage, each copied by one warp
+constexpr int kSums = kColumns / 2;                 // of a thread
 constexpr int kLeftBytes = kRows * 128, kRightBytes = kColumns * 128;
 constexpr int kRightGroup = kColumns / 64 * kSwizzleBytes;  // MN-major: eight k of all columns
 constexpr int kStageBytes = kLeftBytes + kRightBytes;
@@ -28,21 +30,24 @@ static_assert(kRows * kHalf * 2 <= kStageBytes, "a step of the epilogue is a sta
 
 constexpr int kTogether = 13;  // a barrier for all that compute
 
-// The copying warp of a stage waits until both warpgroups have left it.
+// The copying warps wait until both warpgroups have left it.
 __device__ __forceinline__ void wait_until_empty(int stage) {
-  barrier_sync(9 + stage, kComputing + 32);
+  barrier_sync(9 + stage, kComputing + kCopying);
 }
-__device__ __forceinline__ void leave(int stage) { barrier_arrive(9 + stage, kComputing + 32); }
-// What the calling warp has copied can be read, by wgmma too.
+__device__ __forceinline__ void leave(int stage) {
+  barrier_arrive(9 + stage, kComputing + kCopying);
+}
+// What the calling warp has copied into a stage, kLater groups of copies ago, can be read, by wgmma
+// too.
+template <int kLater>
 __device__ __forceinline__ void hand_over(int stage) {
-  commit_copies();
-  wait_copies<0>();
+  wait_copies<kLater>();
   fence_proxy_async();
-  barrier_arrive(1 + stage * 2, 128 + 32);
-  barrier_arrive(2 + stage * 2, 128 + 32);
+  barrier_arrive(1 + stage * 2, 128 + kCopying);
+  barrier_arrive(2 + stage * 2, 128 + kCopying);
 }
 __device__ __forceinline__ void wait_until_full(int stage) {
-  barrier_sync(1 + stage * 2 + int(threadIdx.x) / 128, 128 + 32);
+  barrier_sync(1 + stage * 2 + int(threadIdx.x) / 128, 128 + kCopying);
 }
 
 // Where a warpgroup is: it leaves a stage one step later, when nothing on its way reads it.
@@ -102,6 +107,22 @@ struct Cursor {
   }
 };
 
+// What a copying warp does: `copy(cursor, stage, wait)` begins its part of a step's copies after it
+// has called wait(); a stage is handed over while the next one's are on their way.
+template <class Tiling, class Group, class Copy>
+__device__ __forceinline__ void copy_all_steps(const Group& group, const Copy& copy) {
+  int stage = 0;
+  bool pending = false;
+  for (Cursor<Tiling, Group> at(group, 0); at.inside(group); at.advance(group, 1)) {
+    copy(at, stage, [stage] { wait_until_empty(stage); });
+    commit_copies();
+    if (pending) hand_over<1>((stage + kStages - 1) % kStages);
+    pending = true;
+    stage = (stage + 1) % kStages;
+  }
+  if (pending) hand_over<0>((stage + kStages - 1) % kStages);
+}
+
 // --- copies, each by one warp --------------------------------------------------------------------
 
 // A matrix in memory: rows are aligned to 16 bytes and have whole groups of eight elements.
@@ -146,32 +167,29 @@ __device__ __forceinline__ void copy_rows(char* to, const Source& p, int32_t row
                      (i + j) * kAtOnce < left ? 16 : 0);
 }
 
-// kDepth rows of kColumns elements from (row, column) on as an MN-major operand; of those rows
+// kCount rows of kColumns elements from (row, column) on as an MN-major operand; of those rows
 // whose bit in `on` is set, zeros for the others.
-template <class T>
+template <class T, int kCount>
 __device__ __forceinline__ void copy_mn_major(char* to, const Source& p, int32_t row,
-                                              int32_t column, const unsigned (&on)[2]) {
+                                              int32_t column, unsigned on) {
   const int lane = int(threadIdx.x) % 32;
   const int32_t bytes = p.stride * 2;
   const T* from = static_cast<const T*>(p.data) + int64_t(row) * p.stride + column + lane * 8;
   char* places[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) places[i] = place_128(to + lane / 8 * kSwizzleBytes, i, lane % 8);
-  if (column + kColumns <= p.columns && (on[0] & on[1]) == 0xffffffffu) {
+  constexpr unsigned kAll = (1u << kCount) - 1;
+  if (column + kColumns <= p.columns && (on & kAll) == kAll) {
 #pragma unroll
-    for (int i = 0; i < kDepth; ++i)
+    for (int i = 0; i < kCount; ++i)
       copy_async<16>(places[i % 8] + i / 8 * kRightGroup, strides_after(from, bytes, i));
     return;
   }
-  const bool inside = column + lane * 8 < p.columns;
-#pragma unroll 1
-  for (int i = 0; i < kDepth; i += 8) {
-    const unsigned mine = inside ? (i < 32 ? on[0] : on[1]) >> i % 32 : 0u;
+  if (column + lane * 8 >= p.columns) on = 0;
 #pragma unroll
-    for (int j = 0; j < 8; ++j)
-      copy_async<16>(places[j] + i / 8 * kRightGroup, strides_after(from, bytes, i + j),
-                     mine >> j & 1 ? 16 : 0);
-  }
+  for (int i = 0; i < kCount; ++i)
+    copy_async<16>(places[i % 8] + i / 8 * kRightGroup, strides_after(from, bytes, i),
+                   on >> i & 1 ? 16 : 0);
 }
 
 // Whether a matrix can be a Source.

@@ -17,40 +17,36 @@ struct WeightTiling : WeightTiles<kRows, kColumns, true> {
 
 constexpr int kWeightShared = kStagesBytes + kStages * kDepth * int(sizeof(float));
 
-// What the copying warp of a stage does.
+// What copying warp `part` does.
 template <class T, class Group>
 __device__ __forceinline__ void copy_weights(const Group& group, char* stages, float* coefficients,
-                                             int stage) {
-  char* const to = stages + stage * kStageBytes;
+                                             int part) {
+  constexpr int kMyRows = kRows / kParts, kMyDepth = kDepth / kParts;
   const int lane = int(threadIdx.x) % 32;
-  for (Cursor<WeightTiling, Group> at(group, stage); at.inside(group); at.advance(group, kStages)) {
+  copy_all_steps<WeightTiling>(group, [&](const auto& at, int stage, auto wait) {
     const DeviceSpectral& p = group.layers[at.tile.layer];
+    char* const to = stages + stage * kStageBytes;
+    const int32_t row = at.tile.row + part * kMyRows;
     if (at.step >= at.products) {
-      wait_until_empty(stage);
-      copy_rows<T, kRows, 16>(to, {p.weight, p.weight_stride[0], p.out, p.in}, at.tile.row,
-                              at.tile.column + (at.step - at.products) * kHalf);
-      hand_over(stage);
-      continue;
+      wait();
+      copy_rows<T, kMyRows, 16>(to + part * kMyRows * 256,
+                                {p.weight, p.weight_stride[0], p.out, p.in}, row,
+                                at.tile.column + (at.step - at.products) * kHalf);
+      return;
     }
-    const int32_t k0 = at.step * kDepth;
-    float c[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int32_t k = k0 + i * 32 + lane;
-      c[i] = k < p.rank ? spectral_coefficient(*readable(p.s + k),
-                                               *readable(p.strength) * *readable(p.shift + k))
-                        : 0.0f;
-    }
-    wait_until_empty(stage);
-    copy_rows<T, kRows, 8>(to, {p.u, p.u_stride[0], p.out, p.rank}, at.tile.row, k0);
+    const int32_t k0 = at.step * kDepth, mine = part * kMyDepth, k = k0 + mine + lane;
+    float c = 0.0f;
+    if (lane < kMyDepth && k < p.rank)
+      c = spectral_coefficient(*readable(p.s + k), *readable(p.strength) * *readable(p.shift + k));
+    wait();
+    copy_rows<T, kMyRows, 8>(to + part * kMyRows * 128, {p.u, p.u_stride[0], p.out, p.rank}, row,
+                             k0);
     // Components with a zero coefficient are zeros, whatever U and V hold.
-    const unsigned on[2] = {__ballot_sync(0xffffffffu, c[0] != 0.0f),
-                            __ballot_sync(0xffffffffu, c[1] != 0.0f)};
-    copy_mn_major<T>(to + kLeftBytes, {p.vh, p.vh_stride[0], p.rank, p.in}, k0, at.tile.column, on);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) *writable(coefficients + stage * kDepth + i * 32 + lane) = c[i];
-    hand_over(stage);
-  }
+    copy_mn_major<T, kMyDepth>(to + kLeftBytes + mine / 8 * kRightGroup,
+                               {p.vh, p.vh_stride[0], p.rank, p.in}, k0 + mine, at.tile.column,
+                               __ballot_sync(0xffffffffu, c != 0.0f));
+    if (lane < kMyDepth) *writable(coefficients + stage * kDepth + mine + lane) = c;
+  });
 }
 
 template <class T, class Group>

@@ -140,3 +140,25 @@ def test_products_use_the_planned_instructions(nvcc, tmp_path):
             "prefetch.global.L2",  # y that is added to
         ):
             assert instruction in entry, instruction
+
+
+@pytest.mark.parametrize(
+    ("name", "transposed"), [("weight", 1), ("dots", 0)], ids=["weight", "dots"]
+)
+def test_spectral_kernels_use_the_instructions_of_warpgroups(nvcc, tmp_path, name, transposed):
+    """U in registers and V as it lies in memory; G and V from memory; registers change hands."""
+    kernels = ptx_of(nvcc, f"spectral_{name}.cu", f"spectral_{name}_sm90_kernel", tmp_path)
+    assert len(kernels) == 4  # two dtypes, few layers and many
+    for entry in kernels:
+        low = "f16" if "6__half" in entry.partition("(")[0] else "bf16"
+        assert f"wgmma.mma_async.sync.aligned.m64n256k16.f32.{low}.{low}" in entry
+        tail = f"p, 1, 1, {transposed};" if name == "weight" else f"p, 1, 1, 0, {transposed};"
+        for instruction in (
+            tail,
+            "wgmma.wait_group.sync.aligned 1;",
+            "fence.proxy.async.shared::cta;",
+            "setmaxnreg.inc.sync.aligned.u32",
+            "cp.async.cg.shared.global",
+            "cp.async.wait_group 1;",
+        ):
+            assert instruction in entry, instruction

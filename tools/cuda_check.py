@@ -3,7 +3,8 @@ csrc/budgets.json.
 
     python tools/cuda_check.py [ARCHITECTURE ...]       default: 80 86 89 90a 100 120
 
-No spills, no stack frame, registers and shared memory (bytes) within the kernel's budget.
+No spills, no stack frame, registers and shared memory (bytes) within the kernel's budget, no wgmma
+that waits for the one before it.
 Generations that the toolkit does not know are left out and named. Standard library only.
 """
 
@@ -92,6 +93,8 @@ def compiled(nvcc: str, source: Path, architecture: str) -> list[Use]:
         )
     if done.returncode != 0:
         raise RuntimeError(f"{source.name} for sm_{architecture}:\n{done.stdout}{done.stderr}")
+    if slow := re.findall(r".*wgmma\S* instructions are serialized.*", done.stderr):
+        raise RuntimeError(f"{source.name} for sm_{architecture}: " + "\n".join(slow))
     uses = parse(done.stderr, architecture)
     if not uses:
         raise RuntimeError(f"{source.name} for sm_{architecture}: the compiler reports no kernel")

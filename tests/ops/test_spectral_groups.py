@@ -133,7 +133,11 @@ def test_a_shift_of_minus_infinity_takes_the_component_out(dtype):
 @pytest.mark.parametrize(
     ("count", "capability", "dtype", "factors", "weights", "dots"),
     [
-        (282, 80, torch.bfloat16, None, "spectral_weight_sm80", "spectral_dots_sm80"),
+        pytest.param(
+            *(282, 80, torch.bfloat16, None, "spectral_weight_sm80", "spectral_dots_sm80"),
+            marks=pytest.mark.slow,
+        ),
+        (50, 80, torch.bfloat16, None, "spectral_weight_sm80", "spectral_dots_sm80"),
         (50, 80, torch.float16, None, "spectral_weight_sm80", "spectral_dots_sm80"),
         (50, 80, torch.float16, torch.float32, "rank_update_sm80", "spectral_dots"),
         (50, 80, torch.float32, None, "rank_update", "spectral_dots"),
