@@ -37,7 +37,7 @@ class Target:
 
 
 def load_target(name: str, size: int | None, device: str | None, dtype: str) -> Target:
-    """`digits`, or the Stable Diffusion in that folder. Raises CommandError, ImportError, OSError."""
+    """`digits`, or the Stable Diffusion in that folder. Raises CommandError and ImportError."""
     at = torch.device(device) if device else default_device()
     if name == "digits":
         if size not in (None, 32):
@@ -111,7 +111,9 @@ def diffusion_target(
         )
     except (OSError, ValueError, TypeError) as error:  # missing parts, another kind of pipeline
         raise CommandError(f"--model: {folder}: {' '.join(str(error).split())}") from error
-    unet, vae = pipe.unet, pipe.vae.to(device, torch.float32).requires_grad_(False).eval()
+    unet, vae = pipe.unet, pipe.vae.to(device).requires_grad_(False).eval()
+    if vae.dtype != torch.float32:  # half precision overflows in it
+        vae.float()
     model = LatentDiffusion(unet, pipe.text_encoder).to(device).requires_grad_(False).eval()
     scale, factor = vae.config.scaling_factor, pipe.vae_scale_factor
     pixels = size or unet.config.sample_size * factor
@@ -174,7 +176,7 @@ def schedule_of(config: dict[str, Any]) -> tuple[Schedule, str]:
 
 
 def find_pictures(folder: Path) -> list[Path]:
-    """Picture files of a folder (or one file), by name. Raises CommandError where there are none."""
+    """Picture files of a folder (or one file), by name. Raises CommandError if there are none."""
     if folder.is_file():
         return [folder]
     if not folder.is_dir():

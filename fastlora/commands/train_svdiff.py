@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 NAME = "subject"
 COUNT = 200  # class pictures, where a class caption is given
+CHECKPOINT_EVERY = 100  # steps
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument
     add("--model", required=True, help="digits, or a folder with Stable Diffusion (diffusers)")
-    add("--images", type=Path, required=True, help="folder of pictures of the subject; five will do")
+    add(
+        "--images", type=Path, required=True, help="folder of pictures of the subject; five will do"
+    )
     add("--caption", required=True, help='what they show, with a rare word: "a photo of sks dog"')
     add("--out", type=Path, required=True, help="file to write (.safetensors)")
     add("--class-caption", help='its class, for prior preservation: "a photo of a dog"')
@@ -46,11 +49,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--text-encoder", action="store_true", help="train the text encoder's shifts as well")
     add("--size", type=whole, help="pixels of a side (default: the model's)")
-    add("--seed", type=lambda s: _checked(s, int, 0, "an integer >= 0"), default=0, help="default: 0")
+    add(
+        "--seed",
+        type=lambda s: _checked(s, int, 0, "an integer >= 0"),
+        default=0,
+        help="default: 0",
+    )
     add("--cache", type=Path, help="folder that keeps class pictures between runs")
     add("--resume", action="store_true", help="go on from the checkpoint beside --out")
     add("--device", help="cpu or cuda (default: the GPU where there is one)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the model",
+    )
 
 
 def _checked(text: str, kind: Any, least: float, expected: str) -> Any:
@@ -101,7 +114,7 @@ def _run(options: argparse.Namespace, progress: bool) -> int:
         norm_lr=target.norm_lr if options.norm_lr is None else options.norm_lr,
         seed=options.seed,
         checkpoint=checkpoint,
-        checkpoint_every=100,
+        checkpoint_every=CHECKPOINT_EVERY,
         progress=progress,
         description="training",
         **prior,
