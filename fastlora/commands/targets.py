@@ -100,7 +100,9 @@ def diffusion_target(
 ) -> Target:
     """Stable Diffusion 1.x or 2.x: a UNet on 4 latent channels and one CLIP text encoder."""
     try:
-        from diffusers import StableDiffusionPipeline
+        from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
+            StableDiffusionPipeline,
+        )
     except ImportError as error:
         raise CommandError(
             'diffusers is not installed; try: pip install "fastlora[diffusers]" transformers'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from fastlora.demo.world import World
 from fastlora.methods import edit, personalise
 from fastlora.models import digits_data
 from fastlora.models.digits import DigitsModel
+from fastlora.models.digits_data import caption
 
 NAME = "edit"
 THIN, THICK = 2.0, 4.6  # pixels, in the middle of what the words mean
@@ -52,13 +54,14 @@ def make_edits(world: World, settings: ShiftSettings) -> Edited:
     )
     words = [digits_data.DIGITS[d] for d in digits.tolist()]
     captions = [
-        tuple(digits_data.caption(w, t, "upright", "bright") for t in ("thin", "thick"))
+        (caption(w, "thin", "upright", "bright"), caption(w, "thick", "upright", "bright"))
         for w in words
     ]
     found: dict[str, list[torch.Tensor]] = {}
     with world.bar(n, "pictures", "picture") as bar:
         for i in range(n):
-            for name, picture in _edits(world, settings, thin[i : i + 1], *captions[i], i).items():
+            edits = _edits(world, settings, thin[i : i + 1], captions[i], i)
+            for name, picture in edits.items():
                 found.setdefault(name, []).append(picture)
             bar.update()
     ways = {}
@@ -74,20 +77,19 @@ def make_edits(world: World, settings: ShiftSettings) -> Edited:
         )
     widths = tuple(world.score(x)["thickness"].mean().item() for x in (thin, thick))
     start = torch.cat([distances(a[None], b[None]) for a, b in zip(thin, thick, strict=True)])
-    pairs = [(a, b) for a, b in captions]
-    return Edited(thin, thick, pairs, (widths[0], widths[1]), start.mean().item(), ways)
+    return Edited(thin, thick, captions, (widths[0], widths[1]), start.mean().item(), ways)
 
 
 def _edits(
     world: World,
     settings: ShiftSettings,
     picture: torch.Tensor,
-    before: str,
-    after: str,
+    captions: tuple[str, str],
     i: int,
 ) -> dict[str, torch.Tensor]:
     model, picture = world.load_model(), picture.to(world.device)
-    options = {
+    before, after = captions
+    options: dict[str, Any] = {
         "prediction": "v",
         "steps": settings.edit_sampling,
         "spacing": "trailing",
@@ -118,10 +120,11 @@ def _edits(
         seed=world.seed,
         progress=False,
     )
-    for name, loose in {
+    ways: dict[str, dict[str, Any]] = {
         "SVDiff, eta 0.5": {"eta": 0.5},
         "SVDiff, slerp 0.2": {"eta": 0.0, "perturb": 0.2},
-    }.items():
+    }
+    for name, loose in ways.items():
         found[name] = edit(model, picture, target, empty, world.schedule, **options, **loose)
     return {name: images.cpu() for name, images in found.items()}
 

@@ -8,6 +8,7 @@ middle of it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -24,7 +25,10 @@ from fastlora.models.digits import DigitsModel
 from fastlora.samplers import noise, sample
 
 NAME = "pair"
-TEXTS = {"template": "a {left} on the left and a {right} on the right", "single": "a {name}"}
+TEXTS: dict[str, Any] = {
+    "template": "a {left} on the left and a {right} on the right",
+    "single": "a {name}",
+}
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ def _way(
     subjects: list[digits_data.Subject],
     concepts: list[Concept],
     name: str,
-    options: dict[str, float],
+    options: dict[str, Any],
 ) -> Together:
     model = world.load_model()
 
