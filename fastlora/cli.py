@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastlora.commands import CommandError, train_svdiff
+
 # Modules of optional packages, and what to install for them.
 PACKAGES = {"sklearn": "scikit-learn", "PIL": "pillow"}
 
@@ -29,6 +31,13 @@ def parser() -> argparse.ArgumentParser:
         "pip install '.[demo]' in fastlora's folder.",
     )
     demo.add_argument(
+        "part",
+        nargs="?",
+        choices=("svdiff",),
+        help="svdiff: spectral shifts alone, against LoRA and full fine-tuning, of two subjects,"
+        " and for editing; writes svdiff.html; at most 3 minutes on two cores",
+    )
+    demo.add_argument(
         "--out", type=Path, default=Path("out"), help="folder to write (default: out)"
     )
     demo.add_argument("--seed", type=seed, default=0, help="seed of everything random (default: 0)")
@@ -40,6 +49,22 @@ def parser() -> argparse.ArgumentParser:
         "operator against its reference, and says what to do. Exit code 1 if something is wrong.",
     )
     doctor.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+    train = commands.add_parser(
+        "train",
+        help="train an adapter from pictures",
+        description="Trains an adapter from pictures by a published method.",
+    )
+    methods = train.add_subparsers(dest="method", title="methods", required=True)
+    svdiff = methods.add_parser(
+        "svdiff",
+        help="shifts of singular values (SVDiff)",
+        description="Teaches a model a subject from a few pictures by shifts of the singular values"
+        " of its weights (SVDiff, arXiv 2303.11305) and writes them to a file of at most about 2"
+        " MB that fastlora.load reads. A run that is stopped goes on with --resume and the same"
+        " options.",
+    )
+    train_svdiff.add_arguments(svdiff)
     return main
 
 
@@ -51,6 +76,12 @@ def seed(text: str) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.command == "train":
+        return train_svdiff.run(arguments)
+    if arguments.command == "demo" and arguments.part == "svdiff":
+        from fastlora.demo.svdiff import main
+
+        return main(arguments.out, arguments.seed)
     if arguments.command == "demo":
         from fastlora.demo import main
 
@@ -81,14 +112,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `fastlora doctor | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ModuleNotFoundError, OSError) as error:
+    except (CommandError, ModuleNotFoundError, OSError) as error:
         if arguments.traceback:
             raise
         print(f"fastlora {arguments.command}: {explain(error)}", file=sys.stderr)
         return 2
 
 
-def explain(error: ModuleNotFoundError | OSError) -> str:
+def explain(error: Exception) -> str:
     """An expected failure in one line, with the way out where it is known."""
     if isinstance(error, ModuleNotFoundError) and error.name:
         module = error.name.partition(".")[0]

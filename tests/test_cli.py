@@ -49,6 +49,28 @@ def test_demo_arguments(demo):
     assert demo.calls == [(Path("a b/c"), 7)]
 
 
+def test_demo_svdiff(monkeypatch):
+    calls = []
+    module = types.ModuleType("fastlora.demo.svdiff")
+    module.main = lambda out, seed: calls.append((out, seed)) or 0
+    monkeypatch.setitem(sys.modules, "fastlora.demo.svdiff", module)
+    assert cli.main(["demo", "svdiff", "--out", "x", "--seed", "4"]) == 0
+    assert calls == [(Path("x"), 4)]
+
+
+def test_demo_refuses_another_part(demo, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["demo", "sliders"])
+    assert stop.value.code == 2 and "svdiff" in capsys.readouterr().err
+    assert demo.calls == []
+
+
+def test_train_needs_a_method(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train"])
+    assert stop.value.code == 2 and "method" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("seed", ["-1", "x", "1.5", str(2**63)])
 def test_demo_refuses_a_bad_seed(demo, capsys, seed):
     with pytest.raises(SystemExit) as stop:

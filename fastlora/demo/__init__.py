@@ -30,6 +30,18 @@ def missing_packages() -> list[str]:
     return [package for package, m in NEEDED.items() if importlib.util.find_spec(m) is None]
 
 
+def require_packages() -> None:
+    """Raises ModuleNotFoundError for packages that are missing, and what a broken one raises."""
+    if missing := missing_packages():
+        names = " ".join(missing)
+        raise ModuleNotFoundError(
+            f"the demo needs packages that are not installed: {', '.join(missing)};"
+            f" try: pip install {names}"
+        )
+    for module in NEEDED.values():
+        importlib.import_module(module)
+
+
 def run(
     out: str | Path = "out",
     seed: int = 0,
@@ -40,14 +52,7 @@ def run(
 
     Raises what `main` does.
     """
-    if missing := missing_packages():
-        names = " ".join(missing)
-        raise ModuleNotFoundError(
-            f"the demo needs packages that are not installed: {', '.join(missing)};"
-            f" try: pip install {names}"
-        )
-    for module in NEEDED.values():  # one that is there and broken says so before `out` is made
-        importlib.import_module(module)
+    require_packages()
     from fastlora.training import ensure_writable
 
     out = ensure_writable(out)

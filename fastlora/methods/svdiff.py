@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from fastlora.adapters import LoRA, Spectral, adapted_layers, inject, parameters
 from fastlora.samplers.schedule import Schedule
 from fastlora.training import TrainResult, prior_preservation, train
-from fastlora.training.losses import Batch
+from fastlora.training.losses import Batch, Loss
 
 # [1, ...] for all pictures, [N, ...] one for each, or a function of the drawn indices int64
 # [batch], which is how a text encoder inside the model is trained along.
@@ -24,29 +25,21 @@ def personalise(
     cond: Cond,  # its name: a rare word and its class
     schedule: Schedule,
     *,
-    prior_images: torch.Tensor | None = None,  # [P, ...] of its class, sampled from the plain model
+    prior_images: torch.Tensor | None = None,  # [P, ...] of its class: `sample_prior`
     prior_cond: Cond | None = None,
-    name: str = "subject",
-    adapter: Spectral | LoRA | None = None,
-    where: Any = None,
     prediction: str = "epsilon",
     prior_weight: float = 1.0,
-    steps: int = 500,
     batch: int = 1,
-    lr: float = 1e-3,
-    norm_lr: float = 1e-6,
-    seed: int = 0,
-    progress: bool = True,
-    description: str = "subject",
+    **options: Any,
 ) -> TrainResult:
     """Adds the adapter `name` to every weight that can take it and trains nothing but the shifts of
     the singular values: `W' = U diag(relu(sigma + delta)) V^T`.
 
     `L(subject) + prior_weight L(class)` with `batch` pictures of each in one pass (DreamBooth's
     prior preservation): `prior_images` come from the model itself, sampled once before, and hold on
-    to what it knows. Without them only the first part is left. AdamW with weight decay 1e-2 and
-    constant rates, `lr` for matrices and `norm_lr` for norms, gradients clipped to 1. The defaults
-    are the paper's, for Stable Diffusion. With a LoRA as `adapter` it is DreamBooth with LoRA.
+    to what it knows. Without them, or with weight 0 (single-image editing), only the first part is
+    left. `options` are those of `train_shifts`; the defaults are the paper's, for Stable Diffusion.
+    With a LoRA as `adapter` it is DreamBooth with LoRA.
 
     Raises ValueError without images or for half a prior; what `inject` and `train` raise.
     """
@@ -54,6 +47,44 @@ def personalise(
         raise ValueError("personalise: images: expected at least one, got none")
     if (prior_images is None) != (prior_cond is None):
         raise ValueError("personalise: prior_images, prior_cond: expected both or neither, got one")
+
+    def batches(generator: torch.Generator) -> Batch:
+        x0, its_cond = draw(images, cond, batch, generator)
+        found = {"x0": x0, "cond": its_cond}
+        if prior_images is not None and prior_cond is not None:
+            x0, its_cond = draw(prior_images, prior_cond, batch, generator)
+            found |= {"prior_x0": x0, "prior_cond": its_cond}
+        return found
+
+    loss = prior_preservation(prediction, 0.0 if prior_images is None else prior_weight)
+    return train_shifts(model, loss, batches, schedule, **options)
+
+
+def train_shifts(
+    model: nn.Module,
+    loss: Loss,
+    batches: Callable[[torch.Generator], Batch],
+    schedule: Schedule,
+    *,
+    name: str = "subject",
+    adapter: Spectral | LoRA | None = None,
+    where: Any = None,
+    steps: int = 500,
+    lr: float = 1e-3,
+    norm_lr: float = 1e-6,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 500,
+    progress: bool = True,
+    description: str = "subject",
+) -> TrainResult:
+    """Adds the adapter `name` (default: `Spectral()`) where `where` says and minimises `loss` over
+    its numbers alone.
+
+    AdamW with weight decay 1e-2 and constant rates, `lr` for matrices and `norm_lr` for norms,
+    gradients clipped to 1: SVDiff's settings. `checkpoint` as in `train`. Raises what `inject` and
+    `train` raise; an adapter that was injected is then still there.
+    """
     inject(model, adapter or Spectral(), where, name=name, seed=seed)
     layers = [m for m in adapted_layers(model).values() if m.is_norm() and name in m.fastlora]
     norms = {id(p) for layer in layers for p in layer.fastlora[name].parameters()}
@@ -65,23 +96,17 @@ def personalise(
         ]
         return torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=1e-2)
 
-    def batches(generator: torch.Generator) -> Batch:
-        x0, its_cond = draw(images, cond, batch, generator)
-        found = {"x0": x0, "cond": its_cond}
-        if prior_images is not None and prior_cond is not None:
-            x0, its_cond = draw(prior_images, prior_cond, batch, generator)
-            found |= {"prior_x0": x0, "prior_cond": its_cond}
-        return found
-
     return train(
         model,
-        prior_preservation(prediction, 0.0 if prior_images is None else prior_weight),
+        loss,
         batches,
         schedule,
         parameters=parameters(model, name),
         optimizer=optimizer,
         steps=steps,
         seed=seed,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
         progress=progress,
         description=description,
     )

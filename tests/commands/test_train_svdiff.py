@@ -1,0 +1,317 @@
+"""`fastlora train svdiff` from pictures to a file that loads, on both kinds of model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("PIL")
+pytest.importorskip("transformers")
+
+from PIL import Image
+from safetensors.torch import load_file
+
+import fastlora
+from fastlora import cli
+from fastlora.commands import CommandError, train_svdiff
+from fastlora.commands.targets import find_pictures, load_target, pictures, schedule_of
+from fastlora.methods import personalise
+from fastlora.models import digits
+from fastlora.samplers import Schedule
+
+QUIET = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three pictures, one of them wide and in colour, and something else."""
+    made = tmp_path / "pictures"
+    made.mkdir()
+    random = np.random.default_rng(0)
+    for name, shape in {"b.png": (32, 32), "a.jpg": (40, 60, 3), "c.PNG": (32, 32, 4)}.items():
+        Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8)).save(made / name)
+    (made / "notes.txt").write_text("no picture")
+    return made
+
+
+def arguments(folder: Path, out: Path, **options: str | int | None) -> list[str]:
+    given: dict[str, object] = {
+        "model": "digits",
+        "images": folder,
+        "caption": "a v1 three",
+        "steps": 2,
+        "out": out,
+        **options,
+    }
+    words = ["train", "svdiff"]
+    for key, value in given.items():
+        flag = f"--{key.replace('_', '-')}"
+        words += [flag] if value is None else [flag, str(value)]
+    return words
+
+
+def test_the_file_loads_and_holds_what_the_recipe_trains(folder, tmp_path, capsys):
+    """Against `personalise` itself, called as the command says it does."""
+    out = tmp_path / "new" / "subject.safetensors"
+    assert cli.main(arguments(folder, out)) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("3 pictures, loss ") and str(out) in said
+    model, other = digits.load(), digits.load()
+    info = fastlora.load(model, out, name="subject")
+    assert f"{info.parameters:,} shifts" in said
+    assert info.kind == "spectral" and all(m.startswith("unet.") for m in info.modules)
+    with torch.no_grad():
+        cond = other.encode(["a v1 three"])
+    personalise(
+        other,
+        pictures(find_pictures(folder), 32, "L"),
+        cond,
+        Schedule.cosine(1000),
+        prediction="v",
+        where=lambda path, m: path.startswith("unet."),
+        steps=2,
+        lr=2e-2,
+        norm_lr=3e-3,
+        progress=False,
+    )
+    own, theirs = (
+        {k: v for k, v in m.state_dict().items() if "fastlora" in k} for m in (model, other)
+    )
+    assert own.keys() == theirs.keys() and len(own) > 50
+    for key, value in own.items():
+        torch.testing.assert_close(value, theirs[key])
+    assert [p.name for p in out.parent.iterdir()] == ["subject.safetensors"]
+
+
+def test_a_prior_norms_and_the_text_encoder(folder, tmp_path):
+    out = tmp_path / "subject.safetensors"
+    options = {"class_caption": "a three", "prior": 2, "cache": tmp_path / "cache"}
+    options |= {"norms": "skip", "text_encoder": None}
+    assert cli.main(arguments(folder, out, **options)) == 0
+    info = fastlora.load(digits.load(), out, name="subject")
+    assert any(m.startswith("text_encoder.") for m in info.modules)
+    assert not any("norm" in m for m in info.modules)
+    (cached,) = (tmp_path / "cache").iterdir()
+    before = cached.stat().st_mtime_ns
+    assert cli.main(arguments(folder, out, **options)) == 0
+    assert cached.stat().st_mtime_ns == before and len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_stopped_run_goes_on(folder, tmp_path, monkeypatch, capsys):
+    whole, out = tmp_path / "whole.safetensors", tmp_path / "stopped.safetensors"
+    assert cli.main(arguments(folder, whole, steps=4)) == 0
+    from fastlora.training import loop
+
+    def save(path, state):
+        original(path, state)
+        raise KeyboardInterrupt
+
+    original = loop.save_checkpoint
+    monkeypatch.setattr(train_svdiff, "CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr(loop, "save_checkpoint", save)  # stopped behind the second of four steps
+    assert cli.main(arguments(folder, out, steps=4)) == 130
+    monkeypatch.setattr(loop, "save_checkpoint", original)
+    assert not out.exists() and (tmp_path / "stopped.safetensors.checkpoint").exists()
+    capsys.readouterr()
+    assert cli.main(arguments(folder, out, steps=4)) == 2  # not by accident
+    assert "--resume goes on from it" in capsys.readouterr().err
+    assert cli.main(arguments(folder, out, steps=4, resume=None)) == 0
+    assert not (tmp_path / "stopped.safetensors.checkpoint").exists()
+    expected, found = (load_file(path) for path in (whole, out))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"model": "nowhere"}, "--model: expected digits or a folder with model_index.json"),
+        ({"caption": "a v1 dog"}, "expected words of the vocabulary, got ['dog']"),
+        ({"out": "x.pt"}, "--out: expected a name that ends with .safetensors, got x.pt"),
+        ({"prior": 5}, "--prior: expected --class-caption with it, got none"),
+        ({"class_caption": "a three", "prior_weight": 0}, "expected one of them, got both"),
+        ({"size": 64}, "--size: the digits model draws 32 pixels, got 64"),
+        ({"dtype": "float16"}, "--dtype: the digits model is trained in float32"),
+        ({"resume": None}, "--resume: there is no checkpoint"),
+        ({"images": "nothing"}, "--images: nothing: no such folder"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_refusals_are_one_line(folder, tmp_path, capsys, change, line):
+    options = {**change}
+    out = options.pop("out", tmp_path / "out.safetensors")
+    images = options.pop("images", folder)
+    assert cli.main(arguments(Path(images), Path(out), **options)) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("fastlora train: ") and line in said and said.count("\n") == 1
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("flag", ["--steps", "--batch", "--prior"])
+@pytest.mark.parametrize("value", ["0", "-1", "x", "1.5"])
+def test_numbers_are_checked(folder, tmp_path, capsys, flag, value):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*arguments(folder, tmp_path / "x.safetensors"), flag, value])
+    assert stop.value.code == 2 and flag in capsys.readouterr().err
+
+
+def test_pictures_are_cut_to_the_middle_and_scaled(tmp_path):
+    wide = np.zeros((10, 30, 3), np.uint8)
+    wide[:, 10:20] = 255
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    found = pictures([tmp_path / "wide.png"], 4, "RGB")
+    assert found.shape == (1, 3, 4, 4) and found.dtype == torch.float32
+    assert found[..., 1:3].min() > 0.95  # the white middle; its edge rings with the filter
+    assert pictures([tmp_path / "wide.png"], 4, "L").shape == (1, 1, 4, 4)
+
+
+def test_a_file_that_is_no_picture(folder, tmp_path, capsys):
+    (folder / "d.png").write_text("no picture")
+    assert cli.main(arguments(folder, tmp_path / "x.safetensors")) == 2
+    assert "d.png: not a picture that reads" in capsys.readouterr().err
+
+
+def test_an_empty_folder_and_a_single_file(folder, tmp_path):
+    with pytest.raises(CommandError, match="no pictures in it"):
+        find_pictures(tmp_path / "pictures" / "..")
+    assert [p.name for p in find_pictures(folder)] == ["a.jpg", "b.png", "c.PNG"]
+    assert find_pictures(folder / "b.png") == [folder / "b.png"]
+
+
+def test_the_schedule_is_that_of_the_training_whatever_the_sampler():
+    """SD 1.5 comes with PNDM; abar_T of scaled-linear betas is a golden value."""
+    sd = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012}
+    sd |= {"beta_schedule": "scaled_linear", "skip_prk_steps": True, "steps_offset": 1}
+    schedule, prediction = schedule_of({**sd, "num_train_timesteps": 1000})
+    assert prediction == "epsilon" and len(schedule) == 1000
+    assert schedule.alphas_cumprod[-1].item() == pytest.approx(0.0046601, rel=1e-4)
+    assert schedule_of({**sd, "prediction_type": "v_prediction"})[1] == "v"
+    with pytest.raises(CommandError, match="predicts flow"):
+        schedule_of({**sd, "prediction_type": "flow"})
+
+
+# --- Stable Diffusion -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion(tmp_path_factory) -> Path:
+    """A pipeline of tiny random parts, saved as Stable Diffusion is."""
+    diffusers = pytest.importorskip("diffusers")
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    made = tmp_path_factory.mktemp("sd")
+    letters = sorted(set("aphotofvdgcu12"))
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{x}</w>" for x in letters)]
+    (made / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
+    (made / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(
+        str(made / "vocab.json"), str(made / "merges.txt"), model_max_length=16
+    )
+    text = CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=4,
+    )
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    scheduler = diffusers.PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True
+    )
+    pipe = diffusers.StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.save_pretrained(made / "pipeline")
+    return made / "pipeline"
+
+
+@QUIET
+def test_stable_diffusion_to_files_that_load(folder, tmp_path, stable_diffusion, capsys):
+    from diffusers import StableDiffusionPipeline
+
+    out = tmp_path / "dog.safetensors"
+    options = {"model": stable_diffusion, "caption": "a photo of v1 dog", "prior": 2}
+    options |= {"class_caption": "a photo of a dog", "text_encoder": None}
+    assert cli.main(arguments(folder, out, **options)) == 0
+    assert "fastlora.load(pipe.text_encoder," in capsys.readouterr().out
+    pipe = StableDiffusionPipeline.from_pretrained(stable_diffusion)
+    for module, name in ((pipe.unet, "dog"), (pipe.text_encoder, "dog.text_encoder")):
+        info = fastlora.load(module, tmp_path / f"{name}.safetensors", name="dog")
+        assert info.kind == "spectral"
+        shifts = [v for k, v in module.state_dict().items() if k.endswith("dog.shift")]
+        moved = sum(bool(v.abs().max() > 0) for v in shifts)
+        assert moved > 0.7 * len(shifts) > 5
+    assert sorted(p.name for p in tmp_path.glob("*.safetensors")) == [
+        "dog.safetensors",
+        "dog.text_encoder.safetensors",
+    ]
+
+
+@QUIET
+def test_the_parts_of_stable_diffusion_do_what_the_pipelines_do(folder, stable_diffusion):
+    from diffusers import StableDiffusionPipeline
+
+    target = load_target(str(stable_diffusion), None, "cpu", "float32")
+    pipe = StableDiffusionPipeline.from_pretrained(stable_diffusion)
+    ours = target.encode(["a photo of v1 dog"])
+    theirs, _ = pipe.encode_prompt("a photo of v1 dog", torch.device("cpu"), 1, False)
+    torch.testing.assert_close(ours, theirs)
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([10, 700])
+    cond = ours.expand(2, -1, -1)
+    with torch.no_grad():
+        expected = pipe.unet(x, t, encoder_hidden_states=cond).sample
+        torch.testing.assert_close(target.model(x, t, cond), expected)
+        x0 = target.read(find_pictures(folder))
+        pixels = pictures(find_pictures(folder), 16, "RGB")
+        encoded = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
+    assert x0.shape == (3, *target.shape) == (3, 4, 8, 8)
+    torch.testing.assert_close(x0, encoded, rtol=1e-4, atol=1e-5)
+
+
+@QUIET
+def test_stable_diffusion_refusals(folder, tmp_path, stable_diffusion, capsys):
+    out = tmp_path / "x.safetensors"
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "model_index.json").write_text('{"_class_name": "Nothing"}')
+    for options, line in (
+        ({"model": stable_diffusion, "size": 17}, "--size: expected a multiple of 2, got 17"),
+        ({"model": broken}, f"--model: {broken}: "),
+    ):
+        assert cli.main(arguments(folder, out, caption="a dog", **options)) == 2
+        said = capsys.readouterr().err.splitlines()[-1]  # behind diffusers' own progress bar
+        assert said.startswith("fastlora train: ") and line in said
+    assert not out.exists()
