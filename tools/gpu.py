@@ -123,7 +123,9 @@ class Run:
             return
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.xml"
+            # Other versions than the pinned ones may warn.
             command = [*before, sys.executable, "-m", "pytest", "-q", f"--junitxml={report}"]
+            command += ["-W", "default"]
             self.step(name, [*command, "-p", "no:cacheprovider", *arguments], share)
             if report.exists():
                 self.found["steps"][name] |= counts(report)
@@ -218,6 +220,7 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--stages", default=",".join(STAGES), help="some of %(default)s")
     parser.add_argument("--again", action="store_true", help="also what has been done already")
     parser.add_argument("--only", default="", help="tests and benchmarks with this in their name")
+    parser.add_argument("--suites", default="", help="benchmarks by name, such as 'spectral; memory'")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", metavar="DIR")
     parser.add_argument("--minutes", type=float, default=9.0, help="time for all (default: 9)")
     parser.add_argument("--no-gpu", action="store_true", help="as far as it goes without one")
@@ -226,6 +229,11 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     options.stages = options.stages.split(",")
     if unknown := set(options.stages) - set(STAGES):
         parser.error(f"--stages: expected some of {','.join(STAGES)}, got {','.join(unknown)}")
+    options.suites = [name.strip() for name in options.suites.split(";") if name.strip()]
+    if unknown := set(options.suites) - set(BENCHMARKS):
+        parser.error(
+            f"--suites: expected some of {'; '.join(BENCHMARKS)}, got {'; '.join(unknown)}"
+        )
     return options
 
 
@@ -257,7 +265,8 @@ def benchmarks(run: Run, gpu: bool) -> None:
     """Every suite a step of its own: what has been measured is kept when time runs out."""
     only = run.options.only
     if gpu and not only:
-        steps = BENCHMARKS
+        wanted = run.options.suites
+        steps = {n: a for n, a in BENCHMARKS.items() if not wanted or n in wanted}
     else:
         steps = {"benchmarks": ["bench", "-k", only or "tiny_call or 1x4x64x64"]}
     for name, arguments in steps.items():
