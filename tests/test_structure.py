@@ -66,7 +66,7 @@ def test_layers_below_do_not_know_those_above():
         "adapters": {"ops", "formats"},
         "samplers": {"ops", "adapters"},
         "training": {"ops", "adapters", "samplers"},
-        "methods": {"ops", "adapters", "samplers", "training", "models"},
+        "methods": {"ops", "adapters", "samplers", "training", "models", "formats"},
         "integrations": {"ops", "adapters", "samplers"},
     }
     graph = imports(PACKAGE)

@@ -55,7 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="default: 0",
     )
-    add("--cache", type=Path, help="folder that keeps class pictures between runs")
+    add(
+        "--cache",
+        type=Path,
+        help="folder that keeps class pictures and singular values between runs (default: the"
+        " user's cache folder for singular values)",
+    )
     add("--resume", action="store_true", help="go on from the checkpoint beside --out")
     add("--device", help="cpu or cuda (default: the GPU where there is one)")
     add(
@@ -85,7 +90,7 @@ def run(options: argparse.Namespace, progress: bool = True) -> int:
 
 
 def _run(options: argparse.Namespace, progress: bool) -> int:
-    from fastlora import Spectral, save
+    from fastlora import Spectral, decompose, save
     from fastlora.commands.targets import find_pictures, load_target
     from fastlora.methods import personalise
     from fastlora.training import ensure_writable
@@ -98,6 +103,9 @@ def _run(options: argparse.Namespace, progress: bool) -> int:
     images = target.read(files)
     own = _condition(target, options.caption, options.text_encoder)
     prior = _prior(target, options, progress)
+    where = _layers(target, options)
+    factors = options.cache / "factors" if options.cache else True
+    decompose(target.model, where, cache=factors, progress=progress)
     result = personalise(
         target.model,
         images,
@@ -106,7 +114,7 @@ def _run(options: argparse.Namespace, progress: bool) -> int:
         prediction=target.prediction,
         name=NAME,
         adapter=Spectral(norms=options.norms),
-        where=_layers(target, options),
+        where=where,
         prior_weight=options.prior_weight,
         steps=options.steps,
         batch=options.batch,
