@@ -1,7 +1,7 @@
 """What the cost model of `lora_linear` decides for real models: `python -m bench.decisions`.
 
-Predicted microseconds (csrc/heuristics.h) on an H200 in bf16, none of them measured, and on two
-threads of a CPU with AVX-512 in fp32, whose rates were. The table is kept in decisions.txt, so that
+Predicted microseconds (csrc/heuristics.h) on an H100 in bf16 and on two threads of a CPU with
+AVX-512 in fp32, from rates that were measured there. The table is kept in decisions.txt, so that
 a change of the model shows what it changes.
 """
 
@@ -17,15 +17,15 @@ from fastlora.ops._routes import APPENDED_RANK, DTYPES, ISAS
 
 TABLE = Path(__file__).with_name("decisions.txt")
 RANKS = (16, 64, 128)
-H200 = (90, 132)  # compute capability, multiprocessors
+H100 = (90, 132)  # compute capability, multiprocessors
 CPU = (DTYPES[torch.float32], ISAS["avx512"], 2)
 
 Times = dict[str, float]
 
 
-def on_h200(tokens: int, features: int, out: int, rank: int) -> Times:
+def on_h100(tokens: int, features: int, out: int, rank: int) -> Times:
     """Seconds of the plain layer, and of each form that takes the rank."""
-    times = kernels.predict_lora_linear(tokens, features, out, rank, *H200)
+    times = kernels.predict_lora_linear(tokens, features, out, rank, *H100)
     named = dict(zip(("plain", "products", "extended", "appended"), times, strict=True))
     if rank > APPENDED_RANK:
         del named["appended"]
@@ -62,7 +62,7 @@ def part(title: str, predicted: Callable[..., Times], forms: tuple[str, ...]) ->
 
 
 def table() -> str:
-    gpu = part("H200, bfloat16", on_h200, ("products", "extended", "appended"))
+    gpu = part("H100, bfloat16", on_h100, ("products", "extended", "appended"))
     cpu = part("two threads, AVX-512, float32", on_cpu, ("loop", "around", "products"))
     return "\n".join([*gpu, "", *cpu]) + "\n"
 

@@ -1,6 +1,7 @@
 // Which form of the low-rank linear layer a device computes fastest: a model of its time, not a
-// measurement; `fastlora.tune` measures. Every number of a GPU is a datasheet's or a published
-// figure until `make gpu` has run on one; those of a CPU were measured. What the model decides for
+// measurement; `fastlora.tune` measures. Numbers of compute capability 9.0, and kLaunch and kStep,
+// were measured on an H100 (bf16, CUDA graphs: bench/bench_gemm.py, bench_lora_linear.py), those of
+// a CPU too; those of other GPUs are datasheets' or published figures. What the model decides for
 // the shapes of real models is a tested table (bench/decisions.txt).
 #pragma once
 
@@ -16,18 +17,21 @@ struct Gpu {
   double bandwidth;  // bytes per second that a copy reaches
   double library;    // operations per second of the library's 16-bit products
   double loop;       // of our main loop (gemm_sm80.cuh)
-  double launch;     // seconds from the end of a captured kernel to the start of the next
 };
 
-// By compute capability. The loop's share of the library: nine tenths where both use mma.sync
-// (sm_80 to sm_89, sm_120), little more than half where the library has wgmma or tcgen05.
+constexpr double kLaunch = 2.7e-6;  // seconds that a captured kernel takes beyond its work
+constexpr double kStep = 0.38e-6;   // of the loop's step of 32 inputs, however little it computes
+
+// By compute capability. The loop's share of the library: under a third as measured on 9.0, whose
+// library has wgmma; less is taken where it has tcgen05, and nine tenths where both use mma.sync
+// (sm_80 to sm_89, sm_120).
 inline Gpu gpu_of(int capability, int multiprocessors) {
   const double n = multiprocessors;
-  if (capability >= 120) return {multiprocessors, 1.6e12, n * 1.2e12, n * 1.1e12, 1.0e-6};
-  if (capability >= 100) return {multiprocessors, 7.0e12, n * 11e12, n * 3.5e12, 1.0e-6};
-  if (capability >= 90) return {multiprocessors, 4.3e12, n * 6.0e12, n * 3.3e12, 1.0e-6};
-  if (capability >= 86) return {multiprocessors, 0.9e12, n * 1.1e12, n * 1.0e12, 1.2e-6};
-  return {multiprocessors, 1.7e12, n * 2.5e12, n * 2.25e12, 1.2e-6};
+  if (capability >= 120) return {multiprocessors, 1.6e12, n * 1.2e12, n * 1.1e12};
+  if (capability >= 100) return {multiprocessors, 7.0e12, n * 11e12, n * 1.75e12};
+  if (capability >= 90) return {multiprocessors, 3.0e12, n * 6.0e12, n * 1.73e12};
+  if (capability >= 86) return {multiprocessors, 0.9e12, n * 1.1e12, n * 1.0e12};
+  return {multiprocessors, 1.7e12, n * 2.5e12, n * 2.25e12};
 }
 
 struct LinearShape {
@@ -48,7 +52,8 @@ inline double longer(double a, double b) { return a > b ? a : b; }
 inline double parts(int64_t n, int64_t of) { return double((n + of - 1) / of); }
 
 // One launch of the loop over `depth` inputs, `extra` columns riding along with every tile: whole
-// tiles over the multiprocessors, or the bytes that have to move.
+// tiles over the multiprocessors, or the steps of one of them one after the other, or the bytes
+// that have to move.
 inline double loop_seconds(const Gpu& gpu, int64_t tokens, int64_t out, int64_t depth,
                            int64_t extra, const TileCost& tile, double bytes) {
   const double tiles = parts(tokens, tile.rows) * parts(out, tile.columns);
@@ -56,7 +61,7 @@ inline double loop_seconds(const Gpu& gpu, int64_t tokens, int64_t out, int64_t 
   const double each = parts(int64_t(tiles), gpu.multiprocessors);
   const double work = 2.0 * double(tile.rows) * double(tile.columns + extra) * double(depth);
   const double arithmetic = each * work * gpu.multiprocessors / gpu.loop;
-  return longer(arithmetic, bytes / gpu.bandwidth);
+  return longer(longer(arithmetic, parts(depth, 32) * kStep), bytes / gpu.bandwidth);
 }
 
 constexpr double kElement = 2;  // bytes of a 16-bit number
@@ -65,7 +70,7 @@ constexpr double kElement = 2;  // bytes of a 16-bit number
 inline double plain_seconds(const Gpu& gpu, const LinearShape& s) {
   const double m = double(s.tokens), k = double(s.in), n = double(s.out);
   return longer(2 * m * k * n / gpu.library, kElement * (m * k + k * n + m * n) / gpu.bandwidth) +
-         gpu.launch;
+         kLaunch;
 }
 
 // The library's product, the skinny one, its gate, and the accumulation, which reads and writes y.
@@ -74,7 +79,7 @@ inline double products_seconds(const Gpu& gpu, const LinearShape& s) {
   const double skinny = longer(2 * m * k * r / gpu.library, kElement * m * k / gpu.bandwidth);
   const double gate = kElement * 2 * m * r / gpu.bandwidth;
   const double update = longer(2 * m * n * r / gpu.library, kElement * 2 * m * n / gpu.bandwidth);
-  return plain_seconds(gpu, s) + skinny + gate + update + 3 * gpu.launch;
+  return plain_seconds(gpu, s) + skinny + gate + update + 3 * kLaunch;
 }
 
 // The skinny launch of ours, then the main one with the rank as further inputs.
@@ -86,7 +91,7 @@ inline double extended_seconds(const Gpu& gpu, const LinearShape& s) {
   const double h = loop_seconds(gpu, s.tokens, s.rank, s.in, 0, skinny, kElement * m * k);
   const double y = loop_seconds(gpu, s.tokens, s.out, s.in + s.rank, 0, main,
                                 kElement * (m * k + k * n + m * n + m * r));
-  return h + y + 1.5 * gpu.launch;  // the second launch overlaps the end of the first
+  return h + y + 1.5 * kLaunch;  // the second launch overlaps the end of the first
 }
 
 // One launch, D's rows beside every tile of W.
@@ -97,7 +102,7 @@ inline double appended_seconds(const Gpu& gpu, const LinearShape& s) {
   const TileCost tile = few ? TileCost{64, 64} : TileCost{128, 96};
   return loop_seconds(gpu, s.tokens, s.out, s.in + extra, extra, tile,
                       kElement * (m * k + k * n + m * n)) +
-         gpu.launch;
+         kLaunch;
 }
 
 // --- lora_add_ on a GPU: the low-rank part alone, into a y that is there; in = 0: without down ---
@@ -108,7 +113,7 @@ inline double add_products_seconds(const Gpu& gpu, const LinearShape& s) {
   const double skinny = longer(2 * m * k * r / gpu.library, kElement * m * k / gpu.bandwidth);
   const double gate = kElement * 2 * m * r / gpu.bandwidth;
   const double update = longer(2 * m * n * r / gpu.library, kElement * 2 * m * n / gpu.bandwidth);
-  return skinny + gate + update + (s.in > 0 ? 3 : 2) * gpu.launch;
+  return skinny + gate + update + (s.in > 0 ? 3 : 2) * kLaunch;
 }
 
 // Our loop twice: a gated skinny product (or the gate alone), then over the rank with y read and
@@ -123,14 +128,12 @@ inline double add_kernels_seconds(const Gpu& gpu, const LinearShape& s) {
   const int64_t depth = (s.rank + 31) / 32 * 32;  // whole steps
   const double y =
       loop_seconds(gpu, s.tokens, s.out, depth, 0, main, kElement * (2 * m * n + m * r + n * r));
-  return h + y + 1.5 * gpu.launch;  // the second launch overlaps the end of the first
+  return h + y + 1.5 * kLaunch;  // the second launch overlaps the end of the first
 }
 
 // --- fold on a GPU, `bytes` of W, W', D and U ---
 
-inline double fold_seconds(const Gpu& gpu, double bytes) {
-  return bytes / gpu.bandwidth + gpu.launch;
-}
+inline double fold_seconds(const Gpu& gpu, double bytes) { return bytes / gpu.bandwidth + kLaunch; }
 
 // --- the CPU -------------------------------------------------------------------------------------
 

@@ -175,7 +175,7 @@ def on_tensor_cores(x: Tensor, *others: Tensor) -> bool:
 
 
 def gpu_of(x: Tensor) -> tuple[int, int]:
-    """Compute capability (90 for 9.0) and multiprocessors; an emulated GPU is an H200."""
+    """Compute capability (90 for 9.0) and multiprocessors; an emulated GPU is an H100."""
     if not x.is_cuda:
         return 90, 132
     properties = torch.cuda.get_device_properties(x.device)
