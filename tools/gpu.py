@@ -220,7 +220,9 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--stages", default=",".join(STAGES), help="some of %(default)s")
     parser.add_argument("--again", action="store_true", help="also what has been done already")
     parser.add_argument("--only", default="", help="tests and benchmarks with this in their name")
-    parser.add_argument("--suites", default="", help="benchmarks by name, such as 'spectral; memory'")
+    parser.add_argument(
+        "--suites", default="", help="benchmarks by name, such as 'spectral; memory'"
+    )
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", metavar="DIR")
     parser.add_argument("--minutes", type=float, default=9.0, help="time for all (default: 9)")
     parser.add_argument("--no-gpu", action="store_true", help="as far as it goes without one")

@@ -9,13 +9,13 @@ from fastlora.demo.settings import Settings
 
 @dataclass(frozen=True)
 class ShiftSettings:
-    """The defaults take less than three minutes on two cores. Rates were chosen on this model, each
+    """The defaults take about five minutes on two cores. Rates were chosen on this model, each
     method's for itself: the paper's 1e-3 is for a model 450 times as large and 500 steps."""
 
     seeds: int = 3  # each with five other pictures, other class pictures and other noise
     prior: tuple[int, int] = (10, 1)  # pictures of the subject's class; of each other digit
     weights: tuple[float, ...] = (0.0, 1.0)  # of the prior
-    steps: int = 28
+    steps: int = 40
     batch: int = 4  # of the subject, and as many of the prior
     rates: tuple[tuple[str, float], ...] = (("SVDiff", 2e-2), ("LoRA", 2e-3), ("all", 3e-4))
     norm_rate: float = 3e-3
@@ -26,7 +26,7 @@ class ShiftSettings:
     # two subjects on one canvas, twice as wide as the model's own pictures
     pair: tuple[int, int] = (3, 7)
     pair_prior: int = 8  # class pictures of each
-    pair_steps: int = 40
+    pair_steps: int = 60
     pair_batch: int = 4
     pair_rate: float = 4e-2
     pair_judged: int = 8  # samples of each of two captions
@@ -34,7 +34,7 @@ class ShiftSettings:
 
     # one picture, edited
     edits: int = 3
-    edit_steps: int = 28
+    edit_steps: int = 40
     edit_batch: int = 4  # noises of the one picture
     edit_rate: float = 1e-2
     edit_sampling: int = 15  # steps of the inversion, and of the way back
