@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from fastlora.adapters.adapted import Adapted, adapts
 from fastlora.adapters.layers import Gated
-from fastlora.adapters.spectral import shift_of, weight_under
 from fastlora.adapters.specs import AdapterError
+from fastlora.adapters.spectral import shift_of, weight_under
 
 
 @adapts(nn.ConvTranspose2d)
