@@ -79,7 +79,8 @@ class AdaptedLinear(Adapted, nn.Linear):
         y = spectral_linear(x, weight, self.bias, *factors)
         for slot, gate in slots:
             x_in = dropped(slot, x, self.training).to(y.dtype)
-            self.explaining(x, lora_add_, y, x_in, slot.down, slot.up, gate)
+            add: Any = lora_add_  # in place
+            self.explaining(x, add, y, x_in, slot.down, slot.up, gate)
         return y
 
     def low_rank(self, x: Tensor, weight: Tensor | None, slots: Gated) -> Tensor:

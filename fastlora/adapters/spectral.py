@@ -118,10 +118,11 @@ class Again(NamedTuple):
 @contextmanager
 def made_again(weight: Tensor, layer: Any, shift: Shift) -> Iterator[None]:
     """Within it autograd saves no view of `weight`, W', but what it takes to make it again."""
-    if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+    autograd: Any = getattr(torch._C, "_autograd")  # noqa: B009 (not in its type stub)
+    if not autograd._saved_tensors_hooks_is_enabled():
         yield
         return
-    outer = torch._C._autograd._top_saved_tensors_default_hooks(False)  # checkpointing's, perhaps
+    outer = autograd._top_saved_tensors_default_hooks(False)  # checkpointing's, perhaps
     start, dtype = weight.untyped_storage().data_ptr(), weight.dtype
     shift = Shift(*(t.detach() for t in shift))
     sources = [layer.weight.detach(), *shift]
@@ -135,7 +136,7 @@ def made_again(weight: Tensor, layer: Any, shift: Shift) -> Iterator[None]:
 
     def pack(saved: Tensor) -> Any:
         if saved.numel() and saved.untyped_storage().data_ptr() == start:
-            return Again(make, saved.size(), saved.stride(), saved.storage_offset())
+            return Again(make, saved.size(), saved.stride(), int(saved.storage_offset()))
         # Torch compares no versions where there are hooks.
         return outer[0](saved) if outer else (saved, saved._version)
 
@@ -162,11 +163,11 @@ def require_same(tensor: Tensor, version: int) -> None:
 
 def autocast_dtype(layer: Any) -> torch.dtype | None:
     """What autocast will compute with, which would be a copy of W' that autograd keeps."""
-    device, weight = layer.weight.device.type, layer.weight
+    device, weight, active = layer.weight.device.type, layer.weight, layer._state.active
     products = isinstance(layer, nn.Linear | nn.modules.conv._ConvNd)
     if not products or weight.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return None
-    if any(getattr(slot.spec, "dora", False) for _, slot in layer._state.active):
+    if any(getattr(slot.spec, "dora", False) for _, slot in active):
         return None  # its norms are those of W' in full
     return torch.get_autocast_dtype(device)
 
@@ -176,10 +177,11 @@ def autocast_dtype(layer: Any) -> torch.dtype | None:
 
 def step_weight(layer: Any, shift: Shift) -> Tensor:
     """W' of the layer as of the latest shifts; those of all layers are made together."""
-    state = layer._state
-    if state.step is None or state.step[0] != sources_of(layer):
+    state, found = layer._state, layer._state.step
+    if found is None or found[0] != sources_of(layer):
         make_step(state.arena)
-    weight: Tensor = state.step[1]
+        found = state.step
+    weight: Tensor = found[1]
     if torch.is_grad_enabled():
         weight = _Kept.apply(weight, *operands(layer, shift))  # type: ignore[assignment]
     return layer.from_matrix(weight)

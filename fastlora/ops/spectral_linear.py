@@ -116,7 +116,7 @@ def _on_cpu(
     c = _coefficients(s, shift, strength)
     if not c.any():
         return F.linear(x, weight, bias)
-    return lora_linear.eager(x, weight, bias, vh, u, c, None)
+    return lora_linear.eager(x, weight, bias, vh, u, c, None)  # type: ignore[attr-defined]
 
 
 def _in_two_parts(
@@ -134,7 +134,8 @@ def _in_two_parts(
     """
     y = F.linear(x, weight, bias)
     if x.numel() and y.numel():
-        lora_add_.eager(y, x, vh, u, _coefficients(s, shift, strength))
+        c = _coefficients(s, shift, strength)
+        lora_add_.eager(y, x, vh, u, c)  # type: ignore[attr-defined]
     return y
 
 
@@ -166,6 +167,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if needs[6] or needs[7]:
         c = _coefficients(s, shift, strength)
         _, _, dots = low_rank_gradients(x2, dy2, vh, u, c, (False, False, True))
+        assert dots is not None
         d_shift, d_strength = shift_gradients(dots, s, shift, strength)
     return dx, d_weight, d_bias, None, None, None, d_shift, d_strength
 

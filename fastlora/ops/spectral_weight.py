@@ -125,7 +125,7 @@ def _holds(weight: Any, u: Any, s: Any, vh: Any, shift: Any, strength: Any) -> b
 def _explain(op: str, names: str, *layer: Any) -> None:
     """`names` makes an argument's name of that of `spectral_weight`'s."""
     parts = ("weight", "u", "s", "vh", "shift", "strength")
-    tensors = dict(zip(parts, layer, strict=True))
+    tensors: dict[str, Any] = dict(zip(parts, layer, strict=True))
     for name, value in tensors.items():
         expect_tensor(op, names.format(name), value)
     weight, s = tensors["weight"], tensors["s"]
