@@ -77,14 +77,14 @@ __device__ __forceinline__ void copy_group(char* stage, int row, int group, cons
     copy_async<16>(to, count > 0 ? p.data + index * p.row_stride + k : p.data, count * 2);
     return;
   }
-  T* const elements = reinterpret_cast<T*>(writable(to, 16, 16));
-#pragma unroll 1
+  Packet<T> packet;
+#pragma unroll
   for (int i = 0; i < 8; ++i) {
-    T value;
-    narrow(0.0f, &value);
-    if (i < count) value = *readable(p.data + index * p.row_stride + (k + i) * p.k_stride);
-    elements[i] = value;
+    narrow(0.0f, &packet.elements[i]);
+    if (i < count)
+      packet.elements[i] = *readable(p.data + index * p.row_stride + (k + i) * p.k_stride);
   }
+  *reinterpret_cast<uint4*>(writable(to, 16, 16)) = packet.bits;
 }
 
 template <class T>
@@ -125,39 +125,42 @@ __global__ void __launch_bounds__(S::kThreads, S::kThreads <= 128 ? 2 : 1)
 #pragma unroll
     for (int i = 0; i < S::kCopies; ++i) {
       const int row = my_row + i * S::kCopyRows;
-      const Operand<T>& operand = row < S::kRows                 ? source.a
+      const Operand<T>& operand = row < S::kRows                  ? source.a
                                   : row < S::kRows + S::kColumns ? source.b
-                                                                 : p.appended;
-      const int64_t index = row < S::kRows                 ? first_token + row
-                            : row < S::kRows + S::kColumns ? first_column + row - S::kRows
-                                                           : int64_t(row) - S::kRows - S::kColumns;
+                                                                  : p.appended;
+      const int64_t index = row < S::kRows ? first_token + row
+                            : row < S::kRows + S::kColumns
+                                ? first_column + row - S::kRows
+                                : int64_t(row) - S::kRows - S::kColumns;
       const int64_t last = operand.rows - 1;
       from[i] = operand.data + (index < last ? index : last) * operand.row_stride + my_group * 8;
     }
   };
-  // Edges and other strides. Rare, so small: the loop around it stays in the instruction cache.
-  auto copy_slowly = [&](char* stage, bool first, int64_t k0) {
-    const Source<T> source = first ? p.first : p.second;
+  auto copy_slowly = [&](char* stage, const Source<T>& source, bool first, int64_t k0) {
 #pragma unroll 1
     for (int row = my_row; row < S::kTileRows; row += S::kCopyRows) {
-      const bool of_a = row < S::kRows, of_b = !of_a && row < S::kRows + S::kColumns;
-      if (S::kAppended > 0 && !first && !of_b) continue;
-      const Operand<T> operand = of_a ? source.a : of_b ? source.b : p.appended;
-      const int64_t index = of_a   ? first_token + row
-                            : of_b ? first_column + row - S::kRows
-                                   : int64_t(row) - S::kRows - S::kColumns;
-      const bool whole = of_a ? (first ? a1 : a2) : of_b ? (first ? b1 : b2) : d1;
-      copy_group(stage, row, my_group, operand, index, k0, source.k, whole);
+      if (row < S::kRows) {
+        if (first || S::kAppended == 0)
+          copy_group(stage, row, my_group, source.a, first_token + row, k0, source.k,
+                     first ? a1 : a2);
+      } else if (row < S::kRows + S::kColumns) {
+        copy_group(stage, row, my_group, source.b, first_column + row - S::kRows, k0, source.k,
+                   first ? b1 : b2);
+      } else if (first) {
+        copy_group(stage, row, my_group, p.appended, row - S::kRows - S::kColumns, k0, source.k,
+                   d1);
+      }
     }
   };
   auto copy_step = [&](int step) {
     char* stage = memory + step % S::kStages * S::kStageBytes;
     const bool first = step < first_steps;
     if (!first && step == first_steps && p.dependent) wait_for_previous_kernel();
-    if (__builtin_expect(step == 0 || step == first_steps, 0)) aim(first);
+    if (step == 0 || step == first_steps) aim(first);
     const int64_t k0 = int64_t(first ? step : step - first_steps) * S::kDepth;
-    const int64_t left = (first ? p.first.k : p.second.k) - k0;
-    if (__builtin_expect(!vectors || left < S::kDepth, 0)) return copy_slowly(stage, first, k0);
+    const Source<T>& source = first ? p.first : p.second;
+    const int64_t left = source.k - k0;
+    if (!vectors || left < S::kDepth) return copy_slowly(stage, source, first, k0);
     char* const to = place(stage, my_row, my_group);  // rows apart by multiples of eight: no change
 #pragma unroll
     for (int i = 0; i < S::kCopies; ++i) {
@@ -165,11 +168,11 @@ __global__ void __launch_bounds__(S::kThreads, S::kThreads <= 128 ? 2 : 1)
       if (row + S::kCopyRows > S::kTileRows && my_row + row >= S::kTileRows) break;
       if (row >= S::kRows + S::kColumns ? !first : row < S::kRows && S::kAppended > 0 && !first)
         continue;
-      copy_async<16>(
-          to + row * 64, from[i] + k0,
-          row < S::kRows + S::kColumns || my_row + row - S::kRows - S::kColumns < p.appended.rows
-              ? 16
-              : 0);
+      copy_async<16>(to + row * 64, from[i] + k0,
+                     row < S::kRows + S::kColumns || my_row + row - S::kRows - S::kColumns <
+                                                         p.appended.rows
+                         ? 16
+                         : 0);
     }
   };
 
@@ -190,18 +193,23 @@ __global__ void __launch_bounds__(S::kThreads, S::kThreads <= 128 ? 2 : 1)
       multiply<T>(into[i][tile + 1], a[i], right);
     }
   };
-  const int in_memory = S::kAppended > 0 ? first_steps : steps;
-  // The first rounds only fill stages: the code that copies is there once.
-#pragma unroll 1
-  for (int step = 1 - S::kStages; step < in_memory; ++step) {
-    if (step >= 0) {
-      wait_copies<S::kStages - 2>();
-      __syncthreads();  // the step is there, and the one before it no longer read
-    }
+  // The stage of a step, once it is there; the one before it is no longer read and takes another.
+  auto next_stage = [&](int step) {
+    wait_copies<S::kStages - 2>();
+    __syncthreads();
     if (step + S::kStages - 1 < steps) copy_step(step + S::kStages - 1);
     commit_copies();
-    if (step < 0) continue;
-    char* stage = memory + step % S::kStages * S::kStageBytes;
+    return memory + step % S::kStages * S::kStageBytes;
+  };
+
+#pragma unroll
+  for (int s = 0; s < S::kStages - 1; ++s) {
+    if (s < steps) copy_step(s);
+    commit_copies();
+  }
+  const int in_memory = S::kAppended > 0 ? first_steps : steps;
+  for (int step = 0; step < in_memory; ++step) {
+    char* stage = next_stage(step);
 #pragma unroll
     for (int half = 0; half < S::kDepth / 16; ++half) {
       uint32_t a[S::kRowTiles][4];
@@ -217,9 +225,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kThreads <= 128 ? 2 : 1)
     }
   }
   if constexpr (S::kAppended > 0) {
-    wait_copies<0>();
-    __syncthreads();
-    char* stage = memory + first_steps % S::kStages * S::kStageBytes;
+    char* stage = next_stage(first_steps);
     // Two columns of a row of h, gated and rounded: what lies in one register of a sum's tile lies
     // in one of the A operand's.
     auto gated = [&](int i, int j, int half) {
@@ -246,80 +252,81 @@ __global__ void __launch_bounds__(S::kThreads, S::kThreads <= 128 ? 2 : 1)
   }
   wait_copies<0>();
 
-  if (S::kAppended == 0 && p.gate != nullptr) {  // of a product that is h itself
-#pragma unroll
-    for (int i = 0; i < S::kRowTiles * 2; ++i) {
-      const int64_t token = first_token + warp * S::kWarpRows + i * 8 + lane / 4;
-      if (token >= p.tokens) break;
-      const float* row = p.gate + token / p.tokens_per_row * p.gate_stride[0];
-#pragma unroll
-      for (int j = 0; j < S::kColumnTiles * 2; ++j) {
-        const int64_t column = first_column + j / 2 * 8 + lane % 4 * 2 + j % 2;
-        if (column < p.columns)
-          sum[i / 2][j / 2][i % 2 * 2 + j % 2] *= row[column * p.gate_stride[1]];
-      }
-    }
-  }
-  const bool vectors_of_y =
+  const bool staged =
       p.y_stride[1] == 1 && p.y_stride[0] % 8 == 0 && reinterpret_cast<uintptr_t>(p.y) % 16 == 0;
   T* const box = reinterpret_cast<T*>(memory);
   __syncthreads();  // the stages are no longer read
+  // `put(row, column in the tile, value)` for every element of this thread, with gates of a product
+  // that is h itself, row scale and bias.
+  auto finish = [&](auto put) {
+#pragma unroll
+    for (int j = 0; j < S::kColumnTiles; ++j) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int at = j * 8 + lane % 4 * 2 + c;
+        const int64_t column = first_column + at;
+        const bool inside = column < p.columns;
+        const float scale = inside && p.row_scale != nullptr
+                                ? widen(p.row_scale[column * p.row_scale_stride])
+                                : 1.0f;
+        const float bias =
+            inside && p.bias != nullptr ? widen(p.bias[column * p.bias_stride]) : 0.0f;
+#pragma unroll
+        for (int i = 0; i < S::kRowTiles; ++i)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int row = warp * S::kWarpRows + i * 16 + half * 8 + lane / 4;
+            const int64_t token = first_token + row;
+            float v = sum[i][j][half * 2 + c];
+            if (S::kAppended == 0 && p.gate != nullptr && inside && token < p.tokens)
+              v *= p.gate[token / p.tokens_per_row * p.gate_stride[0] + column * p.gate_stride[1]];
+            put(row, at, v, scale, bias);
+          }
+      }
+    }
+  };
+  auto scaled = [&](float v, float scale, float bias) {
+    if (p.row_scale != nullptr) v *= scale;
+    return p.bias != nullptr ? v + bias : v;
+  };
+  if (!staged) {
+    finish([&](int row, int at, float v, float scale, float bias) {
+      const int64_t token = first_token + row, column = first_column + at;
+      if (token >= p.tokens || column >= p.columns) return;
+      T* y = p.y + token * p.y_stride[0] + column * p.y_stride[1];
+      if (p.add) v += widen(*readable(y));
+      narrow(scaled(v, scale, bias), writable(y));
+    });
+    return;
+  }
   // `move(to or from y, the box, how many)` for every eight columns of a row.
   auto for_each_group = [&](auto move) {
-#pragma unroll 1
     for (int e = thread; e < S::kRows * S::kColumnTiles; e += S::kThreads) {
       const int row = e / S::kColumnTiles, group = e % S::kColumnTiles * 8;
       const int64_t token = first_token + row, column = first_column + group;
       if (token >= p.tokens || column >= p.columns) continue;
       const int64_t left = p.columns - column;
-      move(p.y + token * p.y_stride[0] + column * p.y_stride[1], box + row * S::kPitch + group,
+      move(p.y + token * p.y_stride[0] + column, box + row * S::kPitch + group,
            left < 8 ? int(left) : 8);
     }
   };
   if (p.add) {  // y comes where the result will be: a thread adds to its own elements
     for_each_group([&](const T* y, T* to, int count) {
-      if (vectors_of_y && count == 8) {
-        *reinterpret_cast<uint4*>(writable(to, 8, 16)) = load_packet(y, 1, 8).bits;
-        return;
-      }
-#pragma unroll 1
-      for (int i = 0; i < count; ++i) to[i] = *readable(y + i * p.y_stride[1]);
+      *reinterpret_cast<uint4*>(writable(to, 8, 16)) = load_packet(y, 1, count).bits;
     });
     __syncthreads();
   }
-  // Two columns at a time, a word of the box: row scale and bias, then rounding.
-#pragma unroll
-  for (int j = 0; j < S::kColumnTiles; ++j) {
-    const int at = j * 8 + lane % 4 * 2;
-    float scale[2] = {1.0f, 1.0f}, bias[2] = {0.0f, 0.0f};
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const int64_t column = first_column + at + c;
-      if (p.row_scale != nullptr && column < p.columns)
-        scale[c] = widen(p.row_scale[column * p.row_scale_stride]);
-      if (p.bias != nullptr && column < p.columns) bias[c] = widen(p.bias[column * p.bias_stride]);
-    }
-#pragma unroll
-    for (int i = 0; i < S::kRowTiles * 2; ++i) {
-      T* to = box + (warp * S::kWarpRows + i * 8 + lane / 4) * S::kPitch + at;
-      float v[2];
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        v[c] = sum[i / 2][j][i % 2 * 2 + c];
-        if (p.add) v[c] += widen(to[c]);
-        v[c] = v[c] * scale[c] + bias[c];
-      }
-      *reinterpret_cast<uint32_t*>(to) = pack<T>(v[0], v[1]);
-    }
-  }
+  finish([&](int row, int at, float v, float scale, float bias) {
+    T* to = box + row * S::kPitch + at;
+    if (p.add) v += widen(*to);
+    narrow(scaled(v, scale, bias), to);
+  });
   __syncthreads();
   for_each_group([&](T* y, const T* from, int count) {
-    if (vectors_of_y && count == 8) {
+    if (count == 8)
       *reinterpret_cast<uint4*>(writable(y, 8, 16)) = *reinterpret_cast<const uint4*>(from);
-      return;
-    }
-#pragma unroll 1
-    for (int i = 0; i < count; ++i) *writable(y + i * p.y_stride[1]) = from[i];
+    else
+      for (int i = 0; i < count; ++i) *writable(y + i) = from[i];
   });
 }
 
