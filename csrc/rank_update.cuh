@@ -69,21 +69,32 @@ __global__ void __launch_bounds__(kTileThreads, 3)
       factor[e % kTileRank][e / kTileRank] =
           load_factor<T>(p, tile.row + e / kTileRank, k0 + e % kTileRank);
     __syncthreads();
+    // Sums of a chunk by themselves, so that roundings do not add up over a large rank; half of the
+    // rows at a time, as many as there are registers for.
+    constexpr int kHalf = kTileThreadRows / 2;
 #pragma unroll
-    for (int k = 0; k < kTileRank; ++k) {
-      float d[kWidth], f[kTileThreadRows];
+    for (int first = 0; first < kTileThreadRows; first += kHalf) {
+      float part[kHalf][kWidth] = {};
+#pragma unroll 2  // more would be loaded ahead than there are registers for
+      for (int k = 0; k < kTileRank; ++k) {
+        float d[kWidth], f[kHalf];
 #pragma unroll
-      for (int j = 0; j < kWidth; j += 4)
-        *reinterpret_cast<float4*>(d + j) =
-            *reinterpret_cast<const float4*>(&down[k][my_column + j]);
+        for (int j = 0; j < kWidth; j += 4)
+          *reinterpret_cast<float4*>(d + j) =
+              *reinterpret_cast<const float4*>(&down[k][my_column + j]);
 #pragma unroll
-      for (int m = 0; m < kTileThreadRows; m += 4)
-        *reinterpret_cast<float4*>(f + m) =
-            *reinterpret_cast<const float4*>(&factor[k][my_row + m]);
+        for (int m = 0; m < kHalf; m += 4)
+          *reinterpret_cast<float4*>(f + m) =
+              *reinterpret_cast<const float4*>(&factor[k][my_row + first + m]);
 #pragma unroll
-      for (int m = 0; m < kTileThreadRows; ++m)
+        for (int m = 0; m < kHalf; ++m)
 #pragma unroll
-        for (int j = 0; j < kWidth; ++j) sum[m][j] += f[m] * d[j];
+          for (int j = 0; j < kWidth; ++j) part[m][j] += f[m] * d[j];
+      }
+#pragma unroll
+      for (int m = 0; m < kHalf; ++m)
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) sum[first + m][j] += part[m][j];
     }
   }
 

@@ -36,9 +36,9 @@ static inline int64_t odd_pitch(int64_t columns) {
   return (round_up(columns, line) / line | 1) * line;
 }
 
-// sum = the low-rank part of one tile.
+// sum = the low-rank part of one tile, of so few components that rounding does not add up.
 template <class A>
-static inline __attribute__((always_inline)) void multiply(const A* factors, const A* down,
+static inline __attribute__((always_inline)) void multiply_few(const A* factors, const A* down,
                                                            int64_t pitch, int32_t count,
                                                            Vector<A> (&sum)[kRows][kVectors]) {
 #pragma GCC unroll 8
@@ -53,6 +53,25 @@ static inline __attribute__((always_inline)) void multiply(const A* factors, con
     for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) sum[m][v] += factors[m] * d[v];
+  }
+}
+
+constexpr int32_t kChain = 128;  // components that are summed one after the other
+
+// sum = the low-rank part of one tile.
+template <class A>
+static inline __attribute__((always_inline)) void multiply(const A* factors, const A* down,
+                                                           int64_t pitch, int32_t count,
+                                                           Vector<A> (&sum)[kRows][kVectors]) {
+  multiply_few<A>(factors, down, pitch, count < kChain ? count : kChain, sum);
+  for (int32_t k = kChain; k < count; k += kChain) {
+    Vector<A> more[kRows][kVectors];
+    multiply_few<A>(factors + k * kRows, down + k * pitch, pitch,
+                    count - k < kChain ? count - k : kChain, more);
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) sum[m][v] += more[m][v];
   }
 }
 

@@ -13,7 +13,8 @@ from fastlora.adapters.slots import SpectralSlot
 from fastlora.adapters.specs import AdapterError
 from fastlora.adapters.state import in_graph, interposed
 from fastlora.adapters.tensors import full_precision, memory
-from fastlora.ops.spectral_linear import activations_are_cheaper, shift_gradients
+from fastlora.ops._spectral import shift_gradients
+from fastlora.ops.spectral_linear import activations_are_cheaper
 
 Maker = Callable[[], Tensor]
 

@@ -3,12 +3,12 @@
 import math
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora.ops._define import FLOATS, define_op, expect, expect_tensor, gate_dtype
 from fastlora.ops._device import device_type
+from fastlora.ops._spectral import coefficients, shift_gradients
 from fastlora.ops.lora_add import lora_add_
 from fastlora.ops.lora_linear import lora_linear, low_rank_gradients
 
@@ -36,7 +36,7 @@ def spectral_linear(
     SVDiff: Han et al. 2023, arXiv 2303.11305.
     """
     h = F.linear(x, vh.to(x.dtype)).to(gate_dtype(x.dtype))  # [..., rank]
-    change = (h * _coefficients(s, shift, strength)).to(x.dtype)
+    change = (h * coefficients(s, shift, strength)).to(x.dtype)
     return F.linear(x, weight, bias) + F.linear(change, u.to(x.dtype))
 
 
@@ -54,11 +54,6 @@ def activations_are_cheaper(
     if backward:
         activations, weights = 3 * activations, 3 * weights + tokens * out * features
     return activations < weights
-
-
-def _coefficients(s: Tensor, shift: Tensor, strength: Tensor) -> Tensor:
-    """relu(s + strength δ) - s = max(strength δ, -s), without the cancellation: 0 at δ = 0."""
-    return torch.maximum(strength * shift.to(strength.dtype), -s.to(strength.dtype))
 
 
 def _fake(
@@ -113,7 +108,7 @@ def _on_cpu(
     strength: Tensor,
 ) -> Tensor:
     """A gated low-rank linear layer, by whichever route of it is fastest."""
-    c = _coefficients(s, shift, strength)
+    c = coefficients(s, shift, strength)
     if not c.any():
         return F.linear(x, weight, bias)
     return lora_linear.eager(x, weight, bias, vh, u, c, None)  # type: ignore[attr-defined]
@@ -134,7 +129,7 @@ def _in_two_parts(
     """
     y = F.linear(x, weight, bias)
     if x.numel() and y.numel():
-        c = _coefficients(s, shift, strength)
+        c = coefficients(s, shift, strength)
         lora_add_.eager(y, x, vh, u, c)  # type: ignore[attr-defined]
     return y
 
@@ -165,21 +160,11 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if needs[2]:
         d_bias = dy2.sum(0)
     if needs[6] or needs[7]:
-        c = _coefficients(s, shift, strength)
+        c = coefficients(s, shift, strength)
         _, _, dots = low_rank_gradients(x2, dy2, vh, u, c, (False, False, True))
         assert dots is not None
         d_shift, d_strength = shift_gradients(dots, s, shift, strength)
     return dx, d_weight, d_bias, None, None, None, d_shift, d_strength
-
-
-def shift_gradients(
-    dots: Tensor, s: Tensor, shift: Tensor, strength: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(dδ, dstrength) from the gradients `p` of the singular values, which are 0 where the relu
-    cuts: `dδ = strength p`, `dstrength = Σ δ_i p_i`."""
-    wide = shift.to(strength.dtype)
-    dots = torch.where(strength * wide > -s.to(strength.dtype), dots, 0)
-    return (strength * dots).to(shift.dtype), (dots * wide).sum()
 
 
 spectral_linear = define_op(

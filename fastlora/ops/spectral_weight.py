@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastlora.ops._define import FLOATS, define_op, expect, expect_tensor, gate_dtype, kernels
 from fastlora.ops._device import device_type, kernels_of
+from fastlora.ops._spectral import coefficients, shift_gradients
 from fastlora.ops.spectral_dots import spectral_dots
 
 # On the CPU torch's product takes over from our loop beyond so many multiplications; the loop
@@ -38,8 +39,7 @@ def spectral_weight(
     SVDiff: Han et al. 2023, arXiv 2303.11305.
     """
     wide = gate_dtype(weight.dtype)
-    # relu(s + x) - s = max(x, -s), without the cancellation
-    c = torch.maximum(strength * shift.to(wide), -s.to(wide))
+    c = coefficients(s, shift, strength)
     return weight + (u.to(wide) * c).to(weight.dtype) @ vh.to(weight.dtype)
 
 
@@ -262,8 +262,7 @@ def _product(
 
 def _cublas(weight: Tensor, u: Tensor, s: Tensor, vh: Tensor, shift: Tensor, a: Tensor) -> Tensor:
     """Without a look at the coefficients, which would wait for the GPU: at δ = 0 a -0 becomes 0."""
-    c = torch.maximum(a * shift, -s.to(a.dtype))
-    return torch.addmm(weight, (u * c).to(u.dtype), vh)
+    return torch.addmm(weight, (u * coefficients(s, shift, a)).to(u.dtype), vh)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -272,16 +271,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
-    """With `p_i = u_iᵀ G v_i` where `s_i + strength δ_i > 0`, else 0: `dδ = strength p`,
-    `dstrength = Σ δ_i p_i`."""
+    """The gradient of the singular values is `p_i = u_iᵀ G v_i`."""
     u, s, vh, shift, strength = ctx.saved_tensors
     d_shift = d_strength = None
     if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
-        x = shift.to(strength.dtype)
         (dots,) = spectral_dots([d], [u], [vh])
-        dots = torch.where(strength * x > -s.to(strength.dtype), dots, 0)
-        d_shift = (strength * dots).to(shift.dtype)
-        d_strength = (dots * x).sum()
+        d_shift, d_strength = shift_gradients(dots, s, shift, strength)
     return d if ctx.needs_input_grad[0] else None, None, None, None, d_shift, d_strength
 
 

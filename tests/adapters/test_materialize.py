@@ -335,15 +335,30 @@ def test_step_is_no_part_of_copies_and_ends_with_an_error() -> None:
         assert all(m._state.step is None for m in adapted_layers(one).values())
 
 
-def test_a_learned_strength_gets_its_gradient_in_either_setting() -> None:
-    layer, x = stack(1, 8, torch.float64)[0], torch.randn(MANY, 8, dtype=torch.float64)
-    found = []
-    for when in ("forward", "step"):
-        strength = torch.full((), 0.5, dtype=torch.float64, requires_grad=True)
-        with fastlora.materialize(layer, when):
-            y = torch.func.functional_call(layer, {}, (x,)) * strength
-            found.append(torch.autograd.grad(y.sum(), fastlora.parameters(layer)))
-    torch.testing.assert_close(*found)
+@SETTINGS
+def test_beside_a_learned_strength(when: Any) -> None:
+    """A LoRA in the same layer whose strengths per sample are learned: gradients of the strengths
+    and of the shifts are those of the formula."""
+    torch.manual_seed(0)
+    layer = nn.Linear(8, 6).double()
+    fastlora.inject(layer, fastlora.Spectral(), name="shifts")
+    fastlora.inject(layer, fastlora.LoRA(2), name="low", seed=0)
+    randomise(layer, size=0.2)
+    scale = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    fastlora.set_scale(layer, {"low": scale})
+    x, dy = torch.randn(3, 40, 8).double(), torch.randn(3, 40, 6).double()
+    (shift,) = fastlora.parameters(layer, "shifts")
+    down, up = fastlora.parameters(layer, "low")
+    with fastlora.materialize(layer, when):
+        got = torch.autograd.grad((layer(x) * dy).sum(), [shift, scale])
+
+    u, s, vh = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
+    # Signs of singular vectors do not matter: they come in pairs.
+    weight = u @ torch.diag((s + shift).relu()) @ vh
+    low = scale[:, None, None] * (x @ down.detach().t() @ up.detach().t())
+    y = x @ weight.t() + layer.bias + low
+    for mine, theirs in zip(got, torch.autograd.grad((y * dy).sum(), [shift, scale]), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)  # strengths are float32
 
 
 def test_another_word_is_an_error() -> None:

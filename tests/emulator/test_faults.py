@@ -161,7 +161,12 @@ def test_unwritten_values_that_only_decide(emulated):
 
 def test_much_shared_memory_has_to_be_allowed(emulated):
     message = fault(emulated, "greedy", to(32))
-    assert "kernel greedy: 61440 bytes of dynamic shared memory" in message
+    assert "kernel greedy: 61440 bytes of shared memory; more than 48 KB need" in message
+
+
+def test_static_shared_memory_counts_beside_the_dynamic(emulated):
+    message = fault(emulated, "nearly_greedy", to(32))
+    assert "kernel nearly_greedy: 49280 bytes of shared memory; more than 48 KB need" in message
 
 
 def test_matrices_are_loaded_from_shared_memory(emulated):

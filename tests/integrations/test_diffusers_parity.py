@@ -202,10 +202,14 @@ CASES = [*ddim(), *ddpm(), *euler(), *lcm(), *dpm_solver(), *flow()]
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_trajectory_is_diffusers(case):
-    """x within 1e-5 of max|x| after every step, the other field of its own scale, the same numbers
-    drawn, the same dtypes."""
+    """x within 1e-5 of max|x| after every step (of float64, where float32 is not), the other field
+    of its own scale, the same numbers drawn, the same dtypes."""
     expected, got = run(case, case.theirs()), run(case, case.ours())
-    assert distance(got.x, expected.x) <= 1e-5
+    apart = distance(got.x, expected.x)
+    if apart > 1e-5:  # on some processors theirs is further from its own formulas in float64
+        exact = run_in_float64(case).x
+        assert distance(got.x, exact) <= 1e-5 < distance(expected.x, exact)
+        assert apart <= 3e-5
     assert torch.equal(got.drawn, expected.drawn)
     for i, (theirs, ours) in enumerate(zip(expected.x0, got.x0, strict=True)):
         assert (theirs is None) == (ours is None)
