@@ -125,13 +125,12 @@ __global__ void __launch_bounds__(S::kThreads, S::kThreads <= 128 ? 2 : 1)
 #pragma unroll
     for (int i = 0; i < S::kCopies; ++i) {
       const int row = my_row + i * S::kCopyRows;
-      const Operand<T>& operand = row < S::kRows                  ? source.a
+      const Operand<T>& operand = row < S::kRows                 ? source.a
                                   : row < S::kRows + S::kColumns ? source.b
-                                                                  : p.appended;
-      const int64_t index = row < S::kRows ? first_token + row
-                            : row < S::kRows + S::kColumns
-                                ? first_column + row - S::kRows
-                                : int64_t(row) - S::kRows - S::kColumns;
+                                                                 : p.appended;
+      const int64_t index = row < S::kRows                 ? first_token + row
+                            : row < S::kRows + S::kColumns ? first_column + row - S::kRows
+                                                           : int64_t(row) - S::kRows - S::kColumns;
       const int64_t last = operand.rows - 1;
       from[i] = operand.data + (index < last ? index : last) * operand.row_stride + my_group * 8;
     }
@@ -168,11 +167,11 @@ __global__ void __launch_bounds__(S::kThreads, S::kThreads <= 128 ? 2 : 1)
       if (row + S::kCopyRows > S::kTileRows && my_row + row >= S::kTileRows) break;
       if (row >= S::kRows + S::kColumns ? !first : row < S::kRows && S::kAppended > 0 && !first)
         continue;
-      copy_async<16>(to + row * 64, from[i] + k0,
-                     row < S::kRows + S::kColumns || my_row + row - S::kRows - S::kColumns <
-                                                         p.appended.rows
-                         ? 16
-                         : 0);
+      copy_async<16>(
+          to + row * 64, from[i] + k0,
+          row < S::kRows + S::kColumns || my_row + row - S::kRows - S::kColumns < p.appended.rows
+              ? 16
+              : 0);
     }
   };
 

@@ -39,8 +39,8 @@ static inline int64_t odd_pitch(int64_t columns) {
 // sum = the low-rank part of one tile, of so few components that rounding does not add up.
 template <class A>
 static inline __attribute__((always_inline)) void multiply_few(const A* factors, const A* down,
-                                                           int64_t pitch, int32_t count,
-                                                           Vector<A> (&sum)[kRows][kVectors]) {
+                                                               int64_t pitch, int32_t count,
+                                                               Vector<A> (&sum)[kRows][kVectors]) {
 #pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 8

@@ -47,7 +47,7 @@ struct Launch {
   Index grid, block;
   size_t shared_bytes = 0;      // dynamic
   bool shared_allowed = false;  // by allow_shared_memory: with the static 48 KB are no limit
-  bool dependent = false;   // may start before the kernel before it has finished
+  bool dependent = false;       // may start before the kernel before it has finished
   std::function<void()> body;
   std::vector<Unfinished> previous;
 };

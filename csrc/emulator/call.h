@@ -78,7 +78,8 @@ const std::vector<std::string>& launches();
 int capability();
 void set_capability(int value);
 
-// More than 48 KB of shared memory, static and dynamic, have to be allowed for a kernel before its launch.
+// More than 48 KB of shared memory, static and dynamic, have to be allowed for a kernel before its
+// launch.
 void allow_shared_memory(const void* kernel, size_t bytes);
 bool shared_memory_allowed(const void* kernel, size_t bytes);
 
