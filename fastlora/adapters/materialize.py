@@ -2,9 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import nn
+from torch.autograd.graph import increment_version
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastlora.adapters.lookup import arenas
 from fastlora.adapters.specs import AdapterError
@@ -26,7 +29,8 @@ def materialize(
     strength or a weight change, which an optimiser's step does: one more copy of the adapted
     weights, in their dtype, for W' made once a step instead of twice a pass. Worth it where the
     memory is there, the more so with several passes a step. Changes are seen by version counters,
-    which writing through `.data` does not raise.
+    which writing through `.data` does not raise; an optimiser's step in the block raises those of
+    its parameters.
 
     Both compute the same: a layer has the same bits in either unless it is a linear layer with few
     tokens. Blocks nest, the innermost one counts; what "step" keeps is freed at its end.
@@ -36,13 +40,22 @@ def materialize(
     if when not in ("forward", "step"):
         raise AdapterError(f"materialize: expected 'forward' or 'step', got {when!r}")
     before = [(arena, arena.materialize) for arena in arenas(model)]
+    watch = register_optimizer_step_post_hook(_raise_versions) if when == "step" else None
     try:
         for arena, _ in before:
             arena.materialize = when
         yield model
     finally:
+        if watch is not None:
+            watch.remove()
         for arena, setting in before:
             arena.materialize = setting
             if setting != "step":
                 for layer in arena.layers():
                     layer._state.step = None
+
+
+def _raise_versions(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """torch's fused optimisers, and those of other libraries' kernels, write without doing so."""
+    trained = (p for group in optimizer.param_groups for p in group["params"])
+    increment_version([p for p in trained if p.grad is not None])

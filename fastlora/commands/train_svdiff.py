@@ -47,6 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="elementwise",
         help="shifts of norms: one an element, one a layer, none (default: elementwise)",
     )
+    add(
+        *("--materialize",),
+        choices=("forward", "step"),
+        default="forward",
+        help="changed weights are made in each layer when it is called (forward), or together once"
+        " a step, which is quicker and keeps one more copy of them (default: forward)",
+    )
     add("--text-encoder", action="store_true", help="train the text encoder's shifts as well")
     add("--size", type=whole, help="pixels of a side (default: the model's)")
     add(
@@ -123,6 +130,7 @@ def _run(options: argparse.Namespace, progress: bool) -> int:
         seed=options.seed,
         checkpoint=checkpoint,
         checkpoint_every=CHECKPOINT_EVERY,
+        materialize=options.materialize,
         progress=progress,
         description="training",
         **prior,

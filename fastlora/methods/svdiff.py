@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from fastlora.adapters import LoRA, Spectral, adapted_layers, inject, parameters
 from fastlora.samplers.schedule import Schedule
-from fastlora.training import TrainResult, prior_preservation, train
+from fastlora.training import TrainResult, adamw, prior_preservation, train
 from fastlora.training.losses import Batch, Loss
 
 # [1, ...] for all pictures, [N, ...] one for each, or a function of the drawn indices int64
@@ -75,6 +75,7 @@ def train_shifts(
     seed: int = 0,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 500,
+    materialize: Literal["forward", "step"] | None = None,
     progress: bool = True,
     description: str = "subject",
 ) -> TrainResult:
@@ -82,8 +83,9 @@ def train_shifts(
     its numbers alone.
 
     AdamW with weight decay 1e-2 and constant rates, `lr` for matrices and `norm_lr` for norms,
-    gradients clipped to 1: SVDiff's settings. `checkpoint` as in `train`. Raises what `inject` and
-    `train` raise; an adapter that was injected is then still there.
+    gradients clipped to 1: SVDiff's settings. `checkpoint` and `materialize` as in `train`: "step"
+    is quicker and takes one more copy of the adapted weights. Raises what `inject` and `train`
+    raise; an adapter that was injected is then still there.
     """
     inject(model, adapter or Spectral(), where, name=name, seed=seed)
     layers = [m for m in adapted_layers(model).values() if m.is_norm() and name in m.fastlora]
@@ -94,7 +96,7 @@ def train_shifts(
             {"params": [p for p in trained if id(p) not in norms], "lr": lr},
             {"params": [p for p in trained if id(p) in norms], "lr": norm_lr},
         ]
-        return torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=1e-2)
+        return adamw([g for g in groups if g["params"]])
 
     return train(
         model,
@@ -107,6 +109,7 @@ def train_shifts(
         seed=seed,
         checkpoint=checkpoint,
         checkpoint_every=checkpoint_every,
+        materialize=materialize,
         progress=progress,
         description=description,
     )

@@ -25,6 +25,7 @@ from fastlora.samplers.schedule import Schedule
 from .checkpoint import ensure_writable, load_checkpoint, save_checkpoint
 from .ema import EMA
 from .losses import Batch, Loss
+from .optimizers import adamw
 
 _READ_EVERY = 10  # steps between two readings of the metrics: a reading waits for the device
 
@@ -101,7 +102,7 @@ def train(
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None:
         ensure_writable(path.parent)
-    make = optimizer or (lambda p: torch.optim.AdamW(p, lr=lr, weight_decay=1e-2))
+    make = optimizer or (lambda p: adamw(p, lr=lr))
     ema = None if ema_decay is None else EMA(named, ema_decay)
     state = _State(named, make(list(named.values())), ema, seed)
     was_training = model.training

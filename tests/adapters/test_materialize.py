@@ -286,6 +286,23 @@ def test_step_makes_all_weights_in_one_call_for_each_step(made: list[int]) -> No
         assert len(made) == 4
 
 
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_step_sees_every_optimiser_s_steps(kind: Any, options: dict[str, bool]) -> None:
+    """Fused ones leave the version counters of what they write alone."""
+    layer, x = nn.Linear(12, 9, dtype=torch.float64), torch.randn(MANY, 12, dtype=torch.float64)
+    plain = copy.deepcopy(layer)
+    fastlora.inject(layer, fastlora.Spectral(), name="s")
+    optimiser = kind(fastlora.parameters(layer), lr=0.1, **options)
+    with fastlora.materialize(layer, "step"):
+        for _ in range(2):
+            optimiser.zero_grad()
+            layer(x).square().mean().backward()
+            optimiser.step()
+            weight = spectral_weight(plain, layer.fastlora["s"].shift, 1.0)
+            torch.testing.assert_close(layer(x), x @ weight.T + plain.bias.detach())
+
+
 def test_step_follows_what_changes(made: list[int]) -> None:
     layer, x = nn.Linear(12, 9, dtype=torch.float64), torch.randn(MANY, 12, dtype=torch.float64)
     plain = copy.deepcopy(layer)

@@ -323,3 +323,26 @@ def test_other_layers_of_a_folded_model_train() -> None:
     run(model, parameters=chosen, steps=2)
     moved = {name for name, w in weights(model).items() if not torch.equal(w, before[name])}
     assert moved == {"last.weight", "first.bias"}
+
+
+def test_the_default_optimizer_is_adamw_for_all_parameters_in_one_call() -> None:
+    """Decoupled weight decay and bias-corrected moments (Loshchilov & Hutter 2019), by hand."""
+    from fastlora.training import adamw
+
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(3, generator=generator)) for _ in range(2)]
+    groups = [{"params": weights[:1], "lr": 0.1}, {"params": weights[1:], "lr": 0.01}]
+    optimizer = adamw(groups)
+    assert all(group["fused"] and group["weight_decay"] == 1e-2 for group in optimizer.param_groups)
+    for w, lr in zip(weights, (0.1, 0.01), strict=True):
+        expected, m, v = w.detach().double(), 0.0, 0.0
+        for step in (1, 2, 3):
+            g = torch.full((3,), float(step), dtype=torch.float64)
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+            size = (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
+            expected = expected * (1 - lr * 1e-2) - lr * size
+            w.grad = g.float()
+            optimizer.step()
+            for other in weights:
+                other.grad = None
+        torch.testing.assert_close(w.detach(), expected.float())

@@ -116,6 +116,7 @@ def _train(
             batch=settings.batch,
             lr=rate,
             norm_lr=settings.norm_rate,
+            materialize="step",
             **common,
         )
         parameters = fastlora.adapters(model)[NAME].parameters

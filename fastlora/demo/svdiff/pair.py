@@ -114,6 +114,7 @@ def _way(
         steps=settings.pair_steps,
         lr=settings.pair_rate,
         norm_lr=settings.norm_rate,
+        materialize="step",
         seed=world.seed,
         progress=world.progress,
         description=f"  training ({name})",
