@@ -10,10 +10,14 @@ from torch import nn
 _FUSED = ("cpu", "cuda")  # devices on which one call for all parameters is there in every release
 
 
-def adamw(parameters: list[nn.Parameter] | list[dict[str, Any]], **options: Any) -> torch.optim.AdamW:
+def adamw(
+    parameters: list[nn.Parameter] | list[dict[str, Any]], **options: Any
+) -> torch.optim.AdamW:
     """torch's AdamW of parameters or groups of them, weight decay 1e-2, in one call a step: an
     adapter has hundreds of small parameters, and going through them one by one takes longer than
     the arithmetic."""
     groups: list[Any] = [g["params"] if isinstance(g, dict) else [g] for g in parameters]
-    fused = all(p.device.type in _FUSED and p.is_floating_point() for group in groups for p in group)
+    fused = all(
+        p.device.type in _FUSED and p.is_floating_point() for group in groups for p in group
+    )
     return torch.optim.AdamW(parameters, fused=fused, **{"weight_decay": 1e-2, **options})
