@@ -6,7 +6,28 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastlora.commands import CommandError, train_svdiff
+from fastlora.adapters import AdapterError
+from fastlora.commands import (
+    CommandError,
+    convert,
+    extract,
+    fold,
+    inspect,
+    merge,
+    train_svdiff,
+    verify,
+)
+from fastlora.formats.files import FormatError
+
+# Commands about adapter files: each module has HELP, DESCRIPTION, add_arguments and run.
+FILE_COMMANDS = {
+    "inspect": inspect,
+    "convert": convert,
+    "merge": merge,
+    "extract": extract,
+    "fold": fold,
+    "verify": verify,
+}
 
 # Modules of optional packages, and what to install for them.
 PACKAGES = {"sklearn": "scikit-learn", "PIL": "pillow"}
@@ -65,6 +86,10 @@ def parser() -> argparse.ArgumentParser:
         " options.",
     )
     train_svdiff.add_arguments(svdiff)
+
+    for name, module in FILE_COMMANDS.items():
+        command = commands.add_parser(name, help=module.HELP, description=module.DESCRIPTION)
+        module.add_arguments(command)
     return main
 
 
@@ -78,6 +103,8 @@ def seed(text: str) -> int:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.command == "train":
         return train_svdiff.run(arguments)
+    if arguments.command in FILE_COMMANDS:
+        return FILE_COMMANDS[arguments.command].run(arguments)
     if arguments.command == "demo" and arguments.part == "svdiff":
         from fastlora.demo.svdiff import main
 
@@ -112,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `fastlora doctor | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (CommandError, ModuleNotFoundError, OSError) as error:
+    except (CommandError, AdapterError, FormatError, ModuleNotFoundError, OSError) as error:
         if arguments.traceback:
             raise
         print(f"fastlora {arguments.command}: {explain(error)}", file=sys.stderr)

@@ -239,6 +239,14 @@ class AdapterFile:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
+class Packed(NamedTuple):
+    """What a writer makes of changes: a safetensors file, and for PEFT adapter_config.json."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    config: dict[str, Any] | None = None
+
+
 def norms(weight: Tensor, axis: Literal["out", "in"]) -> Tensor:
     """DoRA's norms, [out, 1, ...] or [1, in, 1, ...]: over all dimensions but one."""
     kept = 0 if axis == "out" else 1
