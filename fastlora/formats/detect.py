@@ -16,7 +16,7 @@ def unpack(
     config: Mapping[str, Any] | None = None,
     source: str = "the file",
 ) -> AdapterFile:
-    """The changes that a file asks for, whatever its format. `config` is PEFT's adapter_config.json.
+    """The changes that a file asks for, whatever its format; `config`: PEFT's adapter_config.json.
 
     Values are not looked at but for scalars, so that all else may be on the meta device. Raises
     FormatError naming `source` and the keys for a file that no format explains.
