@@ -47,8 +47,8 @@ def _refuse(target: Target, change: Change) -> None:
         )
     if change.magnitude is not None and (weight is None or isinstance(weight, Dense)):
         raise FormatError(
-            f"{target}: LyCORIS has DoRA of factors only, got {change.kind}; merge the adapter into "
-            "the model and extract what has changed"
+            f"{target}: LyCORIS has DoRA of factors only, got {change.kind}; merge the adapter "
+            "into the model and extract what has changed"
         )
     if isinstance(weight, LowRank) and weight.embedding:
         raise FormatError(f"{target}: kohya's files have no embeddings; write a PEFT file instead")
