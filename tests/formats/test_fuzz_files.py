@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fastlora.formats import diffusers, files, header, kohya, native, peft
-from fastlora.formats.changes import AdapterFile
+from fastlora.formats.changes import AdapterFile, Change, Dense, Hadamard, Kronecker, LowRank
 from fastlora.formats.files import FormatError, SafetensorsFile
 from tests.formats.mutate import join, mutants, packed, survive, truncations
 
@@ -81,13 +81,15 @@ def peft_dora() -> bytes:
         tensors[f"{start}.lora_A.weight"] = torch.randn(2, 3)
         tensors[f"{start}.lora_B.weight"] = torch.randn(4, 2)
         tensors[f"{start}.lora_magnitude_vector"] = torch.rand(4)
-    tensors["base_model.model.tokens.lora_embedding_A"] = torch.randn(2, 5)
-    tensors["base_model.model.tokens.lora_embedding_B"] = torch.randn(3, 2)
+    start = "base_model.model.tokens"
+    tensors[f"{start}.lora_embedding_A"] = torch.randn(2, 5)
+    tensors[f"{start}.lora_embedding_B"] = torch.randn(3, 2)
+    tensors[f"{start}.lora_magnitude_vector"] = torch.rand(3)
     config = {
         "peft_type": "LORA",
         "r": 2,
         "lora_alpha": 4,
-        "use_dora": False,
+        "use_dora": True,
         "use_rslora": False,
         "rank_pattern": {"blocks.1.to_q": 2},
         "alpha_pattern": {"tokens": 1.5},
@@ -176,7 +178,8 @@ def by(unpack: Callable[..., AdapterFile]) -> Callable[[Path], None]:
         tensors, metadata = files.read(path)
         try:
             check_adapter(unpack(tensors, metadata), tensors)
-            check_adapter(unpack(outline(path), metadata), tensors)
+            without_values = outline(path)
+            check_adapter(unpack(without_values, metadata), without_values)
         except FormatError as error:
             raise FormatError(f"{path}: {error}") from None
 
@@ -184,13 +187,44 @@ def by(unpack: Callable[..., AdapterFile]) -> Callable[[Path], None]:
 
 
 def check_adapter(file: AdapterFile, tensors: dict[str, Tensor]) -> None:
-    """Every key has a meaning or a reason to have none; what a change says of itself can be asked."""
+    """Every key has a meaning or a reason to have none, and what a change says can be computed."""
     meant = [key for change in file.changes.values() for key in change.keys]
     assert set(meant) | set(file.unused) == set(tensors)
     assert set(meant).isdisjoint(file.unused)
     for target, change in file.changes.items():
         assert str(target) and change.kind
         assert math.isfinite(getattr(change.weight, "ratio", 0.0)), target
+        weight = weight_for(change)
+        if weight is not None and not any(tensors[key].is_meta for key in change.keys):
+            assert change.changed(weight).shape == weight.shape, target
+
+
+def weight_for(change: Change) -> Tensor | None:
+    """Any weight that the change is for; None where its tensors do not tell the shape."""
+    match change.weight:
+        case LowRank(down, up, mid=None, embedding=False):
+            shape = (up.shape[0], *down.shape[1:])
+        case LowRank(down, up, mid=None):
+            shape = (down.shape[1], up.shape[0])
+        case Hadamard(w1_a, w1_b, t1=None):
+            shape = (w1_a.shape[0], w1_b.shape[1])
+        case Kronecker(t2=None) as found:
+            first = found.w1 if found.w1 is not None else _ends(found.w1_a, found.w1_b)
+            second = found.w2 if found.w2 is not None else _ends(found.w2_a, found.w2_b)
+            rows, columns, *kernel = second.shape
+            shape = (first.shape[0] * rows, first.shape[1] * columns, *kernel)
+        case Dense(diff):
+            shape = diff.shape
+        case _:
+            return None
+    rows = shape[0] if change.rows is None else change.rows[1] - change.rows[0]
+    return torch.ones(rows, *shape[1:], dtype=torch.float64)
+
+
+def _ends(a: Tensor | None, b: Tensor | None) -> Tensor:
+    """Something of the shape of a @ b."""
+    assert a is not None and b is not None
+    return torch.empty(a.shape[0], b.shape[1], device="meta")
 
 
 def unpack_peft(tensors: dict[str, Tensor], metadata: dict[str, str]) -> AdapterFile:
