@@ -103,9 +103,7 @@ class SafetensorsFile:
             if self._begin > size or len(start) < header.LENGTH_BYTES:
                 raise ValueError(f"expected a header of {length} bytes, got a file of {size}")
             if length > header.LIMIT:
-                raise ValueError(
-                    f"expected a header of at most {header.LIMIT} bytes, got {length}"
-                )
+                raise ValueError(f"expected a header of at most {header.LIMIT} bytes, got {length}")
             return header.parse(self._file.read(length), size - self._begin)
         except ValueError as error:
             # Only now: the header's length, with which a safetensors file begins, may be these.
@@ -197,4 +195,5 @@ def save_file(tensors: Mapping[str, Tensor], path: str, metadata: Mapping[str, s
 def as_bytes(tensor: Tensor) -> Tensor:
     """The values in order, uint8 on the CPU: the tensor's own memory where that has them so."""
     plain = tensor.detach().cpu().resolve_conj().resolve_neg()
-    return plain.contiguous().view(-1).view(torch.uint8)
+    # Not view(-1): one element is contiguous with any stride, and would keep it.
+    return plain.contiguous().as_strided((plain.numel(),), (1,)).view(torch.uint8)
