@@ -6,20 +6,16 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fastlora.adapters.arena import checked
 from fastlora.adapters.base_hash import base_hash
 from fastlora.adapters.control import some_names
 from fastlora.adapters.deltas import DeltaSlot
-from fastlora.adapters.fitting import lora_slot, spectral_slot
-from fastlora.adapters.inject import attach, check_name
-from fastlora.adapters.lookup import adapted_layers, require_known, unwrapped
+from fastlora.adapters.lookup import adapted_layers, require_known
 from fastlora.adapters.slots import Slot, SpectralSlot
-from fastlora.adapters.specs import AdapterError, AdapterInfo, LoRA, Spectral
+from fastlora.adapters.specs import AdapterError
 from fastlora.formats import files, native
 from fastlora.formats.changes import LowRank
-from fastlora.formats.files import FormatError
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> None:
@@ -58,52 +54,6 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     files.write(path, *native.pack(modules, config))
 
 
-# What is made under inference mode has to serve training later.
-@torch.inference_mode(False)
-def load(
-    model: nn.Module,
-    path: str | os.PathLike[str],
-    name: str = "default",
-    scale: float | Tensor = 1.0,
-    freeze: bool = True,
-    any_base: bool = False,
-) -> AdapterInfo:
-    """Reads an adapter file into the model under `name`, with strength `scale`.
-
-    Strict: every tensor of the file has to fit a layer of the model, or nothing is changed. The
-    weights keep the file's dtype where the layer can use it (its own, or float32).
-
-    Spectral shifts mean the singular values of the weights that they were trained on. A file has a
-    hash of each, which their copies in other dtypes have too, and is refused by other weights;
-    `any_base` puts the shifts there all the same, i-th shift on i-th singular value, where shapes
-    allow it. Shifts of a truncated decomposition need one of the same ranks (`decompose`).
-
-    Raises FormatError for a bad file (a pickle, truncated, foreign, NaN, a setting that is none),
-    AdapterError for one that does not fit the model, and for a `scale` that `set_scale` would
-    refuse.
-    """
-    model = unwrapped(model)
-    check_name(model, name)
-    scale = checked(name, scale)
-    modules, config = native.unpack(*files.read(path), source=str(path))
-    targets = dict(model.named_modules(remove_duplicate=False))
-    slots: dict[str, Slot] = {}
-    for module_path, tensors in modules.items():
-        if module_path not in targets:
-            raise AdapterError(f"{path}: the model has no module {module_path!r}")
-        target = targets[module_path]
-        twin = next((p for p in slots if targets[p] is target), None)
-        if twin is not None:
-            raise AdapterError(f"{path}: {module_path} and {twin} are the same layer of the model")
-        try:
-            slots[module_path] = slot_of(target, config, module_path, tensors, any_base)
-        except AdapterError as error:
-            raise AdapterError(f"{path}: {module_path}: {error}") from None
-        except (FormatError, TypeError) as error:
-            raise FormatError(f"{path}: {module_path}: {error}") from None
-    return attach(model, slots, name, freeze=freeze, scale=scale)
-
-
 def refuse_deltas(name: str, slots: Iterable[Slot]) -> None:
     deltas = [slot for slot in slots if isinstance(slot, DeltaSlot)]
     if deltas:
@@ -126,21 +76,3 @@ def settings(slot: Slot) -> dict[str, Any]:
     """A slot's configuration as JSON: the fields of its LoRA or Spectral."""
     fields = dataclasses.asdict(slot.spec)  # type: ignore[arg-type]
     return {k: v for k, v in fields.items() if k not in ("ranks", "alphas")}
-
-
-def slot_of(
-    target: nn.Module,
-    config: dict[str, Any],
-    path: str,
-    tensors: dict[str, Tensor],
-    any_base: bool = False,
-) -> Slot:
-    """A slot with the file's values, after checking that it fits the layer."""
-    fields = config["modules"][path]
-    try:
-        spec = LoRA(**fields) if config["kind"] == "lora" else Spectral(**fields)
-    except AdapterError as error:
-        raise FormatError(str(error)) from None
-    if isinstance(spec, Spectral):
-        return spectral_slot(target, spec, tensors, config["base_hash"].get(path), any_base)
-    return lora_slot(target, spec, tensors)
