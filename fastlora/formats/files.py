@@ -157,6 +157,8 @@ def write(
     try:
         replace(target, tensors, metadata)
     except OSError as error:  # which names the temporary file, or none
+        if error.errno is None:
+            raise OSError(f"{path}: {error}") from None
         raise OSError(error.errno, error.strerror, str(path)) from None
     except ValueError as error:
         raise FormatError(f"{path}: {error}") from None

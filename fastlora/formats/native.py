@@ -106,10 +106,10 @@ def read_config(content: Any, version: str) -> dict[str, Any]:
     if kind in METHOD and method != METHOD[kind]:
         raise TypeError(f"expected method {METHOD[kind]!r}, got {method!r}")
     config = {"kind": kind, "modules": {p: {**common, **own} for p, own in settings.items()}}
-    embeddings = content.get("embeddings", [])
-    if not isinstance(embeddings, list):
-        raise TypeError("embeddings is not a list of modules")
-    config["embeddings"] = embeddings
+    if "embeddings" in content:
+        if not isinstance(content["embeddings"], list):
+            raise TypeError("embeddings is not a list of modules")
+        config["embeddings"] = content["embeddings"]
     hashes = content.get("weight_prints" if version == "1" else "base_hash")
     if kind == "spectral":
         config["base_hash"] = hashes if isinstance(hashes, dict) else {}
@@ -189,19 +189,40 @@ def pack_changes(changes: Mapping[Target, Change]) -> Packed:
 
 def _low_rank(own: Mapping[str, Tensor], fields: Mapping[str, Any]) -> LowRank:
     """Raises KeyError for a tensor that is missing, ValueError for a setting that is none."""
-    down, up, alpha = own["down"], own["up"], fields.get("alpha")
+    _check_settings(fields)
+    rank, dora = fields.get("rank"), fields.get("dora", False)
+    for name in PARAMETERS["lora"] if dora else PARAMETERS["lora"][:2]:
+        if name not in own:
+            raise ValueError(f"{name}: expected a tensor, got nothing")
+    if not dora and "magnitude" in own:
+        raise ValueError("magnitude: expected none for a LoRA without dora")
+    down, up = own["down"], own["up"]
     if down.dim() < 2 or up.dim() < 2 or down.shape[0] < 1:
         raise ValueError(
             f"expected down [rank, in] and up [out, rank], got {[*down.shape]} and {[*up.shape]}"
         )
-    alpha = None if alpha is None else number("alpha", alpha)
-    dropout = number("dropout", fields.get("dropout", 0.0))
-    if fields.get("rank", down.shape[0]) != down.shape[0]:
-        raise ValueError(f"expected rank {fields['rank']}, got down {[*down.shape]}")
-    if bool(fields.get("dora")) != ("magnitude" in own):
-        raise ValueError(f"dora is {bool(fields.get('dora'))}, got {sorted(own)}")
-    stabilized = bool(fields.get("rank_stabilized"))
-    return LowRank(down, up, alpha, stabilized, dropout=dropout)
+    if rank not in (None, down.shape[0]):
+        raise ValueError(f"down: expected rank {rank}, got {[*down.shape]}")
+    alpha, stabilized = fields.get("alpha"), fields.get("rank_stabilized", False)
+    return LowRank(down, up, alpha, stabilized, dropout=fields.get("dropout", 0.0))
+
+
+def _check_settings(fields: Mapping[str, Any]) -> None:
+    """Raises ValueError for a LoRA's setting that is unknown, of a wrong type or out of range."""
+    strangers = sorted(set(fields) - {"rank", "alpha", "rank_stabilized", "dropout", "dora"})
+    if strangers:
+        raise ValueError(f"unknown settings {strangers}")
+    for name in ("rank_stabilized", "dora"):
+        value = fields.get(name, False)
+        if not isinstance(value, bool):  # 'no' would be taken as yes
+            raise ValueError(f"{name}: expected True or False, got {value!r}")
+    rank = fields.get("rank", 1)
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank < 2**31:
+        raise ValueError(f"rank: expected an integer >= 1 and below 2^31, got {rank!r:.40}")
+    if fields.get("alpha") is not None and number("alpha", fields["alpha"]) == 0:
+        raise ValueError("alpha: expected a number that is not 0, got 0")
+    if not 0 <= number("dropout", fields.get("dropout", 0.0)) < 1:
+        raise ValueError(f"dropout: expected a value in [0, 1), got {fields['dropout']!r}")
 
 
 def _written(target: Target, change: Change) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
