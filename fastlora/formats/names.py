@@ -77,6 +77,8 @@ def places(prefix: str, flat: str, family: str | None = None) -> tuple[Place, ..
     `family` "flux" makes lora_te3 what it is in files for FLUX: T5, the second text encoder there
     and the third of SD3.
     """
+    if not flat:
+        return ()
     if prefix == "lora_te3" and family == "flux":
         return (Place(_named("text_encoder_2", flat)),)
     if prefix in _TEXT_ENCODERS:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from fastlora.formats.names_grammar import INDEX
+
 
 class Share(NamedTuple):
-    """A module's path, and the rows [first, last) of `total` equal parts that it has of a name's."""
+    """A module's path, and which rows of a name's it has: [first, last) of `total` equal parts."""
 
     path: str
     first: int = 0
@@ -73,9 +75,8 @@ _BLOCKS_BACK = {
     for original, (blocks, names) in _BLOCKS.items()
 }
 
-_INDEX = "(0|[1-9][0-9]{0,3})"
-_ORIGINAL = re.compile(rf"(double_blocks|single_blocks)_{_INDEX}_(\w+)")
-_DIFFUSERS = re.compile(rf"(transformer_blocks|single_transformer_blocks)\.{_INDEX}\.(.+)")
+_ORIGINAL = re.compile(rf"(double_blocks|single_blocks)_({INDEX})_(\w+)")
+_DIFFUSERS = re.compile(rf"(transformer_blocks|single_transformer_blocks)\.({INDEX})\.(.+)")
 
 
 def shares(flat: str) -> tuple[Share, ...]:
@@ -93,7 +94,7 @@ def shares(flat: str) -> tuple[Share, ...]:
 
 
 def from_diffusers(path: str) -> tuple[str, int, int, int] | None:
-    """The original name of a module, and the rows [first, last) of `total` parts that it has of it."""
+    """The original name of a module, and its rows there, [first, last) of `total` equal parts."""
     if path in _STEM_BACK:
         return _STEM_BACK[path], 0, 1, 1
     match = _DIFFUSERS.fullmatch(path)

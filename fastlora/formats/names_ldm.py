@@ -3,15 +3,15 @@
 The original has one list of layers where diffusers has blocks of them. With two layers in a block,
 as all of these models have, `input_blocks` is the first convolution and then, for each block, two
 layers and a downsampler; `output_blocks` is three layers for each block, the last of which also has
-the block's upsampler. A layer's parts are a resnet (0), then an attention if the block has any, then
-the upsampler: 1 or 2.
+the block's upsampler. A layer's parts are a resnet (0), an attention if the block has any (1), and
+the upsampler: 2, or 1 without attention.
 """
 
 from __future__ import annotations
 
 import re
 
-from fastlora.formats.names_grammar import dotted
+from fastlora.formats.names_grammar import INDEX, dotted
 
 _STEM = {
     "time_embed_0": "time_embedding.linear_1",
@@ -36,11 +36,10 @@ _STEM_BACK = {path: flat for flat, path in _STEM.items()}
 _RESNET_BACK = {path: flat for flat, path in _RESNET.items()}
 _MIDDLE_BACK = {place: part for part, place in _MIDDLE.items()}
 
-_INDEX = "(0|[1-9][0-9]{0,3})"
-_ORIGINAL = re.compile(rf"(?:(input|output)_blocks_{_INDEX}|middle_block)_([012])_(\w+)")
+_ORIGINAL = re.compile(rf"(?:(input|output)_blocks_({INDEX})|middle_block)_([012])_(\w+)")
 _DIFFUSERS = re.compile(
-    rf"(?:(down|up)_blocks\.{_INDEX}|mid_block)"
-    rf"\.(resnets|attentions|downsamplers|upsamplers)\.{_INDEX}\.(.+)"
+    rf"(?:(down|up)_blocks\.({INDEX})|mid_block)"
+    rf"\.(resnets|attentions|downsamplers|upsamplers)\.({INDEX})\.(.+)"
 )
 
 
