@@ -45,6 +45,11 @@ def _refuse(target: Target, change: Change) -> None:
         raise FormatError(
             f"{target}: shifts of singular values need the base's weight; extract a LoRA of them"
         )
+    if change.magnitude is not None and (weight is None or isinstance(weight, Dense)):
+        raise FormatError(
+            f"{target}: LyCORIS has DoRA of factors only, got {change.kind}; merge the adapter "
+            "into the model and extract what has changed"
+        )
     if isinstance(weight, LowRank) and weight.embedding:
         raise FormatError(f"{target}: kohya's files have no embeddings; write a PEFT file instead")
     if isinstance(weight, LowRank) and weight.up.shape[1] != weight.down.shape[0]:

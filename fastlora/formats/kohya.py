@@ -17,7 +17,7 @@ from fastlora.formats import names
 from fastlora.formats._kohya_fused import split
 from fastlora.formats._kohya_parts import KNOWN, LYCORIS, change_of, foreign
 from fastlora.formats._kohya_write import write
-from fastlora.formats.changes import AdapterFile, Change, LowRank, Packed, Target
+from fastlora.formats.changes import AdapterFile, Change, LowRank, Packed, Shift, Target
 from fastlora.formats.files import FormatError
 from fastlora.formats.names import Place
 
@@ -61,7 +61,7 @@ def pack(changes: Mapping[Target, Change], family: str | None = None) -> Packed:
     Raises FormatError naming the target that such a file cannot have, and the way out.
     """
     for target, change in changes.items():
-        if not isinstance(change.weight, LowRank) or change.bias is not None:
+        if not isinstance(change.weight, LowRank | Shift) or change.bias is not None:
             also = " with a bias" if change.weight is not None and change.bias is not None else ""
             raise FormatError(
                 f"{target}: expected LoRA, got {change.kind}{also}; write a LyCORIS file instead"

@@ -1,0 +1,271 @@
+"""A layer of PEFT's format, which diffusers' files have too, as a Change, and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastlora.formats.changes import Change, Hadamard, Kronecker, LowRank, Target
+from fastlora.formats.files import FormatError
+from fastlora.formats.peft_config import Settings
+
+
+class Entry(NamedTuple):
+    """What a key means: "lora_A", "lora_B.bias", "hada_w1_a", "alpha" ... of a module."""
+
+    target: Target
+    parameter: str
+    adapter: str | None = None  # its name, where the key has it
+
+
+class Layer(NamedTuple):
+    """A change that the format can hold."""
+
+    weight: LowRank
+    bias: Tensor | None
+    magnitude: Tensor | None
+
+
+Parts = dict[str, tuple[str, Tensor]]  # by parameter: key and tensor
+
+
+def gather(
+    tensors: Mapping[str, Tensor], entry_of: Callable[[str], Entry | None]
+) -> tuple[dict[Target, Parts], list[str]]:
+    """The tensors by module, and the keys that mean nothing.
+
+    Raises FormatError for two tensors with one meaning, and for two adapters in one file.
+    """
+    modules: dict[Target, Parts] = {}
+    others: list[str] = []
+    names: dict[str, str] = {}
+    for key, tensor in tensors.items():
+        entry = entry_of(key)
+        if entry is None:
+            others.append(key)
+            continue
+        parts = modules.setdefault(entry.target, {})
+        if entry.adapter is not None:
+            names.setdefault(entry.adapter, key)
+        if len(names) > 1:
+            raise FormatError(f"expected one adapter in a file, got {sorted(names)} ({key})")
+        if entry.parameter in parts:
+            raise FormatError(f"{key} and {parts[entry.parameter][0]} are the same tensor")
+        parts[entry.parameter] = key, tensor
+    return modules, others
+
+
+def change_of(target: Target, parts: Parts, settings: Settings) -> Change:
+    """The change that a module's tensors and the file's settings describe.
+
+    Raises FormatError for tensors that are missing, too many or of other shapes than each other or
+    the settings.
+    """
+    own = {parameter: tensor for parameter, (_, tensor) in parts.items()}
+    alpha = _alpha(target, own.pop("alpha", None), settings)
+    families = sorted({parameter.partition("_")[0] for parameter in own})
+    if len(families) != 1:
+        raise FormatError(f"{target}: expected tensors of one method, got {sorted(parts)}")
+    (family,) = families
+    if settings.kind not in (None, KINDS[family]):
+        raise FormatError(f"{target}: expected tensors of {settings.kind}, got {sorted(own)}")
+    change = READERS[family](target, own, alpha, settings)
+    if own:
+        raise FormatError(f"{target}: unexpected {', '.join(sorted(own))}")
+    return replace(change, keys=tuple(key for key, _ in parts.values()))
+
+
+def layers_of(changes: Mapping[Target, Change], format: str) -> dict[Target, Layer]:
+    """Each change as a LoRA of the module itself.
+
+    Raises FormatError naming the first target that the format cannot hold.
+    """
+    layers: dict[Target, Layer] = {}
+    for target, change in changes.items():
+        refusal = _refusal(target, change)
+        if refusal is not None:
+            raise FormatError(f"{target}: {format} cannot hold it: {refusal}")
+        layers[target] = Layer(_own_rows(change), change.bias, change.magnitude)
+    if not layers:
+        raise FormatError(f"{format}: expected at least one change, got none")
+    return layers
+
+
+def all_dora(layers: Mapping[Target, Layer], format: str) -> bool:
+    """Whether the layers have magnitudes. Raises FormatError where only some have."""
+    plain = [target for target, layer in layers.items() if layer.magnitude is None]
+    if plain and len(plain) < len(layers):
+        raise FormatError(
+            f"{plain[0]}: {format} cannot hold it beside DoRA: a file has magnitudes for all "
+            "modules or for none; write two files"
+        )
+    return not plain
+
+
+def tensors_of(
+    name: str, layer: Layer, bias: bool, magnitude: str = "lora_magnitude_vector"
+) -> dict[str, Tensor]:
+    """PEFT's tensors of a module; `bias`: with a bias, zero where the layer has none."""
+    low = layer.weight
+    if low.embedding:
+        tensors = {f"{name}.lora_embedding_A": low.down, f"{name}.lora_embedding_B": low.up}
+    else:
+        tensors = {f"{name}.lora_A.weight": low.down, f"{name}.lora_B.weight": low.up}
+    if bias:
+        own = low.up.new_zeros(len(low.up)) if layer.bias is None else layer.bias / low.ratio
+        tensors[f"{name}.lora_B.bias"] = own
+    if layer.magnitude is not None:
+        tensors[f"{name}.{magnitude}"] = magnitude_of(layer)
+    return tensors
+
+
+def magnitude_of(layer: Layer) -> Tensor:
+    """[out], of a convolution [1, out, 1, ...]."""
+    assert layer.magnitude is not None
+    extra = layer.weight.down.dim() - 2
+    return layer.magnitude.view(1, -1, *[1] * extra) if extra else layer.magnitude
+
+
+def _alpha(target: Target, tensor: Tensor | None, settings: Settings) -> float | None:
+    """The alpha of a key beside (zero: the rank, as kohya has it) or that of the settings."""
+    stated = settings.alpha_at(target.path)
+    if tensor is None:
+        return stated
+    if tensor.numel() != 1:
+        raise FormatError(f"{target}: alpha: expected one number, got {list(tensor.shape)}")
+    alpha = float(tensor) or None
+    if stated is not None and alpha != stated:
+        raise FormatError(f"{target}: alpha: the settings say {stated}, the tensor beside {alpha}")
+    return alpha
+
+
+def _low_rank(
+    target: Target, own: dict[str, Tensor], alpha: float | None, settings: Settings
+) -> Change:
+    embedding = "lora_embedding_A" in own or "lora_embedding_B" in own
+    infix = "lora_embedding_" if embedding else "lora_"
+    down, up = _take(target, own, f"{infix}A", f"{infix}B")
+    if down.shape[0] < 1 or up.shape[1] != down.shape[0]:
+        # PEFT has [out, rank / groups] for a grouped convolution, but an A that sees the inputs of
+        # all groups: no update of the weight.
+        raise FormatError(
+            f"{target}: {infix}A and {infix}B: expected [rank, in] and [out, rank], got "
+            f"{list(down.shape)} and {list(up.shape)} (a grouped convolution is not supported)"
+        )
+    _require_rank(target, down.shape[0], settings)
+    stabilized = settings.rank_stabilized
+    weight = LowRank(down, up, alpha, stabilized, None, embedding, settings.dropout)
+    bias, magnitude = own.pop("lora_B.bias", None), own.pop("lora_magnitude_vector", None)
+    if settings.dora is not None and settings.dora != (magnitude is not None):
+        got = "none" if magnitude is None else "one"
+        raise FormatError(f"{target}: use_dora is {settings.dora}, got {got} lora_magnitude_vector")
+    if magnitude is not None and bias is not None:
+        raise FormatError(f"{target}: DoRA with lora_bias is not supported: it scales the bias too")
+    if magnitude is not None:
+        if magnitude.numel() != len(up):
+            raise FormatError(
+                f"{target}: lora_magnitude_vector: expected {len(up)} elements, got "
+                f"{list(magnitude.shape)}"
+            )
+        magnitude = magnitude.reshape(-1)
+    if bias is not None:
+        if bias.shape != up.shape[:1]:
+            raise FormatError(
+                f"{target}: lora_B.bias: expected [{len(up)}], got {list(bias.shape)}"
+            )
+        bias = bias if weight.ratio == 1 else bias * weight.ratio
+    # An embedding's weight is [vocabulary, dim], and its norms are those of the columns.
+    axis: Literal["out", "in"] = "in" if embedding else "out"
+    return Change(weight, bias, magnitude, axis)
+
+
+def _hadamard(
+    target: Target, own: dict[str, Tensor], alpha: float | None, settings: Settings
+) -> Change:
+    names = ("w1_a", "w1_b", "w2_a", "w2_b")
+    factors = _take(target, own, *(f"hada_{name}" for name in names))
+    cores = {name: own.pop(f"hada_{name}", None) for name in ("t1", "t2")}
+    weight = Hadamard(*factors, alpha, **cores)
+    _require_rank(target, weight.rank, settings)
+    return Change(weight)
+
+
+def _kronecker(
+    target: Target, own: dict[str, Tensor], alpha: float | None, settings: Settings
+) -> Change:
+    factors: dict[str, Any] = {}
+    for name in ("w1", "w2"):
+        pieces = [name] if f"lokr_{name}" in own else [f"{name}_a", f"{name}_b"]
+        found = _take(target, own, *(f"lokr_{piece}" for piece in pieces))
+        factors.update(zip(pieces, found, strict=True))
+    factors["t2"] = own.pop("lokr_t2", None)
+    weight = Kronecker(**factors, alpha=alpha)
+    if weight.rank is not None:
+        _require_rank(target, weight.rank, settings)
+        return Change(weight)
+    # Two whole factors have no rank to divide alpha by, and LyCORIS takes a scale of 1 then, but
+    # PEFT that of the settings.
+    rank = settings.rank_at(target.path)
+    ratio = 1.0 if alpha is None or rank is None else alpha / rank
+    return Change(replace(weight, alpha=None, w1=_scaled(factors["w1"], ratio)))
+
+
+READERS = {"lora": _low_rank, "hada": _hadamard, "lokr": _kronecker}
+KINDS = {"lora": "LORA", "hada": "LOHA", "lokr": "LOKR"}  # PEFT's names of them
+
+
+def _take(target: Target, own: dict[str, Tensor], *names: str) -> list[Tensor]:
+    missing = [name for name in names if name not in own]
+    if missing:
+        raise FormatError(
+            f"{target}: expected {', '.join(names)}, got no {', '.join(missing)} ({sorted(own)})"
+        )
+    found = [own.pop(name) for name in names]
+    if any(tensor.dim() < 2 for tensor in found):
+        shapes = {name: list(tensor.shape) for name, tensor in zip(names, found, strict=True)}
+        raise FormatError(f"{target}: expected matrices, got {shapes}")
+    return found
+
+
+def _require_rank(target: Target, rank: int, settings: Settings) -> None:
+    expected = settings.rank_at(target.path)
+    if expected is not None and rank != expected:
+        raise FormatError(f"{target}: the settings say rank {expected}, the tensors have {rank}")
+
+
+def _scaled(factor: Tensor, ratio: float) -> Tensor:
+    """In at least float32, so that a ratio that is no power of two costs nothing."""
+    if ratio == 1:
+        return factor
+    return factor.to(torch.promote_types(factor.dtype, torch.float32)) * ratio
+
+
+def _refusal(target: Target, change: Change) -> str | None:
+    """Why a LoRA of PEFT cannot be this change, and what can; None where it can."""
+    if target.flat or not target.path:
+        return "expected the path of a module; find it in the model first"
+    low = change.weight
+    if not isinstance(low, LowRank):
+        return f"expected a low rank update, got {change.kind}; approximate it by a LoRA first"
+    if change.magnitude is not None and change.axis != ("in" if low.embedding else "out"):
+        return "its magnitudes are of inputs; keep LyCORIS' format"
+    if change.bias is not None and (change.magnitude is not None or low.embedding):
+        return "a bias beside DoRA, or of an embedding; keep LyCORIS' format"
+    if change.bias is not None and low.ratio == 0:
+        return "a bias beside alpha 0"
+    if low.up.shape[1] != low.rank:
+        return "a grouped convolution, of which PEFT has no update"
+    return None
+
+
+def _own_rows(change: Change) -> LowRank:
+    assert isinstance(change.weight, LowRank)
+    low = change.weight.without_mid()
+    if change.rows is None:
+        return low
+    first, last, _ = change.rows
+    return replace(low, up=low.up[first:last])
