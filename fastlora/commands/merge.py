@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastlora.commands.approximating import approximated
+from fastlora.commands.approximating import approximated, refuse_others
 from fastlora.commands.outputs import (
     FORMATS,
     add_output_arguments,
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 HELP = "several adapters with strengths in one file"
 DESCRIPTION = (
     "Adds adapters, each at its strength, in one file: the sum is exact, as ranks are put beside"
-    " each other, and the file's rank is the sum of the ranks. --rank cuts it down, and says what is"
-    " lost. DoRA and spectral shifts cannot be added without the model; fastlora fold adds them to"
-    " one. Exit code 1 if keys that mean nothing were left out."
+    " each other, and a module's rank is the sum of its ranks. --rank cuts it down, and says what"
+    " is lost. DoRA and spectral shifts cannot be added without the model; fastlora fold adds them"
+    " to one. Exit code 1 if keys that mean nothing were left out."
 )
 
 
@@ -43,7 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="adapter files of any format; the strength is 1 without =STRENGTH",
     )
     add("--out", type=Path, required=True, help="file to write (.safetensors); peft: folder")
-    add("--to", choices=FORMATS, metavar="FORMAT", help="format to write, see below (default: the first file's)")
+    add(
+        "--to",
+        choices=FORMATS,
+        metavar="FORMAT",
+        help="format to write, see below (default: the first file's)",
+    )
     add(
         "--rank",
         type=whole,
@@ -59,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def file_and_strength(text: str) -> tuple[Path, float]:
-    """argparse's type of "FILE=0.8"; a file may have = in its name, and need not have a strength."""
+    """argparse's type of "FILE=0.8" and of "FILE", even if the name has an = in it."""
     path, mark, strength = text.rpartition("=")
     if not mark or Path(text).exists():
         return Path(text), 1.0
@@ -96,6 +101,8 @@ def run(options: argparse.Namespace) -> int:
     if options.rank is not None:
         changes, losses = approximated(changes, options.rank, torch_dtype(options.dtype), lora=True)
         error = losses.report(options.rank)
+    else:
+        refuse_others(changes, format)
     report = {
         "inputs": [
             {"file": str(path), "format": file.format, "strength": strength}
@@ -105,7 +112,8 @@ def run(options: argparse.Namespace) -> int:
         "unused": {str(p): f.unused for p, f in zip(paths, found, strict=True) if f.unused},
         "notes": notes,
     }
-    return finish(cast(changes, options.dtype), options.out, format, report, options.json)
+    changes = cast(changes, options.dtype)
+    return finish(changes, found, report, options.out, format, options.json)
 
 
 def dtypes(changes: Iterable[Change]) -> set[str]:

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import os
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,15 +135,39 @@ def _fitting(target: Target, tensor: torch.Tensor, dtype: torch.dtype) -> torch.
 
     values = tensor.to(dtype)
     if not torch.isfinite(values).all():
-        raise CommandError(f"--dtype: {target}: a value of {tensor.abs().max():.3g} is beyond {dtype}")
+        raise CommandError(
+            f"--dtype: {target}: a value of {tensor.abs().max():.3g} is beyond {dtype}"
+        )
     return values
 
 
+def carried(files: Sequence[AdapterFile]) -> dict[str, str]:
+    """What trainers say of the base, the data and the like, where all files say the same.
+
+    What says how the file itself is made is left out: ranks, alphas, hashes.
+    """
+    first, *others = (file.metadata for file in files)
+    return {
+        key: value
+        for key, value in first.items()
+        if key.startswith(("ss_", "modelspec."))
+        and not key.startswith(("ss_network_", "modelspec.hash"))
+        and all(other.get(key) == value for other in others)
+    }
+
+
 def finish(
-    changes: Mapping[Target, Change], out: Path, format: str, report: dict[str, Any], as_json: bool
+    changes: Mapping[Target, Change],
+    files: Sequence[AdapterFile],
+    report: dict[str, Any],
+    out: Path,
+    format: str,
+    as_json: bool,
 ) -> int:
-    """Packs, writes, says it; 1 where the inputs had keys that mean nothing. Raises FormatError,
-    OSError, and leaves nothing behind then."""
+    """Packs, writes, says it; 1 where the inputs had keys that mean nothing.
+
+    Raises CommandError, FormatError, OSError, and leaves nothing behind then.
+    """
     from fastlora.commands.terminal import say_json
     from fastlora.formats import writing
 
@@ -154,6 +178,7 @@ def finish(
             f" --only {parts[0]} and so on"
         )
     packed = writing.pack(changes, format)
+    packed = packed._replace(metadata={**carried(files), **packed.metadata})
     large = [t for t in packed.tensors.values() if t.numel() > 1]  # no alphas
     writing.write(out, packed)
     report = {

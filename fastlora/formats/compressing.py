@@ -117,10 +117,11 @@ def _decompose(
     if isinstance(weight, Kronecker):
         return _of_kronecker(weight, dtype, rank)
     dense = weight.delta(shape, dtype).flatten(1)  # type: ignore[attr-defined]
-    return _truncated(*torch.linalg.svd(dense, full_matrices=False), rank)
+    return _svd(dense, rank)
 
 
-def _truncated(u: Tensor, s: Tensor, v: Tensor, rank: int) -> Decomposition:
+def _svd(matrix: Tensor, rank: int) -> Decomposition:
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
     rest = float(s[rank:].double().square().sum())
     return Decomposition(u[:, :rank], s[:rank], v[:rank], rest)
 
@@ -129,7 +130,7 @@ def _of_product(up: Tensor, down: Tensor, rank: int) -> Decomposition:
     """Of `up [out, r] · down [r, in]`: `Q_U (R_U R_Dᵀ) Q_Dᵀ`, where the middle is r × r."""
     q_up, r_up = torch.linalg.qr(up)
     q_down, r_down = torch.linalg.qr(down.t())
-    u, s, v, rest = _truncated(*torch.linalg.svd(r_up @ r_down.t(), full_matrices=False), rank)
+    u, s, v, rest = _svd(r_up @ r_down.t(), rank)
     return Decomposition(q_up @ u, s, v @ q_down.t(), rest)
 
 
