@@ -9,7 +9,6 @@ from fastlora.commands.approximating import approximated, refuse_others
 from fastlora.commands.outputs import (
     FORMATS,
     add_output_arguments,
-    cast,
     check_output,
     explain,
     finish,
@@ -22,8 +21,8 @@ HELP = "another format of an adapter file"
 DESCRIPTION = (
     "Writes an adapter file in another format: names are translated, ranks and alphas of every"
     " module stay what they are. What the format cannot hold is refused; --rank makes LoRAs of"
-    " LoHa, LoKr and full updates, and says what is lost. The input is never changed. Exit code 1 if"
-    " keys that mean nothing were left out."
+    " LoHa, LoKr and full updates, and says what is lost. The input is never changed. Exit code 1"
+    " if keys that mean nothing were left out."
 )
 
 
@@ -66,5 +65,4 @@ def run(options: argparse.Namespace) -> int:
         "error": error,
         "unused": {str(options.input): file.unused} if file.unused else {},
     }
-    changes = cast(changes, options.dtype)
-    return finish(changes, [file], report, options.output, options.to, options.json)
+    return finish(changes, [file], report, options.output, options.to, options)

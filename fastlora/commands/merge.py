@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fastlora.commands.approximating import approximated, refuse_others
 from fastlora.commands.outputs import (
     FORMATS,
     add_output_arguments,
-    cast,
     check_output,
     explain,
     finish,
@@ -20,9 +17,6 @@ from fastlora.commands.outputs import (
     torch_dtype,
     whole,
 )
-
-if TYPE_CHECKING:
-    from fastlora.formats.changes import Change
 
 HELP = "several adapters with strengths in one file"
 DESCRIPTION = (
@@ -92,11 +86,6 @@ def run(options: argparse.Namespace) -> int:
     shares = shares_of([f.changes for f in found], [strength for _, strength in options.files])
     parts = progress(shares.items(), "adding", len(shares))
     changes = {target: combined(target, own) for target, own in parts}
-    known = dtypes(change for file in found for change in file.changes.values())
-    notes = []
-    if not options.dtype and dtypes(changes.values()) - known:
-        names = " or ".join(sorted(known))
-        notes = [f"float32 where values times strengths are not {names}; --dtype rounds them"]
     error = None
     if options.rank is not None:
         changes, losses = approximated(changes, options.rank, torch_dtype(options.dtype), lora=True)
@@ -110,12 +99,5 @@ def run(options: argparse.Namespace) -> int:
         ],
         "error": error,
         "unused": {str(p): f.unused for p, f in zip(paths, found, strict=True) if f.unused},
-        "notes": notes,
     }
-    changes = cast(changes, options.dtype)
-    return finish(changes, found, report, options.out, format, options.json)
-
-
-def dtypes(changes: Iterable[Change]) -> set[str]:
-    weights = [change.weight for change in changes if change.weight is not None]
-    return {str(t.dtype).removeprefix("torch.") for w in weights for t in w.tensors().values()}
+    return finish(changes, found, report, options.out, format, options)

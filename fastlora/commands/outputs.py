@@ -162,14 +162,17 @@ def finish(
     report: dict[str, Any],
     out: Path,
     format: str,
-    as_json: bool,
+    options: argparse.Namespace,
 ) -> int:
-    """Packs, writes, says it; 1 where the inputs had keys that mean nothing.
+    """Writes the changes, made of those of `files`, and says so, beside what `report` has.
+
+    1 where the files have keys that mean nothing.
 
     Raises CommandError, FormatError, OSError, and leaves nothing behind then.
     """
     from fastlora.commands.terminal import say_json
     from fastlora.formats import writing
+    from fastlora.formats.combining import without_alpha
 
     parts = sorted({target.component for target in changes})
     if format in ("peft", "fastlora") and len(parts) > 1:
@@ -177,7 +180,13 @@ def finish(
             f"{format} is for one model, and this is {', '.join(parts)}: write each by itself,"
             f" --only {parts[0]} and so on"
         )
-    packed = writing.pack(changes, format)
+    if format in ("diffusers-lora", "diffusers-old"):
+        changes = {target: without_alpha(change) for target, change in changes.items()}
+    known = dtypes(change for file in files for change in file.changes.values())
+    notes = []
+    if not options.dtype and dtypes(changes.values()) - known:
+        notes = [f"float32 where {' or '.join(sorted(known))} would lose digits; --dtype rounds"]
+    packed = writing.pack(cast(changes, options.dtype), format)
     packed = packed._replace(metadata={**carried(files), **packed.metadata})
     large = [t for t in packed.tensors.values() if t.numel() > 1]  # no alphas
     writing.write(out, packed)
@@ -188,12 +197,18 @@ def finish(
         "modules": len(changes),
         "bytes": sum(t.numel() * t.itemsize for t in packed.tensors.values()),
         "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in large}),
+        "notes": notes,
     }
-    if as_json:
+    if options.json:
         say_json(report)
     else:
         print("\n".join(_lines(report)))
     return 1 if any(report["unused"].values()) else 0
+
+
+def dtypes(changes: Iterable[Change]) -> set[str]:
+    weights = [change.weight for change in changes if change.weight is not None]
+    return {str(t.dtype).removeprefix("torch.") for w in weights for t in w.tensors().values()}
 
 
 def _lines(report: Mapping[str, Any]) -> list[str]:
@@ -203,7 +218,7 @@ def _lines(report: Mapping[str, Any]) -> list[str]:
         f"{report['output']}: {report['to']}, {plural(report['modules'], 'module')}, "
         f"{', '.join(report['dtypes'])}, {size(report['bytes'])}"
     ]
-    said += [f"  {line}" for line in report.get("notes", [])]
+    said += [f"  {line}" for line in report["notes"]]
     if errors := report["error"]:
         count = len(errors["modules"])
         said.append(

@@ -78,6 +78,20 @@ def scaled(change: Change, strength: float) -> Change:
     return dataclasses.replace(change, weight=_scaled_weight(change.weight, strength), bias=bias)
 
 
+def without_alpha(change: Change) -> Change:
+    """The same with a ratio of 1, for formats that have no other: `up` has it (`times`)."""
+    weight = change.weight
+    if not isinstance(weight, LowRank) or weight.ratio == 1:
+        return change
+    up = times(weight.up, weight.ratio)
+    dtype = common_dtype([up, weight.down])
+    fields = {"up": up.to(dtype), "down": weight.down.to(dtype), "alpha": None}
+    if weight.mid is not None:
+        fields["mid"] = weight.mid.to(dtype)
+    weight = dataclasses.replace(weight, **fields, rank_stabilized=False)
+    return dataclasses.replace(change, weight=weight)
+
+
 def times(tensor: Tensor, factor: float) -> Tensor:
     """`factor · tensor`: in its dtype if nothing is lost, else rounded once, to float32 (float64).
 
