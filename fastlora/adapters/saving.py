@@ -10,7 +10,7 @@ from fastlora.adapters.base_hash import base_hash
 from fastlora.adapters.components import Models, components_of
 from fastlora.adapters.deltas import DeltaSlot
 from fastlora.adapters.lookup import adapted_layers, known_names
-from fastlora.adapters.slots import LoRASlot, Slot
+from fastlora.adapters.slots import LoRASlot, Slot, SpectralSlot
 from fastlora.adapters.specs import AdapterError
 from fastlora.formats import writing
 from fastlora.formats.changes import Change, LowRank, Shift, Target
@@ -89,8 +89,9 @@ def change_of(layer: Any, slot: Slot) -> Change:
         # A magnitude is of the outputs, which an embedding's weight has as columns.
         axis = "in" if embedding else "out"
         return Change(part, None, None if magnitude is None else magnitude.detach(), axis)
-    spec = slot.spec
-    return Change(Shift(slot.shift.detach(), spec.norms, base_hash(layer.weight)))
+    assert isinstance(slot, SpectralSlot)
+    shift = Shift(slot.shift.detach(), slot.spec.norms, base_hash(layer.weight))
+    return Change(shift)
 
 
 def kind_of(change: Change) -> str:
