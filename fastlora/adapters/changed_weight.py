@@ -4,6 +4,7 @@ again."""
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -113,15 +114,15 @@ def made_again(weight: Tensor, layer: Any, recipe: Recipe) -> Iterator[None]:
         return
     outer = autograd._top_saved_tensors_default_hooks(False)  # checkpointing's, perhaps
     start, dtype = weight.untyped_storage().data_ptr(), weight.dtype
-    recipe = recipe.detached()
-    sources = [layer.weight.detach(), *recipe.tensors()]
+    base, recipe = as_it_is(layer), recipe.detached()
+    sources = [base.weight, *recipe.tensors()]
     versions = [t._version for t in sources]
 
     @torch.no_grad()
     def make() -> Tensor:
         for source, version in zip(sources, versions, strict=True):
             require_same(source, version)
-        return changed_weight(layer, recipe).to(dtype)
+        return changed_weight(base, recipe).to(dtype)
 
     def pack(saved: Tensor) -> Any:
         if saved.numel() and saved.untyped_storage().data_ptr() == start:
@@ -139,6 +140,20 @@ def made_again(weight: Tensor, layer: Any, recipe: Recipe) -> Iterator[None]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
+
+
+def as_it_is(layer: Any) -> Any:
+    """What `changed_weight` asks of a layer, as of now: until the backward pass adapters may be
+    removed, and a weight that was exchanged (`functional_call`) be put back."""
+    factors, matrix = layer.fastlora, layer.matrix().detach()
+    found = SimpleNamespace(svd_u=factors.svd_u, svd_s=factors.svd_s, svd_vh=factors.svd_vh)
+    return SimpleNamespace(
+        weight=layer.weight.detach(),
+        matrix=lambda: matrix,
+        from_matrix=layer.from_matrix,
+        is_norm=lambda: False,
+        fastlora=found,
+    )
 
 
 def require_same(tensor: Tensor, version: int) -> None:

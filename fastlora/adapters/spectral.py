@@ -14,6 +14,7 @@ from fastlora.adapters.state import in_graph, interposed
 from fastlora.adapters.tensors import full_precision, memory
 from fastlora.ops._spectral import shift_gradients
 from fastlora.ops.spectral_linear import activations_are_cheaper
+from fastlora.ops.spectral_weight import dots_of
 
 
 class Shift(NamedTuple):
@@ -142,12 +143,10 @@ class _Kept(torch.autograd.Function):
         return kept.detach()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         u, s, vh, shift, strength = ctx.saved_tensors
         d_shift = None
         if ctx.needs_input_grad[5]:
-            (dots,) = ops.spectral_dots([grad], [u], [vh])
-            d_shift, _ = shift_gradients(dots, s, shift, strength)
+            d_shift, _ = shift_gradients(dots_of(grad, u, vh), s, shift, strength)
         d_weight = grad if ctx.needs_input_grad[1] else None
         return None, d_weight, None, None, None, d_shift, None
