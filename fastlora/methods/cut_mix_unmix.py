@@ -7,7 +7,7 @@ words of one subject may not look at the other's half.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastlora.adapters.inject import Where
+from fastlora.methods.arguments import check_pictures, not_negative, whole
 from fastlora.methods.attention_maps import (
     CROSS_ATTENTION,
     capture_attention,
@@ -22,6 +23,7 @@ from fastlora.methods.attention_maps import (
     token_positions,
 )
 from fastlora.methods.svdiff import train_shifts
+from fastlora.samplers.arguments import describe, number
 from fastlora.samplers.schedule import Schedule
 from fastlora.training import TrainResult, prior_preservation
 from fastlora.training.losses import Batch, Loss, Metrics
@@ -56,8 +58,7 @@ def collage(left: torch.Tensor, right: torch.Tensor, fit: str = "crop") -> torch
             "collage: left, right: expected [C, H, W] of one size,"
             f" got {list(left.shape)} and {list(right.shape)}"
         )
-    if fit not in ("crop", "squeeze"):
-        raise ValueError(f"collage: fit: expected crop or squeeze, got {fit!r}")
+    check_fit(fit)
     height, width = left.shape[1:]
     parts = []
     for picture, columns in ((left, width - width // 2), (right, width // 2)):
@@ -68,6 +69,11 @@ def collage(left: torch.Tensor, right: torch.Tensor, fit: str = "crop") -> torch
             size = (height, columns)
             parts.append(F.interpolate(picture[None], size, mode="area")[0])
     return torch.cat(parts, 2)
+
+
+def check_fit(fit: str) -> None:
+    if fit not in ("crop", "squeeze"):
+        raise ValueError(f"collage: fit: expected crop or squeeze, got {fit!r}")
 
 
 def unmix_loss(
@@ -161,23 +167,27 @@ def cut_mix_unmix(
     and a negative one against stitched halves, as the paper does. A text encoder inside of `model`
     is trained along if `where` reaches it.
 
-    Raises ValueError for fewer than two subjects, priors of some but not all, a probability outside
-    [0, 1] and names that captions or the tokenizer do not tell apart; what `train_shifts` raises.
+    Raises, with the model unchanged, ValueError for fewer than two subjects, pictures that are none
+    or of several sizes, priors of some but not all, a number out of its range, another `fit` or
+    `prediction`, templates with other places than those of names, names that captions or the
+    tokenizer do not tell apart, and where `attention` names no layer; then what `train_shifts`
+    raises.
     """
-    if len(concepts) < 2:
-        raise ValueError(f"cut_mix_unmix: concepts: expected two or more, got {len(concepts)}")
-    if not 0 <= probability <= 1:
+    batch = whole("cut_mix_unmix: batch", batch, 1)
+    prior_weight = not_negative("cut_mix_unmix: prior_weight", prior_weight)
+    unmix_weight = not_negative("cut_mix_unmix: unmix_weight", unmix_weight)
+    if not 0 <= number(probability) <= 1:
         raise ValueError(f"cut_mix_unmix: probability: expected 0 to 1, got {probability!r}")
-    if unmix_weight < 0:
-        raise ValueError(f"cut_mix_unmix: unmix_weight: expected >= 0, got {unmix_weight!r}")
-    priors = [c.prior_images is not None for c in concepts]
-    if any(priors) and not all(priors):
-        raise ValueError("cut_mix_unmix: prior_images: expected for all subjects or none, got some")
+    check_concepts(concepts, model)
+    schedule.noise_table(prediction)  # which refuses another word
+    if not prior_weight:
+        concepts = [replace(concept, prior_images=None) for concept in concepts]
+    with_prior = concepts[0].prior_images is not None
     draws = Draws(concepts, tokenize, probability, template, single, fit)
-    for i in range(len(concepts)):  # what a run would fall over after an hour
-        for j in range(len(concepts)):
-            if i != j:
-                draws.marks(i, j)
+    draws.check()
+    if unmix_weight:
+        with capture_attention(model, attention):
+            pass  # which refuses a selection of none
 
     def batches(generator: torch.Generator) -> Batch:
         drawn = [draws.draw(generator) for _ in range(batch)]
@@ -187,14 +197,63 @@ def cut_mix_unmix(
             "left": torch.stack([d.left for d in drawn]),
             "right": torch.stack([d.right for d in drawn]),
         }
-        if all(priors):
+        if with_prior:
             images = [d.prior_image for d in drawn if d.prior_image is not None]
             found["prior_x0"] = torch.stack(images)
             found["prior_cond"] = encode([d.prior_caption for d in drawn])
         return found
 
-    loss = prior_preservation(prediction, prior_weight if all(priors) else 0.0)
+    loss = prior_preservation(prediction, prior_weight if with_prior else 0.0)
     return train_shifts(model, unmixed(loss, unmix_weight, attention), batches, schedule, **options)
+
+
+def check_concepts(concepts: Sequence[Concept], model: nn.Module) -> None:
+    """Raises ValueError for what `cut_mix_unmix` cannot put side by side."""
+    if len(concepts) < 2:
+        raise ValueError(f"cut_mix_unmix: concepts: expected two or more, got {len(concepts)}")
+    priors = [c.prior_images is not None for c in concepts]
+    if any(priors) and not all(priors):
+        raise ValueError("cut_mix_unmix: prior_images: expected for all subjects or none, got some")
+    size = concepts[0].images.shape[1:]
+    for concept in concepts:
+        for name in ("images", "prior_images"):
+            images = getattr(concept, name)
+            if images is None:
+                continue
+            what = f"cut_mix_unmix: {name} of {concept.name!r}"
+            check_pictures(what, images, model)
+            if images.dim() != 4 or images.shape[1:] != size:
+                raise ValueError(
+                    f"{what}: expected [N, C, H, W], of one size for all subjects, here"
+                    f" {list(size)}, got {describe(images)}"
+                )
+
+
+def collage_captions(one: Concept, other: Concept, template: str = TEMPLATE) -> tuple[str, str]:
+    """What a collage of `one` on the left and `other` on the right is called, and one of their
+    classes. Raises ValueError for a template with other places than {left} and {right}."""
+    try:
+        return (
+            template.format(left=one.name, right=other.name),
+            template.format(left=one.class_name, right=other.class_name),
+        )
+    except (KeyError, IndexError, AttributeError, ValueError) as error:
+        raise _bad_template("template", "{left} and {right}", template, error) from None
+
+
+def single_captions(concept: Concept, single: str = SINGLE) -> tuple[str, str]:
+    """What a picture of one subject is called, and one of its class. Raises ValueError for a
+    template with other places than {name}."""
+    try:
+        return single.format(name=concept.name), single.format(name=concept.class_name)
+    except (KeyError, IndexError, AttributeError, ValueError) as error:
+        raise _bad_template("single", "{name}", single, error) from None
+
+
+def _bad_template(name: str, places: str, got: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"cut_mix_unmix: {name}: expected a caption with {places}, got {got!r}: {error}"
+    )
 
 
 @dataclass(frozen=True)
@@ -221,13 +280,24 @@ class Draws:
     single: str = SINGLE
     fit: str = "crop"
 
+    def check(self) -> None:
+        """Meets now what a run would fall over after an hour: every caption is tokenized, the names
+        are found in those of collages. Raises ValueError."""
+        check_fit(self.fit)
+        for i, concept in enumerate(self.concepts):
+            pairs = [single_captions(concept, self.single)]
+            for j in range(len(self.concepts)):
+                if i != j:
+                    pairs.append(self.captions(i, j))
+                    self.marks(i, j)
+            for own, of_classes in pairs:
+                self.tokenize(own)
+                if concept.prior_images is not None:
+                    self.tokenize(of_classes)
+
     def captions(self, i: int, j: int) -> tuple[str, str]:
         """Of subject i on the left and j on the right, and of their classes."""
-        one, other = self.concepts[i], self.concepts[j]
-        return (
-            self.template.format(left=one.name, right=other.name),
-            self.template.format(left=one.class_name, right=other.class_name),
-        )
+        return collage_captions(self.concepts[i], self.concepts[j], self.template)
 
     def marks(self, i: int, j: int) -> tuple[torch.Tensor, torch.Tensor]:
         """bool [L] each: the tokens of both names in the collage's caption."""
@@ -256,5 +326,5 @@ class Draws:
         one = self.concepts[int(torch.randint(many, (), generator=generator))]
         nothing = torch.zeros_like(self.tokenize(""), dtype=torch.bool)
         prior = None if one.prior_images is None else pick(one.prior_images)
-        captions = [self.single.format(name=n) for n in (one.name, one.class_name)]
-        return Drawn(pick(one.images), captions[0], nothing, nothing, prior, captions[1])
+        caption, of_class = single_captions(one, self.single)
+        return Drawn(pick(one.images), caption, nothing, nothing, prior, of_class)
