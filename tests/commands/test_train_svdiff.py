@@ -22,6 +22,7 @@ from fastlora.commands.targets import find_pictures, load_target, pictures, sche
 from fastlora.methods import personalise
 from fastlora.models import digits
 from fastlora.samplers import Schedule
+from fastlora.training import save_checkpoint
 
 QUIET = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -144,6 +145,9 @@ def test_a_stopped_run_goes_on(folder, tmp_path, monkeypatch, capsys):
         ({"dtype": "float16"}, "--dtype: the digits model is trained in float32"),
         ({"resume": None}, "--resume: there is no checkpoint"),
         ({"images": "nothing"}, "--images: nothing: no such folder"),
+        ({"device": "foo"}, "--device: expected one that is there, got 'foo': Expected one of cpu"),
+        ({"device": "cuda:99"}, "--device: expected one that is there, got 'cuda:99': "),
+        ({"device": "meta"}, "--device: expected one that computes, got 'meta'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -155,6 +159,66 @@ def test_refusals_are_one_line(folder, tmp_path, capsys, change, line):
     said = capsys.readouterr().err
     assert said.startswith("fastlora train: ") and line in said and said.count("\n") == 1
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(folder, tmp_path, capsys):
+    options = {"cache": folder / "notes.txt", "class_caption": "a three"}
+    assert cli.main(arguments(folder, tmp_path / "out.safetensors", **options)) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"fastlora train: --cache {folder / 'notes.txt'}: expected a writable")
+    assert said.count("\n") == 1
+
+
+def test_a_loss_that_is_not_finite_is_one_line_with_one_prefix(folder, tmp_path, capsys):
+    options = {"lr": 1e38, "norm_lr": 1e38, "steps": 20}
+    assert cli.main(arguments(folder, tmp_path / "out.safetensors", **options)) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("fastlora train: loss: expected a finite number, got ")
+
+
+def out_of_memory() -> None:
+    torch.empty(2**61, dtype=torch.uint8)  # more than there are addresses
+
+
+def out_of_gpu_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def other_error() -> None:
+    torch.randn(2, 3) @ torch.randn(2, 3)
+
+
+@pytest.mark.parametrize("fails", [out_of_memory, out_of_gpu_memory, other_error])
+def test_memory_that_ends_is_one_line(folder, tmp_path, capsys, monkeypatch, fails):
+    monkeypatch.setattr("fastlora.methods.personalise", lambda *args, **options: fails())
+    given = arguments(folder, tmp_path / "out.safetensors", batch=1000)
+    if fails is other_error:  # nobody's mistake but ours
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            cli.main(given)
+        return
+    assert cli.main(given) == 2
+    line = "fastlora train: there is not enough memory for --batch 1000 at this --size\n"
+    assert capsys.readouterr().err == line
+
+
+def test_resuming_behind_the_last_step_is_refused(folder, tmp_path, capsys):
+    out = tmp_path / "out.safetensors"
+    checkpoint = tmp_path / "out.safetensors.checkpoint"
+    save_checkpoint(checkpoint, {"step": 100, "signature": {}})
+    assert cli.main(arguments(folder, out, steps=50, resume=None)) == 2
+    said = capsys.readouterr().err
+    assert f"--resume: {checkpoint} is at step 100, which is beyond --steps 50" in said
+    assert said.count("\n") == 1 and not out.exists() and checkpoint.exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--seed", "-1"), ("--seed", "9" * 23), ("--batch", "9" * 23)]
+)
+def test_numbers_that_are_too_large(folder, tmp_path, capsys, flag, value):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*arguments(folder, tmp_path / "x.safetensors"), flag, value])
+    assert stop.value.code == 2
+    assert f"argument {flag}: expected an integer from" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--steps", "--batch", "--prior"])
@@ -173,6 +237,43 @@ def test_pictures_are_cut_to_the_middle_and_scaled(tmp_path):
     assert found.shape == (1, 3, 4, 4) and found.dtype == torch.float32
     assert found[..., 1:3].min() > 0.95  # the white middle; its edge rings with the filter
     assert pictures([tmp_path / "wide.png"], 4, "L").shape == (1, 1, 4, 4)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB with a transparent colour"])
+def test_what_is_transparent_is_white(tmp_path, mode):
+    """Above: red, there; below: red again, or black, that nobody is to see."""
+    values = np.zeros((8, 8, 4), np.uint8)
+    values[:4] = (255, 0, 0, 255)
+    picture = Image.fromarray(values)
+    options = {}
+    if mode == "P":
+        picture = Image.fromarray((values[..., 3] == 0).astype(np.uint8))
+        picture = Image.frombytes("P", (8, 8), picture.tobytes())
+        picture.putpalette([255, 0, 0, 0, 0, 0])
+        options = {"transparency": 1}
+    elif mode.startswith("RGB "):
+        picture, options = picture.convert("RGB"), {"transparency": (0, 0, 0)}
+    else:
+        picture = picture.convert(mode)
+    picture.save(tmp_path / "x.png", **options)
+    found = pictures([tmp_path / "x.png"], 8, "RGB")[0]
+    grey = pictures([tmp_path / "x.png"], 8, "L")[0]
+    assert (found[:, 4:] == 1).all() and (grey[:, 4:] == 1).all()
+    red = torch.tensor([1.0, -1.0, -1.0]) if mode != "LA" else torch.full((3,), 76 / 127.5 - 1)
+    torch.testing.assert_close(found[:, :4], red[:, None, None].expand(3, 4, 8))
+
+
+def test_half_transparent_is_half_white(tmp_path):
+    Image.new("RGBA", (4, 4), (0, 0, 0, 51)).save(tmp_path / "x.png")  # 20 % black
+    assert pictures([tmp_path / "x.png"], 4, "RGB").mean().item() == pytest.approx(0.6, abs=0.01)
+
+
+def test_a_picture_beyond_pillows_limit_is_one_line(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # pictures of twice as many are refused
+    assert cli.main(arguments(folder, tmp_path / "x.safetensors")) == 2
+    said = capsys.readouterr().err
+    assert "a.jpg: not a picture that reads" in said and "decompression bomb" in said
+    assert said.count("\n") == 1
 
 
 def test_a_file_that_is_no_picture(folder, tmp_path, capsys):
@@ -305,6 +406,19 @@ def test_the_parts_of_stable_diffusion_do_what_the_pipelines_do(folder, stable_d
         encoded = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
     assert x0.shape == (3, *target.shape) == (3, 4, 8, 8)
     torch.testing.assert_close(x0, encoded, rtol=1e-4, atol=1e-5)
+
+
+@QUIET
+def test_a_caption_that_is_cut_off_is_a_warning(stable_diffusion):
+    target = load_target(str(stable_diffusion), None, "cpu", "float32")
+    fits = "a photo of dog"
+    with torch.no_grad():
+        target.encode([fits])
+        with pytest.warns(UserWarning, match=r"has \d+ tokens, of which .* takes 16: the rest"):
+            cut = target.encode([fits + " of a photo of a dog"])
+        with pytest.warns(UserWarning, match="cut off"):
+            same = target.encode([fits + " of a photo of a cup"])
+    assert torch.equal(cut, same)  # what was cut off
 
 
 @QUIET
