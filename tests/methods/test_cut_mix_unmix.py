@@ -12,7 +12,7 @@ from torch import nn
 
 import fastlora
 from fastlora.methods import Concept, capture_attention, collage, cut_mix_unmix, unmix_loss
-from fastlora.methods.cut_mix_unmix import PROBABILITY, TEMPLATE, Draws, collage_captions
+from fastlora.methods.collages import PROBABILITY, TEMPLATE, Draws, collage_captions
 from fastlora.models.digits import DigitsModel
 from fastlora.models.text import Tokenizer
 from fastlora.models.unet import UNet, UNetConfig

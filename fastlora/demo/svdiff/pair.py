@@ -18,7 +18,7 @@ from fastlora.demo.subject import shows
 from fastlora.demo.svdiff.settings import ShiftSettings
 from fastlora.demo.world import World
 from fastlora.methods import Concept, capture_attention, cut_mix_unmix, unmix_loss
-from fastlora.methods.cut_mix_unmix import Draws, collage_captions
+from fastlora.methods.collages import Draws, collage_captions
 from fastlora.models import digits_data
 from fastlora.models.digits import DigitsModel
 from fastlora.samplers import noise, sample
