@@ -34,7 +34,9 @@ def test_what_the_page_shows_runs(tmp_path, monkeypatch, capsys):
                 assert cli.main(words[1:]) == 0
                 ran += 1
     assert ran == 1
-    info = fastlora.load(digits.load(), "three.safetensors")
+    model = digits.load()
+    fastlora.load(model, "three.safetensors", name="three")
+    info = fastlora.adapters(model)["three"]
     trained = fastlora.adapters(names["model"])
     assert info.parameters == trained["subject"].parameters
     assert f"{info.parameters:,}" in PAGE.read_text()

@@ -49,16 +49,12 @@ def folder_of(cache: Cache) -> Path | None:
     return user_cache() / "factors"
 
 
-@torch.no_grad()
 def fingerprint(words: str, tensors: Iterable[Tensor]) -> str:
     """48 hex digits of a text and of tensors: their shapes, dtypes and bytes (BLAKE2b)."""
     found = hashlib.blake2b(words.encode(), digest_size=24)
     for tensor in tensors:
         found.update(f" {list(tensor.shape)} {tensor.dtype} ".encode())
-        values = tensor.detach().cpu().contiguous()
-        # Where a size is 1 a contiguous tensor may have any stride, which a view as bytes minds.
-        values = values.as_strided((values.numel(),), (1,))
-        found.update(values.view(torch.uint8).numpy().data)
+        found.update(files.as_bytes(tensor).numpy().data)
     return found.hexdigest()
 
 
