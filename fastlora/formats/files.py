@@ -1,58 +1,155 @@
 """Safetensors files, read with errors that say what is wrong, written atomically."""
 
+from __future__ import annotations
+
+import math
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from fastlora.formats import header
+
+PIECE = 2**18  # elements whose values are looked at together
 
 
 class FormatError(ValueError):
     """A file is not what it should be: the file, what was expected, what was found."""
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors and the metadata of a safetensors file.
+class Info(NamedTuple):
+    """What a file says of a tensor."""
 
-    Raises FileNotFoundError, or FormatError for a pickle, a truncated or foreign file, and for NaN
-    or infinite values.
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    bytes: int
+
+
+class SafetensorsFile:
+    """A safetensors file, open: its header is read and checked at once, a tensor when asked for.
+
+        with SafetensorsFile(path) as file:
+            down = file.tensor("down")
+
+    Nothing is mapped: tensors are in memory of their own, and stay what they are whatever happens
+    to the file. A file that is replaced (by `write`) while this one is open is still the old one
+    here.
+
+    Raises FileNotFoundError, or FormatError for a pickle, a truncated or foreign file.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except SafetensorError as error:
-        # Only now: the header's length, with which a safetensors file begins, may be these bytes.
-        with path.open("rb") as file:
-            head = file.read(2)
-        if head[:1] == b"\x80" or head == b"PK":
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+        self._file = self.path.open("rb")
+        try:
+            self._entries, self.metadata = self._read_header()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> SafetensorsFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    @property
+    def keys(self) -> list[str]:
+        """In the order of the header."""
+        return list(self._entries)
+
+    def info(self, key: str) -> Info:
+        entry = self._entries[key]
+        return Info(entry.dtype, entry.shape, entry.stop - entry.start)
+
+    def tensor(self, key: str) -> Tensor:
+        """The tensor on the CPU, the only copy. Raises FormatError for NaN and infinite values."""
+        entry = self._entries[key]
+        data = torch.empty(entry.stop - entry.start, dtype=torch.uint8, device="cpu")
+        self._file.seek(self._begin + entry.start)
+        if self._file.readinto(data.numpy()) != len(data):
+            raise FormatError(f"{self.path}: {key}: the file became shorter while it was read")
+        values = data.view(entry.dtype)
+        if not all(map(is_sound, values.split(PIECE))):
+            problem = (
+                "booleans of 0 or 1, got other bytes"
+                if entry.dtype == torch.bool
+                else "finite values, got NaN or infinity"
+            )
+            raise FormatError(f"{self.path}: {key}: expected {problem}")
+        return values.view(entry.shape)
+
+    def outline(self) -> dict[str, Tensor]:
+        """All tensors, without values on the meta device, but for those of at most one element."""
+        return {
+            key: self.tensor(key)
+            if entry.stop - entry.start <= entry.dtype.itemsize
+            else torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+            for key, entry in self._entries.items()
+        }
+
+    def _read_header(self) -> header.Header:
+        size = os.fstat(self._file.fileno()).st_size
+        start = self._file.read(header.LENGTH_BYTES)
+        length = int.from_bytes(start, "little")
+        self._begin = header.LENGTH_BYTES + length
+        try:
+            if self._begin > size or len(start) < header.LENGTH_BYTES:
+                raise ValueError(f"expected a header of {length} bytes, got a file of {size}")
+            if length > header.LIMIT:
+                raise ValueError(
+                    f"expected a header of at most {header.LIMIT} bytes, got {length}"
+                )
+            return header.parse(self._file.read(length), size - self._begin)
+        except ValueError as error:
+            # Only now: the header's length, with which a safetensors file begins, may be these.
+            if start[:1] == b"\x80" or start[:2] == b"PK":
+                raise FormatError(
+                    f"{self.path}: expected a safetensors file, got a pickle (.pt, .bin, .ckpt), "
+                    "which may run code when it is read; convert it with torch.load(..., "
+                    "weights_only=True) and safetensors.torch.save_file"
+                ) from None
             raise FormatError(
-                f"{path}: expected a safetensors file, got a pickle (.pt, .bin, .ckpt), which may "
-                "run code when it is read; convert it with torch.load(..., weights_only=True) and "
-                "safetensors.torch.save_file"
+                f"{self.path}: not a safetensors file, or a truncated one: {error}"
             ) from None
-        raise FormatError(f"{path}: not a safetensors file, or a truncated one: {error}") from None
-    for key, tensor in tensors.items():
-        values = tensor.float() if tensor.element_size() == 1 else tensor  # isfinite lacks float8
-        if tensor.is_floating_point() and not torch.isfinite(values).all():
-            raise FormatError(f"{path}: {key}: expected finite values, got NaN or infinity")
-    return tensors, metadata
+
+
+def is_sound(piece: Tensor) -> bool:
+    """No NaN and no infinity; no byte in a boolean that is none."""
+    if piece.dtype == torch.bool:
+        return not (piece.view(torch.uint8) > 1).any()
+    if not (piece.is_floating_point() or piece.is_complex()) or piece.numel() == 0:
+        return True
+    if piece.is_complex():
+        piece = torch.view_as_real(piece)
+    if piece.element_size() == 1:  # float8 has no minimum
+        piece = piece.float()
+    # NaN is the minimum and the maximum of what has it. `isfinite` on all takes 7 times as long.
+    return all(math.isfinite(end.item()) for end in torch.aminmax(piece))
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors and the metadata of a safetensors file, or the errors of `SafetensorsFile`."""
+    with SafetensorsFile(path) as file:
+        return {key: file.tensor(key) for key in file.keys}, file.metadata
 
 
 def write(
-    path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
     """Writes beside the target and renames: the file is there whole or as it was before.
 
-    A symbolic link stays one: what it points to is replaced. Raises FileNotFoundError without a
-    directory to write into, FileExistsError where something else than a regular file has the path,
-    and the OSError of a write that failed, all with the path that was given.
+    Tensors may share memory, be strided or on other devices: they are copied one at a time where
+    they have to be. A symbolic link stays one: what it points to is replaced. Raises FormatError
+    for what safetensors cannot hold, FileNotFoundError without a directory to write into,
+    FileExistsError where something else than a regular file has the path, and the OSError of a
+    write that failed, all with the path that was given.
     """
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
@@ -61,10 +158,10 @@ def write(
         raise FileExistsError(f"{path}: expected a regular file or none, got {kind_of(target)}")
     try:
         replace(target, tensors, metadata)
-    except (OSError, SafetensorError) as error:  # which names the temporary file, or none
-        if isinstance(error, OSError) and error.errno is not None:
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise OSError(f"{path}: {error}") from None
+    except OSError as error:  # which names the temporary file, or none
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    except ValueError as error:
+        raise FormatError(f"{path}: {error}") from None
 
 
 def kind_of(path: Path) -> str:
@@ -73,12 +170,11 @@ def kind_of(path: Path) -> str:
     return "a directory" if path.is_dir() else "a device, pipe or socket"
 
 
-def replace(target: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def replace(target: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     os.close(handle)
     try:
-        copies = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
-        save_file(copies, temporary, metadata)  # which refuses tensors that share memory
+        save_file(tensors, temporary, metadata)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         umask = os.umask(0)
@@ -88,3 +184,17 @@ def replace(target: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) 
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def save_file(tensors: Mapping[str, Tensor], path: str, metadata: Mapping[str, str]) -> None:
+    start, order = header.layout(tensors, metadata)
+    with open(path, "wb") as file:
+        file.write(start)
+        for key in order:
+            file.write(as_bytes(tensors[key]).numpy().data)
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The values in order, uint8 on the CPU: the tensor's own memory where that has them so."""
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg()
+    return plain.contiguous().view(-1).view(torch.uint8)
