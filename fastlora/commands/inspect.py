@@ -61,13 +61,13 @@ def describe(found: Outline, norms: Mapping[Target, float] | None) -> dict[str, 
 
     file = found.file
     base = base_of(file)
-    tensors = found.tensors.values()
+    large = [t for t in found.tensors.values() if t.numel() > 1]  # no alphas
     report: dict[str, Any] = {
         "file": str(found.path),
         "format": file.format,
         "bytes": found.path.stat().st_size,
         "parameters": sum(t.numel() for k, t in found.tensors.items() if k not in file.unused),
-        "dtypes": dict(Counter(str(t.dtype).removeprefix("torch.") for t in tensors)),
+        "dtypes": dict(Counter(str(t.dtype).removeprefix("torch.") for t in large)),
         "base": {"name": base.name, "reason": base.reason, "text_encoders": base.encoders},
         "parts": parts(file.changes),
         "modules": [module(t, c, norms) for t, c in file.changes.items()],

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastlora.commands.terminal import (
+    aligned,
     bar,
     clean,
     number,
@@ -76,7 +77,7 @@ def picture(blocks: Sequence[Mapping[str, Any]]) -> list[str]:
             part = row["part"]
             said.append(f"  {part or '(the model)'}")
         share = row["norm"] / largest if largest else 0.0
-        said.append(f"    {name.ljust(label)}  {number(row['norm']):>8}  {bar(share, columns)}".rstrip())
+        said.append(f"    {name.ljust(label)}  {aligned(row['norm']):>8}  {bar(share, columns)}".rstrip())
     return said
 
 

@@ -77,17 +77,21 @@ def _is_number(text: str) -> bool:
 
 def run(options: argparse.Namespace) -> int:
     """0, or 1 for unused keys. Raises CommandError, FormatError, OSError; nothing is left then."""
-    from fastlora.formats.combining import concatenate
+    from fastlora.commands.terminal import progress
+    from fastlora.formats.combining import combined, shares_of
 
     paths = [path for path, _ in options.files]
     found = [read(path, options) for path in paths]
     format = options.to or found[0].format
     check_output(options.out, format, options.force, paths)
-    changes = concatenate([f.changes for f in found], [strength for _, strength in options.files])
+    shares = shares_of([f.changes for f in found], [strength for _, strength in options.files])
+    parts = progress(shares.items(), "adding", len(shares))
+    changes = {target: combined(target, own) for target, own in parts}
+    known = dtypes(change for file in found for change in file.changes.values())
     notes = []
-    known, made = dtypes([c for f in found for c in f.changes.values()]), dtypes(changes.values())
-    if not options.dtype and made - known:
-        notes = [f"float32, as not all values times strengths are {' or '.join(known)}: --dtype"]
+    if not options.dtype and dtypes(changes.values()) - known:
+        names = " or ".join(sorted(known))
+        notes = [f"float32 where values times strengths are not {names}; --dtype rounds them"]
     error = None
     if options.rank is not None:
         changes, losses = approximated(changes, options.rank, torch_dtype(options.dtype), lora=True)

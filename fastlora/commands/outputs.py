@@ -147,7 +147,14 @@ def finish(
     from fastlora.commands.terminal import say_json
     from fastlora.formats import writing
 
+    parts = sorted({target.component for target in changes})
+    if format in ("peft", "fastlora") and len(parts) > 1:
+        raise CommandError(
+            f"{format} is for one model, and this is {', '.join(parts)}: write each by itself,"
+            f" --only {parts[0]} and so on"
+        )
     packed = writing.pack(changes, format)
+    large = [t for t in packed.tensors.values() if t.numel() > 1]  # no alphas
     writing.write(out, packed)
     report = {
         **report,
@@ -155,7 +162,7 @@ def finish(
         "to": format,
         "modules": len(changes),
         "bytes": sum(t.numel() * t.itemsize for t in packed.tensors.values()),
-        "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in packed.tensors.values()}),
+        "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in large}),
     }
     if as_json:
         say_json(report)

@@ -90,6 +90,11 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
+def aligned(value: float) -> str:
+    """Four digits, zeros at the end too."""
+    return f"{value:#.4g}"
+
+
 def percent(value: float) -> str:
     """Two digits, however small."""
     return f"{100 * value:.2g} %"

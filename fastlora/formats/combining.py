@@ -18,10 +18,12 @@ from fastlora.formats.changes import (
     Shift,
     Target,
 )
+from fastlora.formats.compressing import as_product
 from fastlora.formats.files import FormatError
 from fastlora.formats.measures import (
     common_dtype,
     groups_of,
+    kernel_of,
     own_rows,
     shape_of,
     widened,
@@ -33,16 +35,19 @@ Share = tuple[Change, float]  # of a file: what it changes, and its strength
 
 
 def concatenate(files: Sequence[Changes], strengths: Sequence[float]) -> dict[Target, Change]:
-    """What the files change together, each at its strength (finite, not 0).
+    """What the files change together, each at its strength: `combined` for every module.
 
-    Where only one file changes a module, its tensors stay and the strength goes into alpha where
-    there is one. Low-rank changes of a module become one whose rank is the sum of theirs. Factors
-    `strength · ratio` go into alpha if they are the same (or so that nothing is lost in the
-    tensors' dtype), else into `up`, in float32. Where one of them is not low-rank, the sum is dense,
-    in float32. Biases are added.
+    Raises FormatError for strengths that are 0 or not finite, and what `shares_of` and `combined`
+    raise.
+    """
+    return {t: combined(t, own) for t, own in shares_of(files, strengths).items()}
 
-    Raises FormatError naming the module for what cannot be added without the model: DoRA and
-    spectral shifts, unless one file alone changes the module; and where shapes differ.
+
+def shares_of(files: Sequence[Changes], strengths: Sequence[float]) -> dict[Target, list[Share]]:
+    """What each file changes in a module, by module.
+
+    Raises FormatError for strengths that are 0 or not finite, and where files cannot be told to mean
+    the same modules.
     """
     _require_same_components(files)
     shares: dict[Target, list[Share]] = {}
@@ -51,13 +56,25 @@ def concatenate(files: Sequence[Changes], strengths: Sequence[float]) -> dict[Ta
             raise FormatError(f"strength: expected a finite number that is not 0, got {strength}")
         for target, change in changes.items():
             shares.setdefault(target, []).append((change, strength))
-    combined = {}
-    for target, own in shares.items():
-        try:
-            combined[target] = scaled(*own[0]) if len(own) == 1 else _sum(own)
-        except FormatError as error:
-            raise FormatError(f"{target}: {error}") from None
-    return combined
+    return shares
+
+
+def combined(target: Target, shares: Sequence[Share]) -> Change:
+    """The sum of a module's changes.
+
+    A single one keeps its tensors, and the strength goes into alpha where there is one. LoRAs (and
+    LoHas that are LoRAs of rank r²) become one whose rank is the sum of theirs: factors
+    `strength · ratio` go into alpha if the other `up`s can have their quotients without loss in
+    their dtype, else into `up`, in float32. With others among them the sum is dense, in float32.
+    Biases are added.
+
+    Raises FormatError naming the module for several changes with DoRA or spectral shifts, which
+    cannot be added without the model, and for weights of different shapes.
+    """
+    try:
+        return scaled(*shares[0]) if len(shares) == 1 else _sum(target, shares)
+    except FormatError as error:
+        raise FormatError(f"{target}: {error}") from None
 
 
 def scaled(change: Change, strength: float) -> Change:
@@ -117,7 +134,7 @@ def _signed(tensor: Tensor, strength: float) -> Tensor:
     return tensor if strength > 0 else -tensor
 
 
-def _sum(shares: Sequence[Share]) -> Change:
+def _sum(target: Target, shares: Sequence[Share]) -> Change:
     changes = [change for change, _ in shares]
     if any(change.magnitude is not None for change in changes):
         raise FormatError(
@@ -131,25 +148,33 @@ def _sum(shares: Sequence[Share]) -> Change:
     if biases:
         _require_same("biases", [tuple(b.shape) for b in biases])
         bias = torch.stack([b.to(common_dtype(biases)) for b in biases]).sum(0)
-    return dataclasses.replace(_sum_of_weights(shares), bias=bias)
+    return dataclasses.replace(_sum_of_weights(target, shares), bias=bias)
 
 
-def _sum_of_weights(shares: Sequence[Share]) -> Change:
+def _sum_of_weights(target: Target, shares: Sequence[Share]) -> Change:
     shares = [share for share in shares if share[0].weight is not None]
     if not shares:
         return Change(None)
     shapes = [shape_of(change) for change, _ in shares]
     _require_same("weights", [(shape[0], math.prod(shape[1:])) for shape in shapes])
     shape = max(shapes, key=len)  # a matrix may stand for a convolution's weight
-    weights = [change.weight for change, _ in shares]
-    low_rank = [weight for weight in weights if isinstance(weight, LowRank)]
-    if len(low_rank) < len(weights) or len({weight.embedding for weight in low_rank}) > 1:
-        return Change(Dense(sum(c.delta(shape) * s for c, s in shares)))  # type: ignore[arg-type]
+    if kernel := kernel_of(target, shares[0][0]) if len(shape) == 2 else ():
+        shape = (shape[0], shape[1] // math.prod(kernel), *kernel)
+    low_rank = [_as_low_rank(change) for change, _ in shares]
+    if None in low_rank or len({weight.embedding for weight in low_rank}) > 1:
+        return Change(Dense(sum(c.delta(shape) * s for c, s in shares)))
     rows = {change.rows for change, _ in shares}
     if len(rows) > 1:
         low_rank = [own_rows(w, c.rows) for w, (c, _) in zip(low_rank, shares, strict=True)]
     strengths = [strength for _, strength in shares]
     return Change(_cat(low_rank, strengths, shape), rows=rows.pop() if len(rows) == 1 else None)
+
+
+def _as_low_rank(change: Change) -> LowRank | None:
+    weight = change.weight
+    if isinstance(weight, Hadamard):
+        return as_product(weight, working_dtype(*weight.tensors().values()))
+    return weight if isinstance(weight, LowRank) else None
 
 
 def _cat(weights: Sequence[LowRank], strengths: Sequence[float], shape: tuple[int, ...]) -> LowRank:

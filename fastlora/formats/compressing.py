@@ -7,13 +7,12 @@ it is decomposed through its factors, and no matrix of the weight's size is made
 from __future__ import annotations
 
 import math
-import re
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastlora.formats.changes import Change, Hadamard, Kronecker, LowRank, Shift, Target
+from fastlora.formats.changes import Change, Hadamard, Kronecker, LowRank, Shift
 from fastlora.formats.files import FormatError
 from fastlora.formats.measures import (
     common_dtype,
@@ -23,10 +22,6 @@ from fastlora.formats.measures import (
     widened,
     working_dtype,
 )
-
-
-# diffusers' UNets have no others.
-_CONVOLUTIONS = {(3, 3): re.compile(r"conv(1|2|_in|_out)?"), (1, 1): re.compile("conv_shortcut")}
 
 
 class Compressed(NamedTuple):
@@ -94,30 +89,31 @@ def compress(
     return Compressed(written, math.hypot(math.sqrt(found.rest), rounding), math.sqrt(total))
 
 
-def kernel_of(target: Target, change: Change) -> tuple[int, ...]:
-    """Of a UNet's convolution whose parts say [out, in·kh·kw], by the module's name; else ()."""
-    shape = shape_of(change)
-    if len(shape) == 2 and not target.flat:
-        for kernel, name in _CONVOLUTIONS.items():
-            fits = shape[1] % math.prod(kernel) == 0
-            if fits and name.fullmatch(target.path.rpartition(".")[2]):
-                return kernel
-    return ()
+def as_product(weight: object, dtype: torch.dtype) -> LowRank | None:
+    """A LoHa as the LoRA that it is, of rank r₁ r₂; None if that is above half of the full rank.
+
+    `(A₁ B₁) ∘ (A₂ B₂)` is the product of the columns `a₁ᵢ ∘ a₂ⱼ` and the rows `b₁ᵢ ∘ b₂ⱼ`.
+    """
+    if not isinstance(weight, Hadamard) or weight.t1 is not None or weight.t2 is not None:
+        return None
+    rank = weight.w1_b.shape[0] * weight.w2_b.shape[0]
+    if 2 * rank > min(weight.w1_a.shape[0], weight.w1_b.shape[1]):
+        return None
+    w1_a, w2_a = weight.w1_a.to(dtype), weight.w2_a.to(dtype)
+    w1_b, w2_b = weight.w1_b.to(dtype), weight.w2_b.to(dtype)
+    up = (w1_a[:, :, None] * w2_a[:, None, :]).flatten(1)
+    down = (w1_b[:, None, :] * w2_b[None, :, :]).flatten(0, 1)
+    return LowRank(down, up, weight.ratio * rank)
 
 
 def _decompose(
     weight: object, shape: tuple[int, ...], rank: int, dtype: torch.dtype
 ) -> Decomposition:
-    out, inputs = shape[0], math.prod(shape[1:])
-    if isinstance(weight, LowRank):
-        whole = widened(weight)
-        return _of_product(
-            whole.up.flatten(1).to(dtype) * whole.ratio, whole.down.flatten(1).to(dtype), rank
-        )
-    if isinstance(weight, Hadamard) and weight.t1 is None and weight.t2 is None:
-        inner = weight.rank * weight.w2_b.shape[0]
-        if 2 * inner <= min(out, inputs):
-            return _of_product(*_khatri_rao(weight, dtype), rank)
+    product = weight if isinstance(weight, LowRank) else as_product(weight, dtype)
+    if product is not None:
+        whole = widened(product)
+        up, down = whole.up.flatten(1).to(dtype), whole.down.flatten(1).to(dtype)
+        return _of_product(up * whole.ratio, down, rank)
     if isinstance(weight, Kronecker):
         return _of_kronecker(weight, dtype, rank)
     dense = weight.delta(shape, dtype).flatten(1)  # type: ignore[attr-defined]
@@ -135,14 +131,6 @@ def _of_product(up: Tensor, down: Tensor, rank: int) -> Decomposition:
     q_down, r_down = torch.linalg.qr(down.t())
     u, s, v, rest = _truncated(*torch.linalg.svd(r_up @ r_down.t(), full_matrices=False), rank)
     return Decomposition(q_up @ u, s, v @ q_down.t(), rest)
-
-
-def _khatri_rao(weight: Hadamard, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`(A₁ B₁) ∘ (A₂ B₂)` is a product of rank r₁ r₂: columns `a₁ᵢ ∘ a₂ⱼ`, rows `b₁ᵢ ∘ b₂ⱼ`."""
-    w1_a, w2_a = weight.w1_a.to(dtype), weight.w2_a.to(dtype)
-    w1_b, w2_b = weight.w1_b.to(dtype), weight.w2_b.to(dtype)
-    up = (w1_a[:, :, None] * w2_a[:, None, :]).flatten(1)
-    return up * weight.ratio, (w1_b[:, None, :] * w2_b[None, :, :]).flatten(0, 1)
 
 
 def _of_kronecker(weight: Kronecker, dtype: torch.dtype, rank: int) -> Decomposition:

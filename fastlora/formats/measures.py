@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from fastlora.formats.changes import Change, Dense, Hadamard, Kronecker, LowRank, Shift
+from fastlora.formats.changes import Change, Dense, Hadamard, Kronecker, LowRank, Shift, Target
 from fastlora.formats.files import FormatError
+
+
+# diffusers' UNets have no others.
+_CONVOLUTIONS = {(3, 3): re.compile(r"conv(1|2|_in|_out)?"), (1, 1): re.compile("conv_shortcut")}
 
 
 def shape_of(change: Change) -> tuple[int, ...]:
@@ -20,6 +26,17 @@ def shape_of(change: Change) -> tuple[int, ...]:
     """
     whole = _whole_shape(change)
     return whole if change.rows is None else (change.rows[1] - change.rows[0], *whole[1:])
+
+
+def kernel_of(target: Target, change: Change) -> tuple[int, ...]:
+    """Of a UNet's convolution whose parts say [out, in·kh·kw], by the module's name; else ()."""
+    shape = shape_of(change)
+    if len(shape) == 2 and not target.flat:
+        for kernel, name in _CONVOLUTIONS.items():
+            fits = shape[1] % math.prod(kernel) == 0
+            if fits and name.fullmatch(target.path.rpartition(".")[2]):
+                return kernel
+    return ()
 
 
 def groups_of(weight: LowRank) -> int:
