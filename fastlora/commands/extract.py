@@ -3,16 +3,177 @@
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastlora.commands import CommandError
+from fastlora.commands.approximating import Losses
+from fastlora.commands.outputs import (
+    DTYPES,
+    FORMATS,
+    check_output,
+    explain,
+    finish,
+    torch_dtype,
+    whole,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastlora.formats.changes import Change, Target
+    from fastlora.formats.checkpoints import Checkpoint, Weights
+    from fastlora.formats.extraction import Difference
 
 HELP = "the LoRA between two checkpoints"
-DESCRIPTION = HELP
+DESCRIPTION = (
+    "Subtracts a model from its fine-tuned copy and writes the difference as a LoRA: for every"
+    " matrix and convolution the nearest of its rank (truncated SVD), with what is lost. Reads"
+    " safetensors files, shards with their index, and diffusers' folders, one layer at a time."
+    " Layers that did not change are left out; so are biases and norms, which only lycoris has."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    add = parser.add_argument
+    add("base", metavar="BASE", type=Path, help="the model before, a file or a folder")
+    add("tuned", metavar="TUNED", type=Path, help="the model after, of the same form")
+    add("--rank", type=whole, required=True, metavar="R", help="of every layer, at most")
+    add("--out", type=Path, required=True, help="file to write (.safetensors); peft: folder")
+    add(
+        "--to",
+        choices=FORMATS,
+        metavar="FORMAT",
+        default="diffusers",
+        help="format to write, see below (default: diffusers)",
+    )
+    add("--dtype", choices=DTYPES, help="of the LoRA (default: the tuned model's)")
+    add(
+        "--only",
+        metavar="PART",
+        help="compare one part of a pipeline: unet, transformer, text_encoder, ...",
+    )
+    add("--component", metavar="PART", help="what a model by itself is: unet, text_encoder_2, ...")
+    add("--force", action="store_true", help="replace the output if it is there")
+    add("--json", action="store_true", help="print JSON, with the error of every layer")
+    explain(
+        parser,
+        "fastlora extract sd15/ tuned/ --rank 32 --to kohya --out lora.safetensors",
+        "fastlora extract base/unet tuned/unet --component unet --rank 64 --out lora.safetensors",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
-    raise CommandError("not there yet")
+    """0. Raises CommandError, FormatError, OSError; nothing is left then."""
+    from fastlora.formats.checkpoints import Checkpoint
+    from fastlora.formats.extraction import require_alike
+
+    check_output(options.out, options.to, options.force, [options.base, options.tuned])
+    with Checkpoint(options.base) as base, Checkpoint(options.tuned) as tuned:
+        pairs = paired(base, tuned, options.only)
+        for one, other in pairs:
+            require_alike(one, other)
+        found = Extraction(options)
+        found.read(pairs)
+    if not found.changes:
+        some = ", ".join(found.left_out[:3])
+        left = f" but in what {options.to} has not: {some}" if some else ""
+        raise CommandError(f"{options.base} and {options.tuned} do not differ{left}")
+    report = {
+        "base": str(options.base),
+        "tuned": str(options.tuned),
+        "error": found.losses.report(options.rank),
+        "unchanged": found.unchanged,
+        "left_out": found.left_out,
+        "unused": {},
+        "notes": found.notes(),
+    }
+    return finish(found.changes, options.out, options.to, report, options.json)
+
+
+def paired(base: Checkpoint, tuned: Checkpoint, only: str | None) -> list[tuple[Weights, Weights]]:
+    """The weights of both by component. Raises CommandError where they have others."""
+    sides = [dict(zip(c.parts, c.main(), strict=True)) for c in (base, tuned)]
+    if only and any(only not in side for side in sides) and any("" not in side for side in sides):
+        raise CommandError(f"--only {only}: expected one of {', '.join(sides[0])}")
+    if only and only in sides[0]:
+        sides = [{only: side[only]} for side in sides]
+    if sides[0].keys() != sides[1].keys():
+        names = [", ".join(name or "one model" for name in side) for side in sides]
+        raise CommandError(
+            f"expected the same parts in both, got {names[0]} in {base.path} and {names[1]} in"
+            f" {tuned.path}; --only PART compares one"
+        )
+    return [(sides[0][component], sides[1][component]) for component in sides[0]]
+
+
+class Extraction:
+    """The changes that are found, module by module, and what they say of themselves."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.dtype = torch_dtype(options.dtype)
+        self.changes: dict[Target, Change] = {}
+        self.losses = Losses()
+        self.unchanged = 0
+        self.left_out: list[str] = []  # parameters that changed
+        self._left_out = 0.0  # their updates' norm
+
+    def read(self, pairs: Sequence[tuple[Weights, Weights]]) -> None:
+        from fastlora.commands.terminal import progress
+        from fastlora.formats.extraction import differences
+
+        total = sum(len(base.modules) for base, _ in pairs)
+        every = (d for base, tuned in pairs for d in differences(base, tuned))
+        for difference in progress(every, "extracting", total):
+            if self.options.only and difference.target.component not in ("", self.options.only):
+                continue
+            self.add(difference)
+
+    def add(self, found: Difference) -> None:
+        from fastlora.formats.changes import Change
+        from fastlora.formats.extraction import extract, is_embedding, with_vectors
+
+        if found.weight is None and not found.vectors:
+            self.unchanged += 1
+            return
+        target = found.target
+        if self.options.component and not target.component:
+            target = target._replace(component=self.options.component)
+        kohya = self.options.to in ("kohya", "lycoris")
+        if found.weight is not None and kohya and is_embedding(target.path):
+            self.leave_out(target, "weight", found.weight)
+            found = found._replace(weight=None)
+        change = None
+        if found.weight is not None:
+            made = extract(found, self.options.rank, self.dtype)
+            self.losses.add(target, made.lost, made.norm)
+            change = Change(made.weight)
+        names = sorted(found.vectors)
+        if self.options.to == "lycoris":
+            change, names = with_vectors(change, found.vectors, self.dtype or found.dtype)
+        for name in names:
+            self.leave_out(target, name, found.vectors[name])
+        if change is not None:
+            self.changes[target] = change
+
+    def leave_out(self, target: Target, name: str, update: torch.Tensor) -> None:
+        self.left_out.append(f"{target}.{name}")
+        self._left_out = math.hypot(self._left_out, float(update.norm()))
+
+    def notes(self) -> list[str]:
+        from fastlora.commands.terminal import number, percent, plural
+
+        said = [f"{plural(self.unchanged, 'module')} did not change"] if self.unchanged else []
+        worst = sorted(self.losses.by_module.items(), key=lambda item: -item[1])[:5]
+        said += [f"relative error {percent(error)}: {name}" for name, error in worst]
+        if self.left_out:
+            some = ", ".join(self.left_out[:3]) + ", ..." * (len(self.left_out) > 3)
+            way = "" if self.options.to == "lycoris" else "; --to lycoris has biases and norms"
+            said.append(
+                f"left out: {plural(len(self.left_out), 'parameter')} that changed by"
+                f" {number(self._left_out)} (Frobenius), {some}{way}"
+            )
+        return said

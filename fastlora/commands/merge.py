@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from fastlora.commands.outputs import (
     cast,
     check_output,
     explain,
+    file_and_strength,
     finish,
     read,
     torch_dtype,
@@ -43,7 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="adapter files of any format; the strength is 1 without =STRENGTH",
     )
     add("--out", type=Path, required=True, help="file to write (.safetensors); peft: folder")
-    add("--to", choices=FORMATS, metavar="FORMAT", help="format to write, see below (default: the first file's)")
+    add(
+        "--to",
+        choices=FORMATS,
+        metavar="FORMAT",
+        help="format to write, see below (default: the first file's)",
+    )
     add(
         "--rank",
         type=whole,
@@ -56,23 +61,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "fastlora merge style.safetensors=0.8 subject.safetensors=0.5 --out both.safetensors",
         "fastlora merge a.safetensors b.safetensors=-1 --rank 16 --out difference.safetensors",
     )
-
-
-def file_and_strength(text: str) -> tuple[Path, float]:
-    """argparse's type of "FILE=0.8"; a file may have = in its name, and need not have a strength."""
-    path, mark, strength = text.rpartition("=")
-    if not mark or Path(text).exists():
-        return Path(text), 1.0
-    if not _is_number(strength) or float(strength) == 0:
-        raise argparse.ArgumentTypeError(f"expected FILE=STRENGTH with a number not 0, got {text}")
-    return Path(path), float(strength)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
 
 
 def run(options: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import textwrap
 from collections.abc import Iterable, Mapping
@@ -64,6 +65,23 @@ def whole(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text}")
     return value
+
+
+def file_and_strength(text: str) -> tuple[Path, float]:
+    """argparse's type of "FILE=0.8"; a file may have = in its name, and need not have a strength."""
+    path, mark, strength = text.rpartition("=")
+    if not mark or Path(text).exists():
+        return Path(text), 1.0
+    if not _is_number(strength) or float(strength) == 0:
+        raise argparse.ArgumentTypeError(f"expected FILE=STRENGTH with a number not 0, got {text}")
+    return Path(path), float(strength)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def read(path: Path, options: argparse.Namespace) -> AdapterFile:
@@ -135,7 +153,9 @@ def _fitting(target: Target, tensor: torch.Tensor, dtype: torch.dtype) -> torch.
 
     values = tensor.to(dtype)
     if not torch.isfinite(values).all():
-        raise CommandError(f"--dtype: {target}: a value of {tensor.abs().max():.3g} is beyond {dtype}")
+        raise CommandError(
+            f"--dtype: {target}: a value of {tensor.abs().max():.3g} is beyond {dtype}"
+        )
     return values
 
 

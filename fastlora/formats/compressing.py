@@ -22,6 +22,7 @@ from fastlora.formats.measures import (
     widened,
     working_dtype,
 )
+from fastlora.formats.svd import Decomposition, truncated_svd
 
 
 class Compressed(NamedTuple):
@@ -32,15 +33,6 @@ class Compressed(NamedTuple):
     @property
     def error(self) -> float:
         return self.lost / self.norm if self.norm else 0.0
-
-
-class Decomposition(NamedTuple):
-    """`U diag(S) V`: the largest singular values, and the sum of the others' squares."""
-
-    u: Tensor  # [out, rank]
-    s: Tensor  # [rank], descending
-    v: Tensor  # [rank, in]
-    rest: float
 
 
 def compress(
@@ -117,7 +109,7 @@ def _decompose(
     if isinstance(weight, Kronecker):
         return _of_kronecker(weight, dtype, rank)
     dense = weight.delta(shape, dtype).flatten(1)  # type: ignore[attr-defined]
-    return _truncated(*torch.linalg.svd(dense, full_matrices=False), rank)
+    return truncated_svd(dense, rank)
 
 
 def _truncated(u: Tensor, s: Tensor, v: Tensor, rank: int) -> Decomposition:

@@ -68,6 +68,10 @@ class SafetensorsFile:
         entry = self._entries[key]
         return Info(entry.dtype, entry.shape, entry.stop - entry.start)
 
+    def offset(self, key: str) -> int:
+        """Of a tensor's first byte in the file."""
+        return self._begin + self._entries[key].start
+
     def tensor(self, key: str) -> Tensor:
         """The tensor on the CPU, the only copy. Raises FormatError for NaN and infinite values."""
         entry = self._entries[key]
@@ -103,9 +107,7 @@ class SafetensorsFile:
             if self._begin > size or len(start) < header.LENGTH_BYTES:
                 raise ValueError(f"expected a header of {length} bytes, got a file of {size}")
             if length > header.LIMIT:
-                raise ValueError(
-                    f"expected a header of at most {header.LIMIT} bytes, got {length}"
-                )
+                raise ValueError(f"expected a header of at most {header.LIMIT} bytes, got {length}")
             return header.parse(self._file.read(length), size - self._begin)
         except ValueError as error:
             # Only now: the header's length, with which a safetensors file begins, may be these.
