@@ -42,6 +42,8 @@ COMPONENTS = frozenset(
 )
 # What diffusers saves is without ".weight", which transformers misses in a text encoder's.
 MAGNITUDE = "lora_magnitude_vector.weight"
+# Keys of kohya's files, which are never diffusers' own.
+KOHYA = re.compile(r"(?!lora_(?:embedding|magnitude)_)(?:lora_[a-z]+\d*|lycoris)_[^.]*\..+")
 # kohya's words occur with the dots of diffusers' paths.
 KEY = re.compile(
     r"(?P<path>.+?)(?P<style>\.lora|\.lora_linear_layer|_lora)?"
@@ -76,9 +78,9 @@ def pack(changes: Mapping[Target, Change], style: Style = "peft") -> Packed:
 
     Style "peft" has ranks and alphas in the header. "lora" and "old" have no alpha: `up` is
     multiplied by alpha/rank, computed in float32 at least and rounded to its dtype, which is exact
-    where alpha/rank is a power of two; they take no bias and no embedding, and "old" only the projections
-    of a UNet's attention. Raises FormatError for those, for DoRA of some layers of a component
-    only, and for what is no LoRA.
+    where alpha/rank is a power of two; they take no bias and no embedding, and "old" only the
+    projections of a UNet's attention. Raises FormatError for those, for DoRA of some layers of a
+    component only, and for what is no LoRA.
     """
     if style not in get_args(Style):
         raise FormatError(f"style: expected one of {list(get_args(Style))}, got {style!r}")
@@ -107,6 +109,8 @@ def pack(changes: Mapping[Target, Change], style: Style = "peft") -> Packed:
 
 def entry_of(key: str, components: Collection[str] = COMPONENTS) -> Entry | None:
     """What a key means; None for one that is not of an adapter."""
+    if KOHYA.fullmatch(key):
+        return None
     first, _, rest = key.partition(".")
     component, path = (first, rest) if first in components else ("", key)
     found = peft.split(path)

@@ -16,11 +16,14 @@ Version "1" had all settings of every module in `modules`, and `weight_prints` f
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
+from fastlora.formats.changes import AdapterFile, Change, LowRank, Packed, Shift, Target
 from fastlora.formats.files import FormatError
+from fastlora.formats.patterns import number
 
 VERSION = "2"
 PARAMETERS = {"lora": ("down", "up", "magnitude"), "spectral": ("shift",)}
@@ -109,3 +112,111 @@ def read_config(content: Any, version: str) -> dict[str, Any]:
 def key_of(path: str, parameter: str) -> str:
     """A parameter's key; the model itself, when it is the adapted layer, has the path ""."""
     return f"{path}.{parameter}" if path else parameter
+
+
+def adapter_file(tensors: dict[str, Tensor], metadata: dict[str, str], source: str) -> AdapterFile:
+    """The file as changes. Raises FormatError naming `source` and what is wrong with it.
+
+    A file does not tell an embedding from a linear layer: `LowRank.embedding` is False for both.
+    """
+    modules, config = unpack(tensors, metadata, source)
+    try:
+        return AdapterFile("fastlora", changes_of(modules, config), {}, metadata)
+    except FormatError as error:
+        raise FormatError(f"{source}: {error}") from None
+
+
+def changes_of(
+    modules: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any]
+) -> dict[Target, Change]:
+    """Each module's parameters and settings, as `unpack` gives them, as a change."""
+    changes: dict[Target, Change] = {}
+    for path, own in modules.items():
+        keys = tuple(key_of(path, parameter) for parameter in own)
+        fields = config["modules"][path]
+        try:
+            if config["kind"] == "spectral":
+                hashes = config["base_hash"].get(path)
+                shift = Shift(own["shift"], fields.get("norms", "elementwise"), hashes)
+                change = Change(shift, keys=keys)
+            else:
+                weight = _low_rank(own, fields)
+                change = Change(weight, magnitude=own.get("magnitude"), keys=keys)
+        except KeyError as missing:
+            raise FormatError(f"{path}: no {missing.args[0]}") from None
+        except ValueError as error:
+            raise FormatError(f"{path}: {error}") from None
+        changes[Target("", path)] = change
+    return changes
+
+
+def pack_changes(changes: Mapping[Target, Change]) -> Packed:
+    """The file of LoRAs, or of spectral shifts, for one model: the component is left out.
+
+    Raises FormatError for two components, for both kinds at once, and for other changes.
+    """
+    components = sorted({target.component for target in changes})
+    if len(components) > 1:
+        raise FormatError(f"a fastlora file is for one model; write each of {components} by itself")
+    modules: dict[str, dict[str, Tensor]] = {}
+    settings: dict[str, dict[str, Any]] = {}
+    kinds: dict[str, Target] = {}
+    for target, change in changes.items():
+        if target.flat:
+            raise FormatError(
+                f"{target}: expected the path of a module; find it in the model first"
+            )
+        kind, modules[target.path], settings[target.path] = _written(target, change)
+        kinds.setdefault(kind, target)
+    if len(kinds) != 1:
+        raise FormatError(f"expected LoRAs or spectral shifts, got {kinds or 'no changes'}")
+    (kind,) = kinds
+    config: dict[str, Any] = {"kind": kind, "modules": settings}
+    if kind == "spectral":
+        shifts = {t.path: c.weight for t, c in changes.items() if isinstance(c.weight, Shift)}
+        config["base_hash"] = {path: s.base_hash for path, s in shifts.items() if s.base_hash}
+    return Packed(*pack(modules, config))
+
+
+def _low_rank(own: Mapping[str, Tensor], fields: Mapping[str, Any]) -> LowRank:
+    """Raises KeyError for a tensor that is missing, ValueError for a setting that is none."""
+    down, up, alpha = own["down"], own["up"], fields.get("alpha")
+    if down.dim() < 2 or up.dim() < 2 or down.shape[0] < 1:
+        raise ValueError(
+            f"expected down [rank, in] and up [out, rank], got {[*down.shape]} and {[*up.shape]}"
+        )
+    alpha = None if alpha is None else number("alpha", alpha)
+    dropout = number("dropout", fields.get("dropout", 0.0))
+    if fields.get("rank", down.shape[0]) != down.shape[0]:
+        raise ValueError(f"expected rank {fields['rank']}, got down {[*down.shape]}")
+    if bool(fields.get("dora")) != ("magnitude" in own):
+        raise ValueError(f"dora is {bool(fields.get('dora'))}, got {sorted(own)}")
+    stabilized = bool(fields.get("rank_stabilized"))
+    return LowRank(down, up, alpha, stabilized, dropout=dropout)
+
+
+def _written(target: Target, change: Change) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
+    """Kind, parameters and settings of a change."""
+    weight = change.weight
+    if isinstance(weight, Shift):
+        return "spectral", {"shift": weight.shift}, {"norms": weight.norms}
+    if not isinstance(weight, LowRank) or change.bias is not None:
+        raise FormatError(
+            f"{target}: a fastlora file has LoRAs without bias and spectral shifts, got "
+            f"{change.kind}; approximate it by a LoRA first"
+        )
+    if change.magnitude is not None and change.axis != ("in" if weight.embedding else "out"):
+        raise FormatError(f"{target}: a fastlora file has magnitudes of outputs, not of inputs")
+    weight = weight.without_mid()
+    up = weight.up if change.rows is None else weight.up[change.rows[0] : change.rows[1]]
+    parameters = {"down": weight.down, "up": up}
+    if change.magnitude is not None:
+        parameters["magnitude"] = change.magnitude
+    settings = {
+        "rank": weight.rank,
+        "alpha": weight.alpha,
+        "rank_stabilized": weight.rank_stabilized,
+        "dropout": weight.dropout,
+        "dora": change.magnitude is not None,
+    }
+    return "lora", parameters, settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -38,7 +39,7 @@ class Patterns:
             return
         try:
             self._others.append((place, re.compile(rf"(.*\.)?({key})$"), value))
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise FormatError(f"{name}: {key!r} is no regular expression: {error}") from None
 
     def get(self, path: str) -> float | None:
@@ -66,6 +67,8 @@ def ends(path: str) -> Iterator[str]:
 
 def number(name: str, value: Any) -> float:
     """`value` where it is a finite number. Raises FormatError naming it."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise FormatError(f"{name}: expected a finite number, got {value!r}")
-    return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # an integer beyond float64
+            if math.isfinite(value):
+                return value
+    raise FormatError(f"{name}: expected a finite number, got {value!r}")

@@ -63,7 +63,7 @@ def read_settings(config: Any) -> Settings:
     if not isinstance(config, Mapping):
         raise FormatError(f"expected an object of settings, got {type(config).__name__}")
     kind = config.get("peft_type") or "LORA"
-    if kind not in ALPHAS:
+    if not isinstance(kind, str) or kind not in ALPHAS:
         raise FormatError(f"peft_type: expected {', '.join(ALPHAS)}, got {kind!r}")
     for name, reason in FOREIGN.items():
         if config.get(name):

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fastlora.formats._kohya_shapes import check
 from fastlora.formats.changes import Change, Hadamard, Kronecker, LowRank, Target
 from fastlora.formats.files import FormatError
 from fastlora.formats.peft_config import Settings
@@ -135,8 +136,9 @@ def _alpha(target: Target, tensor: Tensor | None, settings: Settings) -> float |
     stated = settings.alpha_at(target.path)
     if tensor is None:
         return stated
-    if tensor.numel() != 1:
-        raise FormatError(f"{target}: alpha: expected one number, got {list(tensor.shape)}")
+    if tensor.numel() != 1 or tensor.is_complex():
+        got = f"{tensor.dtype} {list(tensor.shape)}"
+        raise FormatError(f"{target}: alpha: expected one number, got {got}")
     alpha = float(tensor) or None
     if stated is not None and alpha != stated:
         raise FormatError(f"{target}: alpha: the settings say {stated}, the tensor beside {alpha}")
@@ -149,7 +151,7 @@ def _low_rank(
     embedding = "lora_embedding_A" in own or "lora_embedding_B" in own
     infix = "lora_embedding_" if embedding else "lora_"
     down, up = _take(target, own, f"{infix}A", f"{infix}B")
-    if down.shape[0] < 1 or up.shape[1] != down.shape[0]:
+    if down.shape[0] < 1 or up.shape[1] != down.shape[0] or not set(up.shape[2:]) <= {1}:
         # PEFT has [out, rank / groups] for a grouped convolution, but an A that sees the inputs of
         # all groups: no update of the weight.
         raise FormatError(
@@ -186,10 +188,8 @@ def _low_rank(
 def _hadamard(
     target: Target, own: dict[str, Tensor], alpha: float | None, settings: Settings
 ) -> Change:
-    names = ("w1_a", "w1_b", "w2_a", "w2_b")
-    factors = _take(target, own, *(f"hada_{name}" for name in names))
-    cores = {name: own.pop(f"hada_{name}", None) for name in ("t1", "t2")}
-    weight = Hadamard(*factors, alpha, **cores)
+    check(str(target), Hadamard, own)
+    weight = Hadamard(**_fields(own, "hada_"), alpha=alpha)
     _require_rank(target, weight.rank, settings)
     return Change(weight)
 
@@ -197,21 +197,17 @@ def _hadamard(
 def _kronecker(
     target: Target, own: dict[str, Tensor], alpha: float | None, settings: Settings
 ) -> Change:
-    factors: dict[str, Any] = {}
-    for name in ("w1", "w2"):
-        pieces = [name] if f"lokr_{name}" in own else [f"{name}_a", f"{name}_b"]
-        found = _take(target, own, *(f"lokr_{piece}" for piece in pieces))
-        factors.update(zip(pieces, found, strict=True))
-    factors["t2"] = own.pop("lokr_t2", None)
-    weight = Kronecker(**factors, alpha=alpha)
+    check(str(target), Kronecker, own)
+    weight = Kronecker(**_fields(own, "lokr_"), alpha=alpha)
     if weight.rank is not None:
         _require_rank(target, weight.rank, settings)
         return Change(weight)
     # Two whole factors have no rank to divide alpha by, and LyCORIS takes a scale of 1 then, but
     # PEFT that of the settings.
+    assert weight.w1 is not None
     rank = settings.rank_at(target.path)
     ratio = 1.0 if alpha is None or rank is None else alpha / rank
-    return Change(replace(weight, alpha=None, w1=_scaled(factors["w1"], ratio)))
+    return Change(replace(weight, alpha=None, w1=_scaled(weight.w1, ratio)))
 
 
 READERS = {"lora": _low_rank, "hada": _hadamard, "lokr": _kronecker}
@@ -229,6 +225,12 @@ def _take(target: Target, own: dict[str, Tensor], *names: str) -> list[Tensor]:
         shapes = {name: list(tensor.shape) for name, tensor in zip(names, found, strict=True)}
         raise FormatError(f"{target}: expected matrices, got {shapes}")
     return found
+
+
+def _fields(own: dict[str, Tensor], prefix: str) -> dict[str, Any]:
+    """The factors by their names in a Change, taken out of `own`."""
+    names = [name for name in own if name.startswith(prefix)]
+    return {name.removeprefix(prefix): own.pop(name) for name in names}
 
 
 def _require_rank(target: Target, rank: int, settings: Settings) -> None:

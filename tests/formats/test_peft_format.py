@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.formats.nets import LAYERS, TOKENS, changed_output, net, random_lora, randomize
 from torch import nn
 
 from fastlora.formats import detect, files, peft
@@ -23,6 +22,7 @@ from fastlora.formats.changes import (
     Target,
 )
 from fastlora.formats.files import FormatError
+from tests.formats.nets import LAYERS, TOKENS, changed_output, net, random_lora, randomize
 
 oracle = pytest.importorskip("peft")
 pytestmark = [
@@ -84,7 +84,9 @@ def test_what_peft_saves_is_read(tmp_path: Path, settings: dict[str, Any]) -> No
 
 LYCORIS_LAYERS = [*LAYERS[1:], "grouped"]
 LYCORIS = {
-    "LoHa": oracle.LoHaConfig(target_modules=LYCORIS_LAYERS, r=2, alpha=3, alpha_pattern={"proj": 5}),
+    "LoHa": oracle.LoHaConfig(
+        target_modules=LYCORIS_LAYERS, r=2, alpha=3, alpha_pattern={"proj": 5}
+    ),
     "LoHa, Tucker": oracle.LoHaConfig(
         target_modules=LYCORIS_LAYERS, r=2, alpha=3, use_effective_conv2d=True
     ),
@@ -126,7 +128,10 @@ def test_a_state_dict_with_the_adapters_name(prefix: str) -> None:
 
 def test_what_is_no_update_is_unused_for_a_reason(tmp_path: Path) -> None:
     config = oracle.LoraConfig(
-        target_modules=["conv"], r=2, bias="all", modules_to_save=["proj"],
+        target_modules=["conv"],
+        r=2,
+        bias="all",
+        modules_to_save=["proj"],
         trainable_token_indices={"tokens": [3, 4]},
     )
     _, folder = saved(tmp_path, config, net())
@@ -159,8 +164,8 @@ def changes_for(case: str, base: nn.Module) -> dict[Target, Change]:
 
 
 @pytest.mark.parametrize(
-    "case", ["plain", "ranks and alphas", "rank stabilised", "some rank stabilised", "DoRA",
-             "some biases"]
+    "case",
+    ["plain", "ranks and alphas", "rank stabilised", "some rank stabilised", "DoRA", "some biases"],
 )
 def test_what_is_written_peft_loads(tmp_path: Path, case: str) -> None:
     base = net()
@@ -174,7 +179,7 @@ def test_what_is_written_peft_loads(tmp_path: Path, case: str) -> None:
 
 
 def test_the_key_of_a_pattern_means_one_path_only(tmp_path: Path) -> None:
-    """"x" ends "a.x", and "." in "a.x" is any character for PEFT."""
+    """ "x" ends "a.x", and "." in "a.x" is any character for PEFT."""
     base = nn.ModuleDict({k: nn.ModuleDict({"x": nn.Linear(3, 3)}) for k in ("a", "b")})
     base["x"], base["a_x"] = nn.Linear(3, 3), nn.Linear(3, 3)
     ranks = {"x": 1, "a.x": 2, "b.x": 3, "a_x": 3}
@@ -239,9 +244,21 @@ ONE = torch.ones(1, 1)
 PLAIN = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any] | None, str]] = {
     "no config": ({}, None, "adapter_config.json.*it has alpha"),
-    "another method": ({}, {"peft_type": "VERA"}, "peft_type: expected LORA, LOHA, LOKR, got 'VERA'"),
+    "another method": ({}, {"peft_type": "VERA"}, "expected LORA, LOHA, LOKR, got 'VERA'"),
     "another rank": ({}, {"r": 4}, "m: the settings say rank 4, the tensors have 2"),
     "rank 0": ({}, {"r": 0}, "r: expected an integer >= 1, got 0"),
+    "no method": ({}, {"peft_type": ["LORA"]}, "peft_type: expected LORA, LOHA, LOKR"),
+    "a huge alpha": ({}, {"lora_alpha": 10**400}, "lora_alpha: expected a finite number"),
+    "LoKr's shapes": (
+        {"m.lora_A.weight": None, "m.lora_B.weight": None, "m.lokr_w1": ONE, "m.lokr_w2_a": ONE},
+        {"peft_type": "LOKR"},
+        "m: no lokr_w2_b",
+    ),
+    "LoHa's shapes": (
+        {"m.lora_A.weight": None, "m.lora_B.weight": None, "m.hada_w1_a": ONE},
+        {"peft_type": "LOHA"},
+        "m: no hada_w1_b",
+    ),
     "alpha": ({}, {"lora_alpha": "16"}, "lora_alpha: expected a finite number, got '16'"),
     "a pattern": ({}, {"alpha_pattern": {"(": 1}}, "alpha_pattern: '\\(' is no regular expr"),
     "a pattern's value": ({}, {"rank_pattern": {"m": None}}, "rank_pattern: 'm': expected"),
@@ -251,7 +268,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any] | None, str]] = {
     "no B": ({"m.lora_B.weight": None}, {}, "m: expected lora_A, lora_B, got no lora_B"),
     "shapes": ({"m.lora_B.weight": torch.ones(4, 3)}, {}, r"got \[2, 3\] and \[4, 3\]"),
     "a shard": ({"m.lora_A.weight": torch.ones(0)}, {}, "m: expected matrices"),
-    "two adapters": ({"n.lora_A.x.weight": ONE, "n.lora_B.y.weight": ONE}, {}, "one adapter.*'x', 'y'"),
+    "two adapters": ({"n.lora_A.x.weight": ONE, "n.lora_B.y.weight": ONE}, {}, "got .'x', 'y'"),
     "twice": ({"m.lora_A.x.weight": ONE}, {}, "m.lora_A.x.weight and m.lora_A.weight"),
     "no magnitude": ({}, {"use_dora": True}, "m: use_dora is True, got none"),
     "a magnitude": ({"m.lora_magnitude_vector": torch.ones(4)}, {}, "use_dora is False, got one"),
@@ -273,9 +290,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any] | None, str]] = {
 
 
 @pytest.mark.parametrize(("own", "config", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_is_refused(
-    own: dict[str, Any], config: dict[str, Any] | None, message: str
-) -> None:
+def test_what_is_refused(own: dict[str, Any], config: dict[str, Any] | None, message: str) -> None:
     tensors = {k: v for k, v in {**TENSORS, **own}.items() if v is not None}
     full = None if config is None else {**PLAIN, **config}
     with pytest.raises(FormatError, match=message):
