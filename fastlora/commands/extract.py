@@ -34,6 +34,7 @@ DESCRIPTION = (
     " safetensors files, shards with their index, and diffusers' folders, one layer at a time."
     " Layers that did not change are left out; so are biases and norms, which only lycoris has."
 )
+SHOWN = 10  # layers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--component", metavar="PART", help="what a model by itself is: unet, text_encoder_2, ...")
     add("--force", action="store_true", help="replace the output if it is there")
+    add("--all", action="store_true", help=f"show the error of all layers, not of {SHOWN}")
     add("--json", action="store_true", help="print JSON, with the error of every layer")
     explain(
         parser,
@@ -90,7 +92,10 @@ def run(options: argparse.Namespace) -> int:
         "unused": {},
         "notes": found.notes(),
     }
-    return finish(found.changes, options.out, options.to, report, options.json)
+    code = finish(found.changes, options.out, options.to, report, options.json)
+    if not options.json:
+        print("\n".join(found.layers()))
+    return code
 
 
 def paired(base: Checkpoint, tuned: Checkpoint, only: str | None) -> list[tuple[Weights, Weights]]:
@@ -164,16 +169,24 @@ class Extraction:
         self._left_out = math.hypot(self._left_out, float(update.norm()))
 
     def notes(self) -> list[str]:
-        from fastlora.commands.terminal import number, percent, plural
+        from fastlora.commands.terminal import number, plural
 
         said = [f"{plural(self.unchanged, 'module')} did not change"] if self.unchanged else []
-        worst = sorted(self.losses.by_module.items(), key=lambda item: -item[1])[:5]
-        said += [f"relative error {percent(error)}: {name}" for name, error in worst]
         if self.left_out:
-            some = ", ".join(self.left_out[:3]) + ", ..." * (len(self.left_out) > 3)
             way = "" if self.options.to == "lycoris" else "; --to lycoris has biases and norms"
             said.append(
-                f"left out: {plural(len(self.left_out), 'parameter')} that changed by"
-                f" {number(self._left_out)} (Frobenius), {some}{way}"
+                f"left out: {plural(len(self.left_out), 'parameter')} that changed, by"
+                f" {number(self._left_out)} (Frobenius) together, as {self.left_out[0]}{way}"
             )
         return said
+
+    def layers(self) -> list[str]:
+        """The relative error of every layer, the largest first."""
+        from fastlora.commands.terminal import percent, plural, table
+
+        errors = sorted(self.losses.by_module.items(), key=lambda item: -item[1])
+        shown = errors if self.options.all else errors[:SHOWN]
+        said = table([(percent(error), module) for module, error in shown], right=(0,))
+        if len(errors) > len(shown):
+            said.append(f"and {plural(len(errors) - len(shown), 'layer')} with less: --all")
+        return [f"  {line}" for line in said]

@@ -230,7 +230,7 @@ def lines(report: Mapping[str, Any]) -> list[str]:
             "" if own["change"] is None else f" changed by {percent(own['change'])} (Frobenius)"
         )
         said.append(f"  {part}{plural(own['tensors'], 'tensor')}{change}")
-        if own["rounding"] is not None:
+        if own["rounding"]:
             dtypes = ", ".join(own["dtypes"])
             said[-1] += f"; rounding to {dtypes}: {percent(own['rounding'])} of the change"
     for path, keys in report["unused"].items():

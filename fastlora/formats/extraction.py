@@ -87,7 +87,7 @@ def differences(base: Weights, tuned: Weights) -> Iterator[Difference]:
 def difference(base: Tensor, tuned: Tensor) -> Tensor | None:
     """`tuned - base` in float32, or float64 where one has that; None where they are equal."""
     wide = torch.float64 if torch.float64 in (base.dtype, tuned.dtype) else torch.float32
-    update = tuned.to(wide) - base.to(wide)
+    update = tuned.to(wide, copy=True).sub_(base)
     return update if update.any() else None
 
 
