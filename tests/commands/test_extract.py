@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.commands import checkpoints as disk
 from safetensors.torch import load_file, save_file
 
 from fastlora.cli import main
 from fastlora.formats import detect
 from fastlora.formats.changes import Dense, LowRank, Target
 from fastlora.formats.svd import truncated_svd
+from tests.commands import checkpoints as disk
 
 TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 TOKENS = "text_model.embeddings.token_embedding"
@@ -172,7 +172,10 @@ def test_other_models_are_refused_by_name(pair, tmp_path, capsys):
 
 
 def test_it_says_what_it_did(pair, tmp_path, capsys):
-    assert main(["extract", *map(str, pair), "--rank", "2", "--out", str(tmp_path / "o.safetensors")]) == 0
+    assert (
+        main(["extract", *map(str, pair), "--rank", "2", "--out", str(tmp_path / "o.safetensors")])
+        == 0
+    )
     said = capsys.readouterr().out
     assert "diffusers, 2 modules, float32" in said
     assert "3 modules did not change" in said
