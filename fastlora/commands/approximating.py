@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from fastlora.commands import CommandError
+
 if TYPE_CHECKING:
     import torch
 
@@ -47,9 +49,9 @@ def approximated(
     """
     from fastlora.commands.terminal import progress
     from fastlora.formats.changes import LowRank, Shift
-    from fastlora.formats.compressing import compress, kernel_of
+    from fastlora.formats.compressing import compress
     from fastlora.formats.files import FormatError
-    from fastlora.formats.measures import shape_of
+    from fastlora.formats.measures import kernel_of, shape_of
 
     made, losses = dict(changes), Losses()
     for target, change in progress(changes.items(), "decomposing", len(changes)):
@@ -65,3 +67,21 @@ def approximated(
         made[target] = dataclasses.replace(change, weight=found.weight)
         losses.add(target, found.lost, found.norm)
     return made, losses
+
+
+def refuse_others(changes: Mapping[Target, Change], format: str) -> None:
+    """Raises CommandError with the way out for kinds that only LyCORIS' files have."""
+    from fastlora.commands.terminal import plural
+    from fastlora.formats.changes import Dense, Hadamard, Kronecker
+
+    if format == "lycoris":
+        return
+    found = [t for t, c in changes.items() if isinstance(c.weight, Hadamard | Kronecker | Dense)]
+    if found:
+        kinds = " and ".join(sorted({changes[target].kind for target in found}))
+        verb = "is" if len(found) == 1 else "are"
+        raise CommandError(
+            f"{plural(len(found), 'module')}, {found[0]} first, {verb} {kinds}, which"
+            f" {format} cannot hold: --rank 16 makes LoRAs of them and says what is lost, --to"
+            " lycoris keeps them"
+        )

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from fastlora.commands import CommandError
-from fastlora.commands.approximating import approximated
+from fastlora.commands.approximating import approximated, refuse_others
 from fastlora.commands.outputs import (
     FORMATS,
     add_output_arguments,
-    cast,
     check_output,
     explain,
     finish,
@@ -20,15 +17,12 @@ from fastlora.commands.outputs import (
     whole,
 )
 
-if TYPE_CHECKING:
-    from fastlora.formats.changes import Change, Target
-
 HELP = "another format of an adapter file"
 DESCRIPTION = (
     "Writes an adapter file in another format: names are translated, ranks and alphas of every"
-    " module stay what they are. What the format cannot hold is refused; --rank makes LoRAs of LoHa,"
-    " LoKr and full updates, and says what is lost. The input is never changed. Exit code 1 if keys"
-    " that mean nothing were left out."
+    " module stay what they are. What the format cannot hold is refused; --rank makes LoRAs of"
+    " LoHa, LoKr and full updates, and says what is lost. The input is never changed. Exit code 1"
+    " if keys that mean nothing were left out."
 )
 
 
@@ -63,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
             changes, options.rank, torch_dtype(options.dtype), lora=False
         )
         error = losses.report(options.rank)
-    elif options.to != "lycoris":
+    else:
         refuse_others(changes, options.to)
     report = {
         "input": str(options.input),
@@ -71,18 +65,4 @@ def run(options: argparse.Namespace) -> int:
         "error": error,
         "unused": {str(options.input): file.unused} if file.unused else {},
     }
-    changes = cast(changes, options.dtype)
-    return finish(changes, options.output, options.to, report, options.json)
-
-
-def refuse_others(changes: dict[Target, Change], format: str) -> None:
-    """Raises CommandError with the way out for kinds that only LyCORIS' files have."""
-    from fastlora.formats.changes import Dense, Hadamard, Kronecker
-
-    found = [t for t, c in changes.items() if isinstance(c.weight, Hadamard | Kronecker | Dense)]
-    if found:
-        kinds = ", ".join(sorted({changes[target].kind for target in found}))
-        raise CommandError(
-            f"{found[0]} and {len(found) - 1} other modules are {kinds}, which {format} cannot"
-            " hold: --rank 16 makes LoRAs of them and says what is lost; --to lycoris keeps them"
-        )
+    return finish(changes, [file], report, options.output, options.to, options)

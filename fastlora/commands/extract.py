@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastlora.commands import CommandError
 from fastlora.commands.approximating import Losses
@@ -15,7 +15,6 @@ from fastlora.commands.outputs import (
     FORMATS,
     check_output,
     explain,
-    finish,
     torch_dtype,
     whole,
 )
@@ -69,12 +68,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """0. Raises CommandError, FormatError, OSError; nothing is left then."""
+    from fastlora.commands.terminal import say_json
+    from fastlora.formats import writing
     from fastlora.formats.checkpoints import Checkpoint
     from fastlora.formats.extraction import require_alike
 
     check_output(options.out, options.to, options.force, [options.base, options.tuned])
     with Checkpoint(options.base) as base, Checkpoint(options.tuned) as tuned:
-        pairs = paired(base, tuned, options.only)
+        pairs = paired(base, tuned, options)
         for one, other in pairs:
             require_alike(one, other)
         found = Extraction(options)
@@ -83,33 +84,50 @@ def run(options: argparse.Namespace) -> int:
         some = ", ".join(found.left_out[:3])
         left = f" but in what {options.to} has not: {some}" if some else ""
         raise CommandError(f"{options.base} and {options.tuned} do not differ{left}")
+    packed = writing.pack(found.changes, options.to)
+    writing.write(options.out, packed)
+    large = [t for t in packed.tensors.values() if t.numel() > 1]  # no alphas
     report = {
         "base": str(options.base),
         "tuned": str(options.tuned),
-        "error": found.losses.report(options.rank),
+        "output": str(options.out),
+        "to": options.to,
+        "modules": len(found.changes),
         "unchanged": found.unchanged,
         "left_out": found.left_out,
-        "unused": {},
-        "notes": found.notes(),
+        "left_out_norm": found.left_out_norm,
+        "bytes": sum(t.numel() * t.itemsize for t in packed.tensors.values()),
+        "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in large}),
+        "error": found.losses.report(options.rank),
     }
-    code = finish(found.changes, options.out, options.to, report, options.json)
-    if not options.json:
-        print("\n".join(found.layers()))
-    return code
+    say_json(report) if options.json else print("\n".join(lines(report, options.all)))
+    return 0
 
 
-def paired(base: Checkpoint, tuned: Checkpoint, only: str | None) -> list[tuple[Weights, Weights]]:
-    """The weights of both by component. Raises CommandError where they have others."""
+def paired(
+    base: Checkpoint, tuned: Checkpoint, options: argparse.Namespace
+) -> list[tuple[Weights, Weights]]:
+    """The weights of both by component. Raises CommandError where they have others, and for
+    several where the format is for one."""
+    only = options.only
     sides = [dict(zip(c.parts, c.main(), strict=True)) for c in (base, tuned)]
-    if only and any(only not in side for side in sides) and any("" not in side for side in sides):
-        raise CommandError(f"--only {only}: expected one of {', '.join(sides[0])}")
-    if only and only in sides[0]:
+    if only and base.is_pipeline and tuned.is_pipeline:
+        if any(only not in side for side in sides):
+            raise CommandError(f"--only {only}: expected one of {', '.join(sides[0])}")
         sides = [{only: side[only]} for side in sides]
     if sides[0].keys() != sides[1].keys():
         names = [", ".join(name or "one model" for name in side) for side in sides]
         raise CommandError(
             f"expected the same parts in both, got {names[0]} in {base.path} and {names[1]} in"
             f" {tuned.path}; --only PART compares one"
+        )
+    parts = sorted({t.component for w in sides[0].values() for t in w.modules})
+    if only and only not in parts and parts != [""]:
+        raise CommandError(f"--only {only}: expected one of {', '.join(parts)}")
+    if options.to in ("peft", "fastlora") and len(parts) > 1 and not only:
+        raise CommandError(
+            f"{options.to} is for one model, and this is {', '.join(parts)}: write each by itself,"
+            f" --only {parts[0]} and so on"
         )
     return [(sides[0][component], sides[1][component]) for component in sides[0]]
 
@@ -124,7 +142,7 @@ class Extraction:
         self.losses = Losses()
         self.unchanged = 0
         self.left_out: list[str] = []  # parameters that changed
-        self._left_out = 0.0  # their updates' norm
+        self.left_out_norm = 0.0  # of their updates together
 
     def read(self, pairs: Sequence[tuple[Weights, Weights]]) -> None:
         from fastlora.commands.terminal import progress
@@ -166,27 +184,33 @@ class Extraction:
 
     def leave_out(self, target: Target, name: str, update: torch.Tensor) -> None:
         self.left_out.append(f"{target}.{name}")
-        self._left_out = math.hypot(self._left_out, float(update.norm()))
+        self.left_out_norm = math.hypot(self.left_out_norm, float(update.norm()))
 
-    def notes(self) -> list[str]:
-        from fastlora.commands.terminal import number, plural
 
-        said = [f"{plural(self.unchanged, 'module')} did not change"] if self.unchanged else []
-        if self.left_out:
-            way = "" if self.options.to == "lycoris" else "; --to lycoris has biases and norms"
-            said.append(
-                f"left out: {plural(len(self.left_out), 'parameter')} that changed, by"
-                f" {number(self._left_out)} (Frobenius) together, as {self.left_out[0]}{way}"
-            )
-        return said
+def lines(report: Mapping[str, Any], every: bool) -> list[str]:
+    from fastlora.commands.terminal import clean, number, percent, plural, size, table
 
-    def layers(self) -> list[str]:
-        """The relative error of every layer, the largest first."""
-        from fastlora.commands.terminal import percent, plural, table
-
-        errors = sorted(self.losses.by_module.items(), key=lambda item: -item[1])
-        shown = errors if self.options.all else errors[:SHOWN]
-        said = table([(percent(error), module) for module, error in shown], right=(0,))
-        if len(errors) > len(shown):
-            said.append(f"and {plural(len(errors) - len(shown), 'layer')} with less: --all")
-        return [f"  {line}" for line in said]
+    said = [
+        f"{report['output']}: {report['to']}, {plural(report['modules'], 'module')}, "
+        f"{', '.join(report['dtypes'])}, {size(report['bytes'])}"
+    ]
+    if report["unchanged"]:
+        said.append(f"  {plural(report['unchanged'], 'module')} did not change")
+    if left := report["left_out"]:
+        way = "" if report["to"] == "lycoris" else "; --to lycoris has biases and norms"
+        said.append(
+            f"  left out: {plural(len(left), 'parameter')} that changed, by "
+            f"{number(report['left_out_norm'])} (Frobenius) together, as {clean(left[0])}{way}"
+        )
+    if errors := report["error"]:
+        said.append(
+            f"  rank {errors['rank']}: relative error (Frobenius) {percent(errors['total'])} in"
+            " total, by layer:"
+        )
+        layers = sorted(errors["modules"].items(), key=lambda item: -item[1])
+        shown = layers if every else layers[:SHOWN]
+        rows = table([(percent(error), clean(module)) for module, error in shown], right=(0,))
+        said += [f"    {row}" for row in rows]
+        if len(layers) > len(shown):
+            said.append(f"    and {plural(len(layers) - len(shown), 'layer')} with less: --all")
+    return said

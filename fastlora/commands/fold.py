@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastlora.commands import CommandError
-from fastlora.commands.outputs import file_and_strength
+from fastlora.commands.merge import file_and_strength
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,7 +11,6 @@ from fastlora.commands.terminal import (
     clean,
     number,
     plural,
-    prints,
     shortened,
     size,
     table,
@@ -40,18 +39,20 @@ def summary(report: Mapping[str, Any]) -> list[str]:
     modules = sum(part["modules"] for part in report["parts"])
     most = max(dtypes, key=dtypes.get, default="no tensors")
     others = [f"{name} ({count})" for name, count in dtypes.items() if name != most]
+    count = len(report["unused"])
+    keys = plural(count, "unused key") if count else "every key is used"
     rows = [
         ("format", report["format"]),
         ("base", clean(f"{base['name'] or 'unknown'}: {reasons}")),
         ("size", f"{size(report['bytes'])}, {report['parameters']:,} parameters"),
         ("dtype", ", ".join([most, *others])),
-        ("modules", f"{modules:,}" + (f", {plural(len(u), 'unused key')}" if (u := report["unused"]) else ", every key is used")),
+        ("modules", f"{modules:,}, {keys}"),
     ]
     return [clean(report["file"]), *("  " + line for line in table(rows))]
 
 
 def settings(parts: Sequence[Mapping[str, Any]]) -> list[str]:
-    rows = [("part", "modules", "kind", "rank", "alpha", "alpha/rank")]
+    rows = [("part", "modules", "kind", "rank", "alpha", "scale")]
     for part in parts:
         name, found = part["part"] or "(the model)", part["settings"]
         for row in found[:MOST_SETTINGS]:
@@ -77,7 +78,9 @@ def picture(blocks: Sequence[Mapping[str, Any]]) -> list[str]:
             part = row["part"]
             said.append(f"  {part or '(the model)'}")
         share = row["norm"] / largest if largest else 0.0
-        said.append(f"    {name.ljust(label)}  {aligned(row['norm']):>8}  {bar(share, columns)}".rstrip())
+        said.append(
+            f"    {name.ljust(label)}  {aligned(row['norm']):>8}  {bar(share, columns)}".rstrip()
+        )
     return said
 
 

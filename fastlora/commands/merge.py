@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from fastlora.commands.approximating import approximated
+from fastlora.commands.approximating import approximated, refuse_others
 from fastlora.commands.outputs import (
     FORMATS,
     add_output_arguments,
-    cast,
     check_output,
     explain,
-    file_and_strength,
     finish,
     read,
     torch_dtype,
     whole,
 )
 
-if TYPE_CHECKING:
-    from fastlora.formats.changes import Change
-
 HELP = "several adapters with strengths in one file"
 DESCRIPTION = (
     "Adds adapters, each at its strength, in one file: the sum is exact, as ranks are put beside"
-    " each other, and the file's rank is the sum of the ranks. --rank cuts it down, and says what is"
-    " lost. DoRA and spectral shifts cannot be added without the model; fastlora fold adds them to"
-    " one. Exit code 1 if keys that mean nothing were left out."
+    " each other, and a module's rank is the sum of its ranks. --rank cuts it down, and says what"
+    " is lost. DoRA and spectral shifts cannot be added without the model; fastlora fold adds them"
+    " to one. Exit code 1 if keys that mean nothing were left out."
 )
 
 
@@ -63,6 +57,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def file_and_strength(text: str) -> tuple[Path, float]:
+    """argparse's type of "FILE=0.8" and of "FILE", even if the name has an = in it."""
+    path, mark, strength = text.rpartition("=")
+    if not mark or Path(text).exists():
+        return Path(text), 1.0
+    if not _is_number(strength) or float(strength) == 0:
+        raise argparse.ArgumentTypeError(f"expected FILE=STRENGTH with a number not 0, got {text}")
+    return Path(path), float(strength)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
 def run(options: argparse.Namespace) -> int:
     """0, or 1 for unused keys. Raises CommandError, FormatError, OSError; nothing is left then."""
     from fastlora.commands.terminal import progress
@@ -75,15 +86,12 @@ def run(options: argparse.Namespace) -> int:
     shares = shares_of([f.changes for f in found], [strength for _, strength in options.files])
     parts = progress(shares.items(), "adding", len(shares))
     changes = {target: combined(target, own) for target, own in parts}
-    known = dtypes(change for file in found for change in file.changes.values())
-    notes = []
-    if not options.dtype and dtypes(changes.values()) - known:
-        names = " or ".join(sorted(known))
-        notes = [f"float32 where values times strengths are not {names}; --dtype rounds them"]
     error = None
     if options.rank is not None:
         changes, losses = approximated(changes, options.rank, torch_dtype(options.dtype), lora=True)
         error = losses.report(options.rank)
+    else:
+        refuse_others(changes, format)
     report = {
         "inputs": [
             {"file": str(path), "format": file.format, "strength": strength}
@@ -91,11 +99,5 @@ def run(options: argparse.Namespace) -> int:
         ],
         "error": error,
         "unused": {str(p): f.unused for p, f in zip(paths, found, strict=True) if f.unused},
-        "notes": notes,
     }
-    return finish(cast(changes, options.dtype), options.out, format, report, options.json)
-
-
-def dtypes(changes: Iterable[Change]) -> set[str]:
-    weights = [change.weight for change in changes if change.weight is not None]
-    return {str(t.dtype).removeprefix("torch.") for w in weights for t in w.tensors().values()}
+    return finish(changes, found, report, options.out, format, options)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import os
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,23 +64,6 @@ def whole(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text}")
     return value
-
-
-def file_and_strength(text: str) -> tuple[Path, float]:
-    """argparse's type of "FILE=0.8"; a file may have = in its name, and need not have a strength."""
-    path, mark, strength = text.rpartition("=")
-    if not mark or Path(text).exists():
-        return Path(text), 1.0
-    if not _is_number(strength) or float(strength) == 0:
-        raise argparse.ArgumentTypeError(f"expected FILE=STRENGTH with a number not 0, got {text}")
-    return Path(path), float(strength)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
 
 
 def read(path: Path, options: argparse.Namespace) -> AdapterFile:
@@ -159,13 +141,38 @@ def _fitting(target: Target, tensor: torch.Tensor, dtype: torch.dtype) -> torch.
     return values
 
 
+def carried(files: Sequence[AdapterFile]) -> dict[str, str]:
+    """What trainers say of the base, the data and the like, where all files say the same.
+
+    What says how the file itself is made is left out: ranks, alphas, hashes.
+    """
+    first, *others = (file.metadata for file in files)
+    return {
+        key: value
+        for key, value in first.items()
+        if key.startswith(("ss_", "modelspec."))
+        and not key.startswith(("ss_network_", "modelspec.hash"))
+        and all(other.get(key) == value for other in others)
+    }
+
+
 def finish(
-    changes: Mapping[Target, Change], out: Path, format: str, report: dict[str, Any], as_json: bool
+    changes: Mapping[Target, Change],
+    files: Sequence[AdapterFile],
+    report: dict[str, Any],
+    out: Path,
+    format: str,
+    options: argparse.Namespace,
 ) -> int:
-    """Packs, writes, says it; 1 where the inputs had keys that mean nothing. Raises FormatError,
-    OSError, and leaves nothing behind then."""
+    """Writes the changes, made of those of `files`, and says so, beside what `report` has.
+
+    1 where the files have keys that mean nothing.
+
+    Raises CommandError, FormatError, OSError, and leaves nothing behind then.
+    """
     from fastlora.commands.terminal import say_json
     from fastlora.formats import writing
+    from fastlora.formats.combining import without_alpha
 
     parts = sorted({target.component for target in changes})
     if format in ("peft", "fastlora") and len(parts) > 1:
@@ -173,7 +180,14 @@ def finish(
             f"{format} is for one model, and this is {', '.join(parts)}: write each by itself,"
             f" --only {parts[0]} and so on"
         )
-    packed = writing.pack(changes, format)
+    if format in ("diffusers-lora", "diffusers-old"):
+        changes = {target: without_alpha(change) for target, change in changes.items()}
+    known = dtypes(change for file in files for change in file.changes.values())
+    notes = []
+    if not options.dtype and dtypes(changes.values()) - known:
+        notes = [f"float32 where {' or '.join(sorted(known))} would lose digits; --dtype rounds"]
+    packed = writing.pack(cast(changes, options.dtype), format)
+    packed = packed._replace(metadata={**carried(files), **packed.metadata})
     large = [t for t in packed.tensors.values() if t.numel() > 1]  # no alphas
     writing.write(out, packed)
     report = {
@@ -183,12 +197,18 @@ def finish(
         "modules": len(changes),
         "bytes": sum(t.numel() * t.itemsize for t in packed.tensors.values()),
         "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in large}),
+        "notes": notes,
     }
-    if as_json:
+    if options.json:
         say_json(report)
     else:
         print("\n".join(_lines(report)))
     return 1 if any(report["unused"].values()) else 0
+
+
+def dtypes(changes: Iterable[Change]) -> set[str]:
+    weights = [change.weight for change in changes if change.weight is not None]
+    return {str(t.dtype).removeprefix("torch.") for w in weights for t in w.tensors().values()}
 
 
 def _lines(report: Mapping[str, Any]) -> list[str]:
@@ -198,7 +218,7 @@ def _lines(report: Mapping[str, Any]) -> list[str]:
         f"{report['output']}: {report['to']}, {plural(report['modules'], 'module')}, "
         f"{', '.join(report['dtypes'])}, {size(report['bytes'])}"
     ]
-    said += [f"  {line}" for line in report.get("notes", [])]
+    said += [f"  {line}" for line in report["notes"]]
     if errors := report["error"]:
         count = len(errors["modules"])
         said.append(

@@ -63,9 +63,12 @@ def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]
 
 
 def clean(text: str) -> str:
-    """One line without control characters: a file's text must not steer a terminal."""
+    """One line that stdout can print and that does not steer a terminal: a file's text may be
+    anything."""
     words = " ".join(text.split())
-    return "".join(c if c.isprintable() and prints(c) else repr(c)[1:-1] for c in words)
+    return "".join(
+        c if c.isprintable() and prints(c) else c.encode("unicode_escape").decode() for c in words
+    )
 
 
 def shortened(text: str, columns: int) -> str:

@@ -9,15 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fastlora.formats.changes import (
-    Change,
-    Dense,
-    Hadamard,
-    Kronecker,
-    LowRank,
-    Shift,
-    Target,
-)
+from fastlora.formats.changes import Change, Dense, Hadamard, Kronecker, LowRank, Shift, Target
 from fastlora.formats.compressing import as_product
 from fastlora.formats.files import FormatError
 from fastlora.formats.measures import (
@@ -31,6 +23,7 @@ from fastlora.formats.measures import (
 )
 
 Changes = Mapping[Target, Change]
+Weight = LowRank | Hadamard | Kronecker | Dense | Shift
 Share = tuple[Change, float]  # of a file: what it changes, and its strength
 
 
@@ -46,8 +39,8 @@ def concatenate(files: Sequence[Changes], strengths: Sequence[float]) -> dict[Ta
 def shares_of(files: Sequence[Changes], strengths: Sequence[float]) -> dict[Target, list[Share]]:
     """What each file changes in a module, by module.
 
-    Raises FormatError for strengths that are 0 or not finite, and where files cannot be told to mean
-    the same modules.
+    Raises FormatError for strengths that are 0 or not finite, and where it cannot be told which
+    modules are the same.
     """
     _require_same_components(files)
     shares: dict[Target, list[Share]] = {}
@@ -78,16 +71,25 @@ def combined(target: Target, shares: Sequence[Share]) -> Change:
 
 
 def scaled(change: Change, strength: float) -> Change:
-    """The change whose update at strength 1 is this one's at `strength`."""
+    """The change that at strength 1 is this one at `strength`; of DoRA the magnitude stays."""
     if strength == 1:
         return change
-    if change.magnitude is not None:
-        raise FormatError(
-            f"DoRA at a strength other than 1 needs the model's weights, got {strength}; "
-            "`fastlora fold` changes a model's weights by it"
-        )
     bias = None if change.bias is None else times(change.bias, strength)
     return dataclasses.replace(change, weight=_scaled_weight(change.weight, strength), bias=bias)
+
+
+def without_alpha(change: Change) -> Change:
+    """The same with a ratio of 1, for formats that have no other: `up` has it (`times`)."""
+    weight = change.weight
+    if not isinstance(weight, LowRank) or weight.ratio == 1:
+        return change
+    up = times(weight.up, weight.ratio)
+    dtype = common_dtype([up, weight.down])
+    fields = {"up": up.to(dtype), "down": weight.down.to(dtype), "alpha": None}
+    if weight.mid is not None:
+        fields["mid"] = weight.mid.to(dtype)
+    weight = dataclasses.replace(weight, **fields, rank_stabilized=False)
+    return dataclasses.replace(change, weight=weight)
 
 
 def times(tensor: Tensor, factor: float) -> Tensor:
@@ -102,9 +104,7 @@ def times(tensor: Tensor, factor: float) -> Tensor:
     return narrow if torch.equal(narrow.to(wide.dtype), wide) else wide
 
 
-def _scaled_weight(
-    weight: LowRank | Hadamard | Kronecker | Dense | Shift | None, strength: float
-) -> LowRank | Hadamard | Kronecker | Dense | Shift | None:
+def _scaled_weight(weight: Weight | None, strength: float) -> Weight | None:
     if isinstance(weight, LowRank):
         up, alpha = _signed(weight.up, strength), abs(strength) * weight.ratio * weight.rank
         return dataclasses.replace(weight, up=up, alpha=alpha, rank_stabilized=False)
@@ -160,9 +160,10 @@ def _sum_of_weights(target: Target, shares: Sequence[Share]) -> Change:
     shape = max(shapes, key=len)  # a matrix may stand for a convolution's weight
     if kernel := kernel_of(target, shares[0][0]) if len(shape) == 2 else ():
         shape = (shape[0], shape[1] // math.prod(kernel), *kernel)
-    low_rank = [_as_low_rank(change) for change, _ in shares]
-    if None in low_rank or len({weight.embedding for weight in low_rank}) > 1:
-        return Change(Dense(sum(c.delta(shape) * s for c, s in shares)))
+    found = [_as_low_rank(change) for change, _ in shares]
+    low_rank = [weight for weight in found if weight is not None]
+    if len(low_rank) < len(shares) or len({weight.embedding for weight in low_rank}) > 1:
+        return Change(Dense(sum((c.delta(shape) * s for c, s in shares), torch.zeros(shape))))
     rows = {change.rows for change, _ in shares}
     if len(rows) > 1:
         low_rank = [own_rows(w, c.rows) for w, (c, _) in zip(low_rank, shares, strict=True)]
@@ -185,7 +186,7 @@ def _cat(weights: Sequence[LowRank], strengths: Sequence[float], shape: tuple[in
     factors = [s * weight.ratio for s, weight in zip(strengths, weights, strict=True)]
     dtype = common_dtype(t for w in weights for t in (w.up, w.down))
     # With the first factor in alpha, the first `up` stays as it is; for the others there is hope.
-    common = abs(factors[0])
+    common = abs(factors[0]) or 1.0
     ups = [times(w.up, f / common) for w, f in zip(weights, factors, strict=True)]
     if common_dtype(ups) != dtype:
         common = 1.0

@@ -112,16 +112,11 @@ def _decompose(
     return truncated_svd(dense, rank)
 
 
-def _truncated(u: Tensor, s: Tensor, v: Tensor, rank: int) -> Decomposition:
-    rest = float(s[rank:].double().square().sum())
-    return Decomposition(u[:, :rank], s[:rank], v[:rank], rest)
-
-
 def _of_product(up: Tensor, down: Tensor, rank: int) -> Decomposition:
     """Of `up [out, r] · down [r, in]`: `Q_U (R_U R_Dᵀ) Q_Dᵀ`, where the middle is r × r."""
     q_up, r_up = torch.linalg.qr(up)
     q_down, r_down = torch.linalg.qr(down.t())
-    u, s, v, rest = _truncated(*torch.linalg.svd(r_up @ r_down.t(), full_matrices=False), rank)
+    u, s, v, rest = truncated_svd(r_up @ r_down.t(), rank)
     return Decomposition(q_up @ u, s, v @ q_down.t(), rest)
 
 

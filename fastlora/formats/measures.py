@@ -13,7 +13,6 @@ from torch import Tensor
 from fastlora.formats.changes import Change, Dense, Hadamard, Kronecker, LowRank, Shift, Target
 from fastlora.formats.files import FormatError
 
-
 # diffusers' UNets have no others.
 _CONVOLUTIONS = {(3, 3): re.compile(r"conv(1|2|_in|_out)?"), (1, 1): re.compile("conv_shortcut")}
 

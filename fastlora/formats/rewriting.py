@@ -66,18 +66,21 @@ def folded_bias(bias: Tensor, edits: Sequence[Edit]) -> Tensor:
 def shifted(weight: Tensor, edits: Sequence[Edit]) -> Tensor:
     """`W + U diag(relu(σ + Σ strength δ) - σ) Vᵀ` of W as [out, everything else], or for a vector
     `w + Σ strength δ`. With fewer shifts than singular values the smallest stay."""
-    total = sum(e.strength * _shift(e).to(weight) for e in edits)
+    # SVD wants float32, and shifts may be small beside the singular values that they are added to.
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    total = sum(e.strength * _shift(e).to(weight.device, wide) for e in edits)
     assert isinstance(total, Tensor)
     if weight.dim() < 2:
         if total.numel() not in (1, weight.numel()):
             raise FormatError(f"expected {weight.numel()} shifts or one, got {total.numel()}")
-        return weight + total
-    u, s, vh = torch.linalg.svd(weight.flatten(1), full_matrices=False)
+        return (weight + total).to(weight.dtype)
+    u, s, vh = torch.linalg.svd(weight.flatten(1).to(wide), full_matrices=False)
     count = total.numel()
     if count > s.numel():
         raise FormatError(f"expected at most {s.numel()} shifts, got {count}")
     moved = (s[:count] + total).clamp_min(0) - s[:count]
-    return weight + ((u[:, :count] * moved) @ vh[:count]).view_as(weight)
+    left, right = u[:, :count] * moved, vh[:count]
+    return weight + (left.to(weight.dtype) @ right.to(weight.dtype)).view_as(weight)
 
 
 def _shift(edit: Edit) -> Tensor:

@@ -74,7 +74,7 @@ def test_the_digits_model(tmp_path, capsys):
     from fastlora.models import digits
 
     model = digits.load()
-    fastlora.inject(model, fastlora.LoRA(rank=2), where=r"unet\..*", name="a")
+    fastlora.inject(model, fastlora.LoRA(rank=2), where=r"unet\..*(to_[qkv]|conv\d)", name="a")
     for parameter in fastlora.parameters(model):
         nn.init.normal_(parameter, std=0.1)
     fastlora.save(model, tmp_path / "a.safetensors")
