@@ -265,6 +265,15 @@ def _cublas(weight: Tensor, u: Tensor, s: Tensor, vh: Tensor, shift: Tensor, a: 
     return torch.addmm(weight, (u * coefficients(s, shift, a)).to(u.dtype), vh)
 
 
+def dots_of(d: Tensor, u: Tensor, vh: Tensor) -> Tensor:
+    """`p_i = u_iᵀ G v_i` of one layer in a backward pass; where that is recorded in its turn
+    (`create_graph`), by torch, which can differentiate it."""
+    if not torch.is_grad_enabled():
+        return spectral_dots([d], [u], [vh])[0]
+    wide = gate_dtype(d.dtype)
+    return ((d.to(wide) @ vh.to(wide).t()) * u).sum(0)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, *factors = inputs
     ctx.save_for_backward(*factors)
@@ -275,8 +284,7 @@ def _backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
     u, s, vh, shift, strength = ctx.saved_tensors
     d_shift = d_strength = None
     if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
-        (dots,) = spectral_dots([d], [u], [vh])
-        d_shift, d_strength = shift_gradients(dots, s, shift, strength)
+        d_shift, d_strength = shift_gradients(dots_of(d, u, vh), s, shift, strength)
     return d if ctx.needs_input_grad[0] else None, None, None, None, d_shift, d_strength
 
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 
 from fastlora import ops
 from tests.cases import DTYPES, assert_twofold, identify, randn, strided, wide, widened
@@ -118,7 +118,12 @@ def test_strided_inputs(dtype):
 def test_gradcheck(shape):
     weight, u, s, vh, shift, strength = arguments(*shape, torch.float64)
     trained = [t.requires_grad_() for t in (weight, shift, strength)]
-    assert gradcheck(lambda w, d, a: op(w, u, s, vh, d, a), trained)
+
+    def run(weight, shift, strength):
+        return op(weight, u, s, vh, shift, strength)
+
+    assert gradcheck(run, trained)
+    assert gradgradcheck(run, trained)
 
 
 @on_devices
