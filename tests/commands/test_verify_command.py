@@ -154,3 +154,19 @@ def test_the_explicit_computation_is_the_layer_with_another_weight(name):
         layer.weight += delta
         layer.bias += 0.5
         torch.testing.assert_close(got, layer(x.double()))
+
+
+def test_a_wrong_decomposition_is_found(unet, tmp_path, capsys, monkeypatch):
+    """The layer agrees with its own singular vectors, which are not those of the weight."""
+    file = adapter(unet, tmp_path / "a.safetensors", "spectral")
+    right = verifying.load
+
+    def load(models, *arguments):
+        right(models, *arguments)
+        factors = models[""].mid_block.resnets[0].conv1.fastlora
+        factors.svd_u, factors.svd_vh = factors.svd_u.flip(1), factors.svd_vh.flip(0)
+
+    monkeypatch.setattr(verifying, "load", load)
+    code, report = run(capsys, file, "--model", unet)
+    wrong = {row["path"] for row in report["rows"] if not row["passed"]}
+    assert code == 1 and wrong == {"mid_block.resnets.0.conv1"}
