@@ -16,7 +16,9 @@ from fastlora.adapters.control import (
 )
 from fastlora.adapters.folding import fold, unfold
 from fastlora.adapters.inject import inject, remove
-from fastlora.adapters.io import load, save
+from fastlora.adapters.io import save
+from fastlora.adapters.load_report import LoadReport
+from fastlora.adapters.loading import load
 from fastlora.adapters.lookup import adapted_layers
 from fastlora.adapters.materialize import materialize
 from fastlora.adapters.phases import phases
@@ -34,6 +36,7 @@ __all__ = [
     "CapturedStrengths",
     "DecomposeReport",
     "LoRA",
+    "LoadReport",
     "ReserveInfo",
     "Spectral",
     "adapted_layers",

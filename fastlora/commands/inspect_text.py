@@ -52,7 +52,7 @@ def summary(report: Mapping[str, Any]) -> list[str]:
 
 
 def settings(parts: Sequence[Mapping[str, Any]]) -> list[str]:
-    rows = [("part", "modules", "kind", "rank", "alpha", "scale")]
+    rows: list[tuple[str, ...]] = [("part", "modules", "kind", "rank", "alpha", "scale")]
     for part in parts:
         name, found = part["part"] or "(the model)", part["settings"]
         for row in found[:MOST_SETTINGS]:

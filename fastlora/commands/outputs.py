@@ -185,7 +185,8 @@ def finish(
     known = dtypes(change for file in files for change in file.changes.values())
     notes = []
     if not options.dtype and dtypes(changes.values()) - known:
-        notes = [f"float32 where {' or '.join(sorted(known))} would lose digits; --dtype rounds"]
+        names = " or ".join(sorted(known))
+        notes = [f"float32 where {names} would lose digits; --dtype {min(known)} rounds"]
     packed = writing.pack(cast(changes, options.dtype), format)
     packed = packed._replace(metadata={**carried(files), **packed.metadata})
     large = [t for t in packed.tensors.values() if t.numel() > 1]  # no alphas

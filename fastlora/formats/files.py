@@ -161,6 +161,8 @@ def write(
     try:
         replace(target, tensors, metadata)
     except OSError as error:  # which names the temporary file, or none
+        if error.errno is None:
+            raise OSError(f"{path}: {error}") from None
         raise OSError(error.errno, error.strerror, str(path)) from None
     except ValueError as error:
         raise FormatError(f"{path}: {error}") from None
@@ -199,4 +201,5 @@ def save_file(tensors: Mapping[str, Tensor], path: str, metadata: Mapping[str, s
 def as_bytes(tensor: Tensor) -> Tensor:
     """The values in order, uint8 on the CPU: the tensor's own memory where that has them so."""
     plain = tensor.detach().cpu().resolve_conj().resolve_neg()
-    return plain.contiguous().view(-1).view(torch.uint8)
+    # Not view(-1): one element is contiguous with any stride, and would keep it.
+    return plain.contiguous().as_strided((plain.numel(),), (1,)).view(torch.uint8)

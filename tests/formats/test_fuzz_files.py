@@ -1,0 +1,360 @@
+"""Every reader, given files that are nearly right: it reads them, or says what is wrong with them.
+
+A new format is a line in CASES: its name, a small file of it, and what reads such a file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from torch import Tensor
+
+from fastlora.formats import diffusers, files, header, kohya, native, peft
+from fastlora.formats.changes import AdapterFile, Change, Dense, Hadamard, Kronecker, LowRank
+from fastlora.formats.files import FormatError, SafetensorsFile
+from tests.formats.mutate import join, mutants, packed, survive, truncations
+
+MUTANTS = 21_000  # of all readers together
+
+
+class Case(NamedTuple):
+    name: str
+    sample: Callable[[], bytes]
+    reader: Callable[[Path], object]
+
+
+def assorted() -> bytes:
+    tensors = {
+        "blocks.0.down": torch.randn(2, 3),
+        "blocks.0.up": torch.randn(3, 2).half(),
+        "blocks.1.bias": torch.randn(3).bfloat16(),
+        "alpha": torch.tensor(4.0),
+        "mask": torch.tensor([True, False]),
+        "none": torch.empty(0, 3),
+        "steps": torch.arange(3),
+    }
+    return packed(tensors, {"format": "pt", "config": json.dumps({"rank": 2, "layers": [1, {}]})})
+
+
+def fastlora_lora() -> bytes:
+    modules = {
+        f"blocks.{i}.to_q": {
+            "down": torch.randn(2, 3),
+            "up": torch.randn(4, 2),
+            "magnitude": torch.rand(4),
+        }
+        for i in range(2)
+    }
+    layer = {"rank": 2, "alpha": None, "dora": True}
+    config = {
+        "kind": "lora",
+        "modules": {path: {**layer, "alpha": i + 1.0} for i, path in enumerate(modules)},
+    }
+    return packed(*native.pack(modules, config))
+
+
+def fastlora_svdiff() -> bytes:
+    modules = {f"blocks.{i}.to_q": {"shift": torch.randn(3)} for i in range(2)}
+    config = {
+        "kind": "spectral",
+        "modules": {path: {"norms": "elementwise"} for path in modules},
+        "base_hash": {path: [1.0, 2.0, 3.0, 4.0, 5.0] for path in modules},
+    }
+    return packed(*native.pack(modules, config))
+
+
+def peft_dora() -> bytes:
+    """PEFT's adapter_config.json is in the header, so that it is mutated as well."""
+    tensors = {}
+    for path in ("blocks.0.to_q", "blocks.1.to_q"):
+        start = f"base_model.model.{path}"
+        tensors[f"{start}.lora_A.weight"] = torch.randn(2, 3)
+        tensors[f"{start}.lora_B.weight"] = torch.randn(4, 2)
+        tensors[f"{start}.lora_magnitude_vector"] = torch.rand(4)
+    start = "base_model.model.tokens"
+    tensors[f"{start}.lora_embedding_A"] = torch.randn(2, 5)
+    tensors[f"{start}.lora_embedding_B"] = torch.randn(3, 2)
+    tensors[f"{start}.lora_magnitude_vector"] = torch.rand(3)
+    config = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 4,
+        "use_dora": True,
+        "use_rslora": False,
+        "rank_pattern": {"blocks.1.to_q": 2},
+        "alpha_pattern": {"tokens": 1.5},
+        "target_modules": ["to_q", "tokens"],
+    }
+    return packed(tensors, {"format": "pt", "config": json.dumps(config)})
+
+
+def diffusers_styles() -> bytes:
+    tensors = {}
+    for path, down, up in (
+        ("unet.mid_block.attentions.0.proj_in", ".lora_A.weight", ".lora_B.weight"),
+        ("unet.mid_block.attn1.to_k", ".lora.down.weight", ".lora.up.weight"),
+        ("unet.mid_block.attn1.processor.to_q", "_lora.down.weight", "_lora.up.weight"),
+        (
+            "text_encoder.encoder.layers.0.self_attn.q_proj",
+            ".lora_linear_layer.down.weight",
+            ".lora_linear_layer.up.weight",
+        ),
+    ):
+        tensors[path + down] = torch.randn(2, 3)
+        tensors[path + up] = torch.randn(4, 2)
+    settings = {"unet.r": 2, "unet.lora_alpha": 4, "unet.rank_pattern": {"to_q": 2}}
+    return packed(tensors, {"format": "pt", "lora_adapter_metadata": json.dumps(settings)})
+
+
+def kohya_lora() -> bytes:
+    tensors = {}
+    for name, up, down in (
+        ("lora_unet_down_blocks_0_attentions_0_proj_in", (4, 2, 1, 1), (2, 3, 1, 1)),
+        ("lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q", (4, 2), (2, 3)),
+        ("lora_te_text_model_encoder_layers_0_mlp_fc1", (4, 2), (2, 3)),
+    ):
+        tensors[f"{name}.lora_down.weight"] = torch.randn(down)
+        tensors[f"{name}.lora_up.weight"] = torch.randn(up)
+        tensors[f"{name}.alpha"] = torch.tensor(1.0)
+    return packed(tensors, {"ss_network_dim": "2", "ss_network_module": "networks.lora"})
+
+
+def kohya_flux() -> bytes:
+    start = "lora_unet_double_blocks_0_img_attn_qkv"
+    tensors = {
+        f"{start}.lora_down.weight": torch.randn(2, 3),
+        f"{start}.lora_up.weight": torch.randn(12, 2),
+        f"{start}.alpha": torch.tensor(1.0),
+        "lora_unet_single_blocks_0_linear2.lora_down.weight": torch.randn(2, 20),
+        "lora_unet_single_blocks_0_linear2.lora_up.weight": torch.randn(4, 2),
+    }
+    return packed(tensors, {"ss_base_model_version": "flux1"})
+
+
+def lycoris() -> bytes:
+    start = "lycoris_unet_mid_block_attentions_0_transformer_blocks_0_attn1"
+    tensors = {
+        f"{start}_to_q.hada_w1_a": torch.randn(4, 2),
+        f"{start}_to_q.hada_w1_b": torch.randn(2, 3),
+        f"{start}_to_q.hada_w2_a": torch.randn(4, 2),
+        f"{start}_to_q.hada_w2_b": torch.randn(2, 3),
+        f"{start}_to_q.alpha": torch.tensor(1.0),
+        f"{start}_to_k.lokr_w1": torch.randn(2, 2),
+        f"{start}_to_k.lokr_w2_a": torch.randn(2, 2),
+        f"{start}_to_k.lokr_w2_b": torch.randn(2, 3),
+        f"{start}_to_k.alpha": torch.tensor(1.0),
+        f"{start}_to_v.lora_down.weight": torch.randn(2, 3),
+        f"{start}_to_v.lora_up.weight": torch.randn(4, 2),
+        f"{start}_to_v.dora_scale": torch.rand(1, 3),
+        f"{start}_to_out_0.diff": torch.randn(4, 3),
+        f"{start}_to_out_0.diff_b": torch.randn(4),
+    }
+    return packed(tensors, {"ss_network_module": "lycoris.kohya"})
+
+
+def outline(path: Path) -> dict[str, Tensor]:
+    with SafetensorsFile(path) as file:
+        return file.outline()
+
+
+def unpack_native(path: Path) -> object:
+    return native.unpack(*files.read(path), source=str(path))
+
+
+def by(unpack: Callable[..., AdapterFile]) -> Callable[[Path], None]:
+    """A reader by a format's `unpack`, which does not know the file's name."""
+
+    def reader(path: Path) -> None:
+        tensors, metadata = files.read(path)
+        try:
+            check_adapter(unpack(tensors, metadata), tensors)
+            without_values = outline(path)
+            check_adapter(unpack(without_values, metadata), without_values)
+        except FormatError as error:
+            raise FormatError(f"{path}: {error}") from None
+
+    return reader
+
+
+def check_adapter(file: AdapterFile, tensors: dict[str, Tensor]) -> None:
+    """Every key has a meaning or a reason to have none, and what a change says can be computed."""
+    meant = [key for change in file.changes.values() for key in change.keys]
+    assert set(meant) | set(file.unused) == set(tensors)
+    assert set(meant).isdisjoint(file.unused)
+    for target, change in file.changes.items():
+        assert str(target) and change.kind
+        assert math.isfinite(getattr(change.weight, "ratio", 0.0)), target
+        weight = weight_for(change)
+        if weight is not None and not any(tensors[key].is_meta for key in change.keys):
+            assert change.changed(weight).shape == weight.shape, target
+
+
+def weight_for(change: Change) -> Tensor | None:
+    """Any weight that the change is for; None where its tensors do not tell the shape."""
+    match change.weight:
+        case LowRank(down, up, mid=None, embedding=False):
+            shape = (up.shape[0], *down.shape[1:])
+        case LowRank(down, up, mid=None):
+            shape = (down.shape[1], up.shape[0])
+        case Hadamard(w1_a, w1_b, t1=None):
+            shape = (w1_a.shape[0], w1_b.shape[1])
+        case Kronecker(t2=None) as found:
+            first = found.w1 if found.w1 is not None else _ends(found.w1_a, found.w1_b)
+            second = found.w2 if found.w2 is not None else _ends(found.w2_a, found.w2_b)
+            rows, columns, *kernel = second.shape
+            shape = (first.shape[0] * rows, first.shape[1] * columns, *kernel)
+        case Dense(diff):
+            shape = diff.shape
+        case _:
+            return None
+    rows = shape[0] if change.rows is None else change.rows[1] - change.rows[0]
+    return torch.ones(rows, *shape[1:], dtype=torch.float64)
+
+
+def _ends(a: Tensor | None, b: Tensor | None) -> Tensor:
+    """Something of the shape of a @ b."""
+    assert a is not None and b is not None
+    return torch.empty(a.shape[0], b.shape[1], device="meta")
+
+
+def unpack_peft(tensors: dict[str, Tensor], metadata: dict[str, str]) -> AdapterFile:
+    try:
+        config = json.loads(metadata["config"])
+    except (KeyError, ValueError, RecursionError):
+        config = None
+    return peft.unpack(tensors, metadata, config)
+
+
+CASES = [
+    Case("files.read", assorted, files.read),
+    Case("outline", assorted, outline),
+    Case("native lora", fastlora_lora, unpack_native),
+    Case("native svdiff", fastlora_svdiff, unpack_native),
+    Case("peft", peft_dora, by(unpack_peft)),
+    Case("diffusers", diffusers_styles, by(diffusers.unpack)),
+    Case("kohya", kohya_lora, by(kohya.unpack)),
+    Case("kohya flux", kohya_flux, by(kohya.unpack)),
+    Case("lycoris", lycoris, by(kohya.unpack)),
+]
+every_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+
+
+@every_case
+def test_truncated_at_every_byte(tmp_path: Path, case: Case) -> None:
+    data, path = case.sample(), tmp_path / "a.safetensors"
+    path.write_bytes(data)
+    case.reader(path)
+    assert survive(case.reader, truncations(data), path) == {"refused": len(data)}
+
+
+@every_case
+def test_mutants(tmp_path: Path, case: Case) -> None:
+    data, count = case.sample(), -(-MUTANTS // len(CASES))
+    outcomes = survive(case.reader, mutants(data, 0, count), tmp_path / "a.safetensors")
+    # Enough of them get past each check for the next one to be tried.
+    assert outcomes.total() == count and min(outcomes.values()) > count / 50, outcomes
+
+
+def test_mutants_of_a_seed_are_the_same() -> None:
+    data = assorted()
+    first, again, other = (list(mutants(data, seed, 60)) for seed in (0, 0, 1))
+    assert first == again and first != other
+    assert len({mutant.data for mutant in first} | {data}) > 50
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("a"), RecursionError(), FormatError("another file")], ids=repr
+)
+def test_what_a_reader_does_wrong_is_seen(tmp_path: Path, error: Exception) -> None:
+    def reader(path: Path) -> None:
+        raise error
+
+    with pytest.raises(AssertionError, match="change_bytes 0-0: "):
+        survive(reader, mutants(assorted(), 0, 1), tmp_path / "a.safetensors")
+
+
+# Headers of any structure: valid ones of which parts have been replaced by any JSON.
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=5,
+)
+SHAPES = st.lists(st.integers(0, 3), max_size=3)
+NUMBERS = st.integers(-1, 20) | st.sampled_from([2**31, 2**62, 2**63, 2**64])
+KEYS = st.text(max_size=4)
+BROKEN = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from([*header.DTYPES, "F4", "F6_E2M3", "f32"]) | JUNK,
+        "shape": st.lists(NUMBERS, max_size=4) | JUNK,
+        "data_offsets": st.lists(NUMBERS, min_size=2, max_size=2) | JUNK,
+    },
+    optional={"device": JUNK},
+)
+
+
+@st.composite
+def headers(draw: st.DrawFn) -> tuple[str, int]:
+    """A header's text and the number of bytes after it."""
+    content: dict[str, Any] = {}
+    end = 0
+    for key in draw(st.lists(KEYS, max_size=4, unique=True)):
+        name, shape = draw(st.sampled_from(list(header.DTYPES))), draw(SHAPES)
+        size = torch.Size(shape).numel() * header.DTYPES[name].itemsize
+        content[key] = {"dtype": name, "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    for key, value in draw(st.dictionaries(KEYS, BROKEN | JUNK, max_size=1)).items():
+        content[key] = value
+    if draw(st.booleans()):
+        content["__metadata__"] = draw(st.dictionaries(KEYS, KEYS, max_size=2) | JUNK)
+    order = draw(st.permutations(list(content)))
+    text = json.dumps({key: content[key] for key in order}, indent=draw(st.sampled_from([None, 1])))
+    spaces = draw(st.sampled_from(["", "", "   ", "\n"]))
+    return text + spaces, max(end + draw(st.sampled_from([0, 0, 0, 0, -1, 1, 8])), 0)
+
+
+# What the library reads and we do not, and for which reason.
+STRICTER = "nothing else|expected '{', got 'null|got 'F4'|shape that fits|expected booleans"
+
+
+@settings(
+    max_examples=600,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(file=headers())
+def test_any_header_means_what_the_library_says(tmp_path: Path, file: tuple[str, int]) -> None:
+    text, size = file
+    path = tmp_path / "a.safetensors"
+    path.unlink(missing_ok=True)
+    path.write_bytes(join(text.encode(), b"\0" * size))
+    theirs = of_library(path)
+    try:
+        tensors, metadata = files.read(path)
+    except FormatError as error:
+        assert theirs is None or re.search(STRICTER, str(error)), error
+        return
+    assert theirs is not None, "the library refuses it"
+    assert metadata == theirs[1] and tensors.keys() == theirs[0].keys()
+    for key, tensor in tensors.items():
+        other = theirs[0][key]
+        assert (tensor.dtype, tensor.shape) == (other.dtype, other.shape), key
+
+
+def of_library(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    except Exception:  # of several kinds
+        return None
