@@ -57,7 +57,10 @@ def run(options: argparse.Namespace) -> int:
     if not Path(options.file).exists():
         raise CommandError(f"{options.file}: no such file or folder")
     file = detect.read(options.file)
-    device = torch.device(options.device) if options.device else default_device()
+    try:
+        device = torch.device(options.device) if options.device else default_device()
+    except RuntimeError as error:  # no device of that name
+        raise CommandError(f"--device: {str(error).splitlines()[0]}") from None
     parts = {target.component for target in file.changes}
     models = load_models(options.model, parts, device, getattr(torch, options.dtype))
     changes = adapted_changes(models, options.file, file, options.strength)

@@ -60,7 +60,7 @@ def adapted_changes(
         for component, model in models.items()
     }
     indices = {c: Index(p for p, _ in model.named_modules()) for c, model in models.items()}
-    load(models, path, file, strength)
+    load(models, path, strength)
     found: Layers = {}
     for target, change in file.changes.items():
         places = find(target, indices)
@@ -75,11 +75,9 @@ def adapted_changes(
     return found
 
 
-def load(models: Mapping[str, nn.Module], path: Any, file: AdapterFile, strength: float) -> None:
+def load(models: Mapping[str, nn.Module], path: Any, strength: float) -> None:
     """The file into the models, strictly."""
-    alone = len(models) == 1 and ("" in models or not any(t.component for t in file.changes))
-    whole: Any = next(iter(models.values())) if alone else dict(models)
-    fastlora.load(whole, path, name=NAME, scale=strength)
+    fastlora.load(models.get("", models), path, name=NAME, scale=strength)
 
 
 def _copy(parameter: Tensor | None) -> Tensor | None:
@@ -175,8 +173,9 @@ def _applied(layer: Any, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
     if isinstance(layer, nn.Conv2d):
         return layer._conv_forward(x, weight, bias)
     if isinstance(layer, nn.ConvTranspose2d):
+        padding: Any = layer.padding
         return F.conv_transpose2d(
-            x, weight, bias, layer.stride, layer.padding, layer.output_padding, layer.groups,
+            x, weight, bias, layer.stride, padding, layer.output_padding, layer.groups,
             layer.dilation,
         )  # fmt: skip
     if isinstance(layer, nn.GroupNorm):
@@ -215,8 +214,8 @@ def shift(
 
 def decomposes(factors: Factors, layer: Any) -> bool:
     """Whether `U diag(σ) Vᵀ` is the weight and U and V are orthonormal: with at most twice the
-    errors (Frobenius) of `torch.linalg.svd` in float32. Those of small matrices are 3 to 7 roundings
-    times the root of the rank, as chance has it; 8 are allowed in their place."""
+    errors (Frobenius) of `torch.linalg.svd` in float32. Those of small matrices are 3 to 7
+    roundings times the root of the rank, as chance has it; 8 are allowed in their place."""
     matrix = layer.matrix().detach().float()
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     count = len(factors[1])

@@ -10,6 +10,7 @@ Computed in float32 (float64 for such weights) and rounded once.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,7 @@ from torch import Tensor
 from fastlora.formats.changes import Change, LowRank, Shift, Target
 from fastlora.formats.checkpoint_names import Slice
 from fastlora.formats.checkpoints import Weights
-from fastlora.formats.files import FormatError, as_bytes
+from fastlora.formats.files import PIECE, FormatError, as_bytes, is_sound
 
 
 class Edit(NamedTuple):
@@ -68,8 +69,8 @@ def shifted(weight: Tensor, edits: Sequence[Edit]) -> Tensor:
     `w + Σ strength δ`. With fewer shifts than singular values the smallest stay."""
     # SVD wants float32, and shifts may be small beside the singular values that they are added to.
     wide = torch.promote_types(weight.dtype, torch.float32)
-    total = sum(e.strength * _shift(e).to(weight.device, wide) for e in edits)
-    assert isinstance(total, Tensor)
+    shifts = [e.strength * _shift(e).to(weight.device, wide) for e in edits]
+    total = functools.reduce(torch.add, shifts)
     if weight.dim() < 2:
         if total.numel() not in (1, weight.numel()):
             raise FormatError(f"expected {weight.numel()} shifts or one, got {total.numel()}")
@@ -144,8 +145,8 @@ def rewritten(
     old = weights.tensor(key)
     if not old.is_floating_point() or _is_scaled(weights, key):
         raise FormatError(f"{key}: expected floating-point weights, got quantised ones")
-    wide = old.to(torch.float64 if old.dtype == torch.float64 else torch.float32)
-    new = wide.clone()
+    wide = old.to(torch.float64 if old.dtype == torch.float64 else torch.float32, copy=True)
+    new = wide.clone() if any(place.total > 1 for _, _, place in places) else None
     for target, name, place in places:
         before, own = place.of(wide), edits[target]
         try:
@@ -155,11 +156,19 @@ def rewritten(
             made = folded(before, own) if name == "weight" else folded_bias(before, own)
         except FormatError as error:
             raise FormatError(f"{target}: {error}") from None
-        place.of(new).copy_(made)
+        if new is None:
+            new = made
+        else:
+            place.of(new).copy_(made)
+    assert new is not None
     rounded = new.to(old.dtype)
-    if not bool(torch.isfinite(back := rounded.to(new.dtype)).all()):
+    if not all(map(is_sound, rounded.flatten().split(PIECE))):
         raise FormatError(f"{key}: a value of {float(new.abs().max()):.3g} is beyond {old.dtype}")
-    return rounded, Written(_square(wide), _square(new - wide), _square(back - new))
+    size = _square(wide)
+    # In place: these tensors are the largest that there are.
+    change = _square(wide.sub_(new)) if new is not wide else 0.0
+    rounding = _square(new.sub_(rounded)) if rounded is not new else 0.0
+    return rounded, Written(size, change, rounding)
 
 
 def overwrite(path: Path, offset: int, tensor: Tensor) -> None:

@@ -1,9 +1,11 @@
 """`fastlora verify`: right adapters pass, and what is wrong by a little is found."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import fastlora
@@ -70,6 +72,87 @@ def test_right_adapters_pass(unet, tmp_path, capsys, kind, dtype):
     assert used == sorted(used, reverse=True)
 
 
+Q = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+CONV = "lora_unet_mid_block_resnets_0_conv1"
+NORM = "lora_unet_mid_block_resnets_0_norm1"
+TUCKER = {"t1": (2, 2, 3, 3), "t2": (2, 2, 3, 3)}
+FOREIGN = {
+    "kohya": {
+        Q: {"lora_down.weight": (2, 16), "lora_up.weight": (16, 2), "alpha": ()},
+        CONV: {"lora_down.weight": (2, 16, 3, 3), "lora_up.weight": (16, 2, 1, 1)},
+    },
+    "tucker": {
+        CONV: {
+            "lora_down.weight": (2, 16, 1, 1),
+            "lora_mid.weight": (2, 2, 3, 3),
+            "lora_up.weight": (16, 2, 1, 1),
+        },
+    },
+    "loha": {
+        Q: {"hada_w1_a": (16, 2), "hada_w1_b": (2, 16), "hada_w2_a": (16, 2), "hada_w2_b": (2, 16)},
+        CONV: {f"hada_w{i}_{x}": (2, 16) for i in (1, 2) for x in "ab"}
+        | {f"hada_{t}": shape for t, shape in TUCKER.items()},
+    },
+    "lokr": {Q: {"lokr_w1": (4, 2), "lokr_w2_a": (4, 2), "lokr_w2_b": (2, 8), "alpha": ()}},
+    "full": {CONV: {"diff": (16, 16, 3, 3), "diff_b": (16,)}, NORM: {"w_norm": (16,)}},
+    "dora of outputs": {
+        Q: {"lora_down.weight": (2, 16), "lora_up.weight": (16, 2), "dora_scale": (16, 1)},
+    },
+    "dora of inputs": {
+        CONV: {
+            "lora_down.weight": (2, 16, 3, 3),
+            "lora_up.weight": (16, 2, 1, 1),
+            "dora_scale": (1, 16, 1, 1),
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_other_formats(unet, tmp_path, capsys, kind, dtype):
+    tensors = {
+        f"{module}.{part}": torch.rand(shape) + 0.5 if part == "dora_scale" else torch.randn(shape)
+        for module, parts in FOREIGN[kind].items()
+        for part, shape in parts.items()
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    arguments = [tmp_path / "a.safetensors", "--model", unet, "--dtype", dtype, "--strength", 0.3]
+    code, report = run(capsys, *arguments)
+    assert code == 0 and report["layers"] == len(FOREIGN[kind])
+
+
+def test_a_pipeline_s_parts(unet, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.CLIPTextConfig(
+        hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=1,
+        vocab_size=16, max_position_embeddings=5,
+    )  # fmt: skip
+    folder = tmp_path / "pipe"
+    transformers.CLIPTextModel(config).save_pretrained(folder / "text_encoder")
+    shutil.copytree(unet, folder / "unet")
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "vae": ["diffusers", "AutoencoderKL"],  # which is not there
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    text = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    tensors = {f"{text}.lora_{x}.weight": torch.randn(8, 8) for x in ("down", "up")}
+    tensors |= {f"{Q}.lora_{x}.weight": torch.randn(16, 16) for x in ("down", "up")}
+    save_file(tensors, tmp_path / "a.safetensors")
+    code, report = run(capsys, tmp_path / "a.safetensors", "--model", folder)
+    assert code == 0
+    paths = sorted({row["path"] for row in report["rows"]})
+    assert len(paths) == 2
+    assert paths[0].startswith("text_encoder.") and paths[0].endswith("self_attn.q_proj")
+    assert paths[1] == "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    native = adapter(unet, tmp_path / "native.safetensors", "lora")  # names no part
+    code, report = run(capsys, native, "--model", folder)
+    assert code == 0 and all(row["path"].startswith("unet.") for row in report["rows"])
+
+
 def test_the_digits_model(tmp_path, capsys):
     from fastlora.models import digits
 
@@ -86,9 +169,7 @@ def test_a_strength_that_is_wrong_by_a_thousandth_is_found(unet, tmp_path, capsy
     """As with another alpha or a scale that was forgotten, only smaller."""
     file = adapter(unet, tmp_path / "a.safetensors", "lora")
     right = verifying.load
-    monkeypatch.setattr(
-        verifying, "load", lambda models, path, file, s: right(models, path, file, s * 1.001)
-    )
+    monkeypatch.setattr(verifying, "load", lambda models, path, s: right(models, path, s * 1.001))
     assert main(["verify", str(file), "--model", str(unet)]) == 1
     said = capsys.readouterr().out
     assert "WRONG: " in said and said.count("lora") >= 15
