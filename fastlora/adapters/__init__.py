@@ -16,13 +16,13 @@ from fastlora.adapters.control import (
 )
 from fastlora.adapters.folding import fold, unfold
 from fastlora.adapters.inject import inject, remove
-from fastlora.adapters.io import save
 from fastlora.adapters.load_report import LoadReport
 from fastlora.adapters.loading import load
 from fastlora.adapters.lookup import adapted_layers
 from fastlora.adapters.materialize import materialize
 from fastlora.adapters.phases import phases
 from fastlora.adapters.reserve import ReserveInfo, reserve
+from fastlora.adapters.saving import save
 from fastlora.adapters.specs import AdapterError, AdapterInfo, LoRA, Spectral
 from fastlora.adapters.steady import steady
 

@@ -3,25 +3,22 @@
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastlora.adapters.arena import checked
+from fastlora.adapters.components import Models, components_of
 from fastlora.adapters.deltas import mapped
 from fastlora.adapters.fitting import slot_from
 from fastlora.adapters.inject import attach, check_name, remove
 from fastlora.adapters.load_report import Applied, LoadReport, listed
-from fastlora.adapters.lookup import unwrapped
 from fastlora.adapters.slots import Slot
 from fastlora.adapters.specs import AdapterError
 from fastlora.formats import detect
 from fastlora.formats.changes import AdapterFile, Change, LowRank, Target
 from fastlora.formats.files import FormatError
 from fastlora.formats.names import Index
-
-Models = nn.Module | Mapping[str, nn.Module] | Any
 
 # A pipeline has a UNet or a transformer, and files name the one when they mean the other.
 ALIASES = {"unet": "transformer", "transformer": "unet"}
@@ -58,7 +55,7 @@ def load(
     AdapterError for one that does not fit the model, and for a `scale` that `set_scale` would
     refuse.
     """
-    models = components_of(model)
+    models = components_of(model, "load")
     for module in models.values():
         check_name(module, name)
     scale = checked(name, scale)
@@ -84,21 +81,6 @@ def load(
         raise
     return LoadReport(
         source, file.format, name, tuple(plan.applied), plan.unused, tuple(plan.missing), infos
-    )
-
-
-def components_of(model: Models) -> dict[str, nn.Module]:
-    """The models to load into, by component; one model alone has the name ""."""
-    if isinstance(model, nn.Module):
-        return {"": unwrapped(model)}
-    parts = model if isinstance(model, Mapping) else getattr(model, "components", None)
-    if isinstance(parts, Mapping):
-        found = {k: unwrapped(m) for k, m in parts.items() if isinstance(m, nn.Module)}
-        if found:
-            return found
-    raise AdapterError(
-        "load: model: expected a module, a dict of modules by component, or a pipeline, got "
-        f"{type(model).__name__}"
     )
 
 

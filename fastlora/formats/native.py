@@ -225,6 +225,12 @@ def _check_settings(fields: Mapping[str, Any]) -> None:
         raise ValueError(f"dropout: expected a value in [0, 1), got {fields['dropout']!r}")
 
 
+def holder(change: Change) -> str:
+    """The format for what is no LoRA."""
+    lora = isinstance(change.weight, LowRank) and change.weight.mid is None
+    return "peft" if lora and change.bias is not None else "lycoris"
+
+
 def _written(target: Target, change: Change) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
     """Kind, parameters and settings of a change."""
     weight = change.weight
@@ -233,7 +239,7 @@ def _written(target: Target, change: Change) -> tuple[str, dict[str, Tensor], di
     if not isinstance(weight, LowRank) or change.bias is not None:
         raise FormatError(
             f"{target}: a fastlora file has LoRAs without bias and spectral shifts, got "
-            f"{change.kind}; approximate it by a LoRA first"
+            f"{change.kind}; a {holder(change)} file can hold it, or approximate it by a LoRA first"
         )
     if change.magnitude is not None and change.axis != ("in" if weight.embedding else "out"):
         raise FormatError(f"{target}: a fastlora file has magnitudes of outputs, not of inputs")
