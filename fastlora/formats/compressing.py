@@ -22,6 +22,7 @@ from fastlora.formats.measures import (
     widened,
     working_dtype,
 )
+from fastlora.formats.svd import Decomposition, truncated_svd
 
 
 class Compressed(NamedTuple):
@@ -32,15 +33,6 @@ class Compressed(NamedTuple):
     @property
     def error(self) -> float:
         return self.lost / self.norm if self.norm else 0.0
-
-
-class Decomposition(NamedTuple):
-    """`U diag(S) V`: the largest singular values, and the sum of the others' squares."""
-
-    u: Tensor  # [out, rank]
-    s: Tensor  # [rank], descending
-    v: Tensor  # [rank, in]
-    rest: float
 
 
 def compress(
@@ -117,20 +109,14 @@ def _decompose(
     if isinstance(weight, Kronecker):
         return _of_kronecker(weight, dtype, rank)
     dense = weight.delta(shape, dtype).flatten(1)  # type: ignore[attr-defined]
-    return _svd(dense, rank)
-
-
-def _svd(matrix: Tensor, rank: int) -> Decomposition:
-    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-    rest = float(s[rank:].double().square().sum())
-    return Decomposition(u[:, :rank], s[:rank], v[:rank], rest)
+    return truncated_svd(dense, rank)
 
 
 def _of_product(up: Tensor, down: Tensor, rank: int) -> Decomposition:
     """Of `up [out, r] · down [r, in]`: `Q_U (R_U R_Dᵀ) Q_Dᵀ`, where the middle is r × r."""
     q_up, r_up = torch.linalg.qr(up)
     q_down, r_down = torch.linalg.qr(down.t())
-    u, s, v, rest = _svd(r_up @ r_down.t(), rank)
+    u, s, v, rest = truncated_svd(r_up @ r_down.t(), rank)
     return Decomposition(q_up @ u, s, v @ q_down.t(), rest)
 
 

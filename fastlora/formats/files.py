@@ -77,6 +77,10 @@ class SafetensorsFile:
         entry = self._entries[key]
         return Info(entry.dtype, entry.shape, entry.stop - entry.start)
 
+    def offset(self, key: str) -> int:
+        """Of a tensor's first byte in the file."""
+        return self._begin + self._entries[key].start
+
     def tensor(self, key: str) -> Tensor:
         """The tensor on the CPU, the only copy. Raises FormatError for NaN and infinite values."""
         entry = self._entries[key]
