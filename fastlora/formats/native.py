@@ -181,10 +181,12 @@ def pack_changes(changes: Mapping[Target, Change]) -> Packed:
 def _low_rank(own: Mapping[str, Tensor], fields: Mapping[str, Any]) -> LowRank:
     """Raises KeyError for a tensor that is missing, ValueError for a setting that is none."""
     down, up, alpha = own["down"], own["up"], fields.get("alpha")
-    if down.dim() < 2 or up.dim() < 2 or down.shape[0] < 1:
+    if not _fit(down, up):
         raise ValueError(
             f"expected down [rank, in] and up [out, rank], got {[*down.shape]} and {[*up.shape]}"
         )
+    if "magnitude" in own and own["magnitude"].shape != up.shape[:1]:
+        raise ValueError(f"magnitude: expected [{len(up)}], got {[*own['magnitude'].shape]}")
     alpha = None if alpha is None else number("alpha", alpha)
     dropout = number("dropout", fields.get("dropout", 0.0))
     if fields.get("rank", down.shape[0]) != down.shape[0]:
@@ -193,6 +195,15 @@ def _low_rank(own: Mapping[str, Tensor], fields: Mapping[str, Any]) -> LowRank:
         raise ValueError(f"dora is {bool(fields.get('dora'))}, got {sorted(own)}")
     stabilized = bool(fields.get("rank_stabilized"))
     return LowRank(down, up, alpha, stabilized, dropout=dropout)
+
+
+def _fit(down: Tensor, up: Tensor) -> bool:
+    """Whether they make an update; a grouped convolution has up [out, rank / groups, 1, 1]."""
+    if down.dim() < 2 or up.dim() < 2 or 0 in (down.shape[0], up.shape[1]):
+        return False
+    groups, left = divmod(down.shape[0], up.shape[1])
+    fits = left == 0 and groups > 0 and len(up) % groups == 0 and set(up.shape[2:]) <= {1}
+    return fits and (groups == 1 or down.dim() > 2)
 
 
 def _written(target: Target, change: Change) -> tuple[str, dict[str, Tensor], dict[str, Any]]:

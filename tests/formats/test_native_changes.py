@@ -108,6 +108,13 @@ def test_what_cannot_be_written(changes: dict[Target, Change], message: str) -> 
         ({"dora": True}, {}, "dora is True, got"),
         ({}, {"up": None}, "no up"),
         ({}, {"down": torch.ones(2)}, r"expected down \[rank, in\]"),
+        ({}, {"up": torch.ones(4, 3)}, r"expected down .* got \[2, 3\] and \[4, 3\]"),
+        (
+            {},
+            {"up": torch.ones(4, 1)},
+            r"expected down .* got \[2, 3\] and \[4, 1\]",
+        ),  # no convolution: no groups
+        ({"dora": True}, {"magnitude": torch.ones(3)}, r"magnitude: expected \[4\], got \[3\]"),
     ],
 )
 def test_what_is_wrong_is_said(
