@@ -73,7 +73,7 @@ class SafetensorsFile:
         entry = self._entries[key]
         data = torch.empty(entry.stop - entry.start, dtype=torch.uint8, device="cpu")
         self._file.seek(self._begin + entry.start)
-        if self._file.readinto(data.numpy()) != len(data):
+        if self._file.readinto(data.numpy().data) != len(data):
             raise FormatError(f"{self.path}: {key}: the file became shorter while it was read")
         values = data.view(entry.dtype)
         if not all(map(is_sound, values.split(PIECE))):
@@ -157,7 +157,9 @@ def write(
     try:
         replace(target, tensors, metadata)
     except OSError as error:  # which names the temporary file, or none
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        if error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise OSError(f"{path}: {error}") from None
     except ValueError as error:
         raise FormatError(f"{path}: {error}") from None
 
