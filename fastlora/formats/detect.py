@@ -49,6 +49,9 @@ def unpack(
     Values are not looked at but for scalars, so that all else may be on the meta device. Raises
     FormatError naming `source` and the keys for a file that no format explains.
     """
+    for key, tensor in tensors.items():
+        if tensor.is_complex():  # whose imaginary part a conversion drops
+            raise FormatError(f"{source}: {key}: expected real numbers, got {tensor.dtype}")
     try:
         if config is not None:
             return peft.unpack(tensors, metadata, config)

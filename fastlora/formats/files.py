@@ -86,7 +86,7 @@ class SafetensorsFile:
         entry = self._entries[key]
         data = torch.empty(entry.stop - entry.start, dtype=torch.uint8, device="cpu")
         self._file.seek(self._begin + entry.start)
-        if self._file.readinto(memoryview(data.numpy())) != len(data):  # type: ignore[arg-type]
+        if self._file.readinto(data.numpy().data) != len(data):
             raise FormatError(f"{self.path}: {key}: the file became shorter while it was read")
         values = data.view(entry.dtype)
         if not all(map(is_sound, values.split(PIECE))):
@@ -170,9 +170,9 @@ def write(
     try:
         replace(target, tensors, metadata)
     except OSError as error:  # which names the temporary file, or none
-        if error.errno is None:
-            raise OSError(f"{path}: {error}") from None
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        if error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise OSError(f"{path}: {error}") from None
     except ValueError as error:
         raise FormatError(f"{path}: {error}") from None
 

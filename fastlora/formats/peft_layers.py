@@ -158,6 +158,11 @@ def _low_rank(
             f"{target}: {infix}A and {infix}B: expected [rank, in] and [out, rank], got "
             f"{list(down.shape)} and {list(up.shape)} (a grouped convolution is not supported)"
         )
+    if embedding and down.dim() + up.dim() != 4:
+        raise FormatError(
+            f"{target}: {infix}A and {infix}B: expected matrices, got {list(down.shape)} and "
+            f"{list(up.shape)}"
+        )
     _require_rank(target, down.shape[0], settings)
     stabilized = settings.rank_stabilized
     weight = LowRank(down, up, alpha, stabilized, None, embedding, settings.dropout)

@@ -135,7 +135,7 @@ def change_header(data: bytes, rng: random.Random) -> bytes:
         at, place = rng.choice(places(node)), rng.choice(places(other))
         match rng.choice(["value", "number", "swap", "copy", "remove", "rename", "add"]):
             case "value":
-                node[at] = rng.choice(VALUES)
+                node[at] = copied(rng.choice(VALUES))
             case "number":
                 if isinstance(node[at], int):
                     node[at] += rng.choice([-8, -4, -1, 1, 2, 4, 8, 1000, node[at]])
@@ -241,7 +241,7 @@ def changed_tensor(tensor: Tensor, rng: random.Random) -> Tensor:
         case "empty":
             return tensor.narrow(axis, 0, 0) if tensor.dim() else tensor.new_empty(0)
         case "dtype":
-            return tensor.to(rng.choice(DTYPES))
+            return (tensor.real if tensor.is_complex() else tensor).to(rng.choice(DTYPES))
         case _:
             return torch.full_like(tensor, rng.choice([0, 1, 100]) if not is_float(tensor) else
                 rng.choice([0.0, -1.0, 1e4, float("nan"), float("inf")]))  # fmt: skip
@@ -271,5 +271,5 @@ def change_metadata(metadata: dict[str, str], rng: random.Random) -> None:
             nodes = [node for node in containers(content) if node]
             if nodes:
                 node = rng.choice(nodes)
-                node[rng.choice(places(node))] = rng.choice(VALUES)
+                node[rng.choice(places(node))] = copied(rng.choice(VALUES))
                 metadata[key] = json.dumps(content)

@@ -59,6 +59,13 @@ def test_fastlora_files_say_so() -> None:
     assert torch.equal(file.changes[Target("", "a")].delta((4, 3)), torch.full((4, 3), 6.0))
 
 
+def test_complex_numbers_are_refused() -> None:
+    for tensors in (PEFT, DIFFUSERS, KOHYA):
+        values = {key: tensor.to(torch.complex64) for key, tensor in tensors.items()}
+        with pytest.raises(FormatError, match="the file: .*expected real numbers, got .*complex64"):
+            detect.unpack(values, {}, CONFIG if tensors is PEFT else None)
+
+
 def test_a_file_of_two_formats_leaves_the_keys_of_one_unused() -> None:
     file = detect.unpack({**DIFFUSERS, **OLD, **KOHYA}, {})
     assert file.format == "diffusers" and len(file.changes) == 2

@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
-from fastlora.formats import diffusers, files, header, kohya, native, peft
+from fastlora.formats import detect, files, header, native
 from fastlora.formats.changes import AdapterFile, Change, Dense, Hadamard, Kronecker, LowRank
 from fastlora.formats.files import FormatError, SafetensorsFile
-from tests.formats.mutate import join, mutants, packed, survive, truncations
+from tests.formats import samples
+from tests.formats.mutate import join, mutants, survive, truncations
 
 MUTANTS = 21_000  # of all readers together
 
@@ -33,157 +34,25 @@ class Case(NamedTuple):
     reader: Callable[[Path], object]
 
 
-def assorted() -> bytes:
-    tensors = {
-        "blocks.0.down": torch.randn(2, 3),
-        "blocks.0.up": torch.randn(3, 2).half(),
-        "blocks.1.bias": torch.randn(3).bfloat16(),
-        "alpha": torch.tensor(4.0),
-        "mask": torch.tensor([True, False]),
-        "none": torch.empty(0, 3),
-        "steps": torch.arange(3),
-    }
-    return packed(tensors, {"format": "pt", "config": json.dumps({"rank": 2, "layers": [1, {}]})})
-
-
-def fastlora_lora() -> bytes:
-    modules = {
-        f"blocks.{i}.to_q": {
-            "down": torch.randn(2, 3),
-            "up": torch.randn(4, 2),
-            "magnitude": torch.rand(4),
-        }
-        for i in range(2)
-    }
-    layer = {"rank": 2, "alpha": None, "dora": True}
-    config = {
-        "kind": "lora",
-        "modules": {path: {**layer, "alpha": i + 1.0} for i, path in enumerate(modules)},
-    }
-    return packed(*native.pack(modules, config))
-
-
-def fastlora_svdiff() -> bytes:
-    modules = {f"blocks.{i}.to_q": {"shift": torch.randn(3)} for i in range(2)}
-    config = {
-        "kind": "spectral",
-        "modules": {path: {"norms": "elementwise"} for path in modules},
-        "base_hash": {path: [1.0, 2.0, 3.0, 4.0, 5.0] for path in modules},
-    }
-    return packed(*native.pack(modules, config))
-
-
-def peft_dora() -> bytes:
-    """PEFT's adapter_config.json is in the header, so that it is mutated as well."""
-    tensors = {}
-    for path in ("blocks.0.to_q", "blocks.1.to_q"):
-        start = f"base_model.model.{path}"
-        tensors[f"{start}.lora_A.weight"] = torch.randn(2, 3)
-        tensors[f"{start}.lora_B.weight"] = torch.randn(4, 2)
-        tensors[f"{start}.lora_magnitude_vector"] = torch.rand(4)
-    start = "base_model.model.tokens"
-    tensors[f"{start}.lora_embedding_A"] = torch.randn(2, 5)
-    tensors[f"{start}.lora_embedding_B"] = torch.randn(3, 2)
-    tensors[f"{start}.lora_magnitude_vector"] = torch.rand(3)
-    config = {
-        "peft_type": "LORA",
-        "r": 2,
-        "lora_alpha": 4,
-        "use_dora": True,
-        "use_rslora": False,
-        "rank_pattern": {"blocks.1.to_q": 2},
-        "alpha_pattern": {"tokens": 1.5},
-        "target_modules": ["to_q", "tokens"],
-    }
-    return packed(tensors, {"format": "pt", "config": json.dumps(config)})
-
-
-def diffusers_styles() -> bytes:
-    tensors = {}
-    for path, down, up in (
-        ("unet.mid_block.attentions.0.proj_in", ".lora_A.weight", ".lora_B.weight"),
-        ("unet.mid_block.attn1.to_k", ".lora.down.weight", ".lora.up.weight"),
-        ("unet.mid_block.attn1.processor.to_q", "_lora.down.weight", "_lora.up.weight"),
-        (
-            "text_encoder.encoder.layers.0.self_attn.q_proj",
-            ".lora_linear_layer.down.weight",
-            ".lora_linear_layer.up.weight",
-        ),
-    ):
-        tensors[path + down] = torch.randn(2, 3)
-        tensors[path + up] = torch.randn(4, 2)
-    settings = {"unet.r": 2, "unet.lora_alpha": 4, "unet.rank_pattern": {"to_q": 2}}
-    return packed(tensors, {"format": "pt", "lora_adapter_metadata": json.dumps(settings)})
-
-
-def kohya_lora() -> bytes:
-    tensors = {}
-    for name, up, down in (
-        ("lora_unet_down_blocks_0_attentions_0_proj_in", (4, 2, 1, 1), (2, 3, 1, 1)),
-        ("lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q", (4, 2), (2, 3)),
-        ("lora_te_text_model_encoder_layers_0_mlp_fc1", (4, 2), (2, 3)),
-    ):
-        tensors[f"{name}.lora_down.weight"] = torch.randn(down)
-        tensors[f"{name}.lora_up.weight"] = torch.randn(up)
-        tensors[f"{name}.alpha"] = torch.tensor(1.0)
-    return packed(tensors, {"ss_network_dim": "2", "ss_network_module": "networks.lora"})
-
-
-def kohya_flux() -> bytes:
-    start = "lora_unet_double_blocks_0_img_attn_qkv"
-    tensors = {
-        f"{start}.lora_down.weight": torch.randn(2, 3),
-        f"{start}.lora_up.weight": torch.randn(12, 2),
-        f"{start}.alpha": torch.tensor(1.0),
-        "lora_unet_single_blocks_0_linear2.lora_down.weight": torch.randn(2, 20),
-        "lora_unet_single_blocks_0_linear2.lora_up.weight": torch.randn(4, 2),
-    }
-    return packed(tensors, {"ss_base_model_version": "flux1"})
-
-
-def lycoris() -> bytes:
-    start = "lycoris_unet_mid_block_attentions_0_transformer_blocks_0_attn1"
-    tensors = {
-        f"{start}_to_q.hada_w1_a": torch.randn(4, 2),
-        f"{start}_to_q.hada_w1_b": torch.randn(2, 3),
-        f"{start}_to_q.hada_w2_a": torch.randn(4, 2),
-        f"{start}_to_q.hada_w2_b": torch.randn(2, 3),
-        f"{start}_to_q.alpha": torch.tensor(1.0),
-        f"{start}_to_k.lokr_w1": torch.randn(2, 2),
-        f"{start}_to_k.lokr_w2_a": torch.randn(2, 2),
-        f"{start}_to_k.lokr_w2_b": torch.randn(2, 3),
-        f"{start}_to_k.alpha": torch.tensor(1.0),
-        f"{start}_to_v.lora_down.weight": torch.randn(2, 3),
-        f"{start}_to_v.lora_up.weight": torch.randn(4, 2),
-        f"{start}_to_v.dora_scale": torch.rand(1, 3),
-        f"{start}_to_out_0.diff": torch.randn(4, 3),
-        f"{start}_to_out_0.diff_b": torch.randn(4),
-    }
-    return packed(tensors, {"ss_network_module": "lycoris.kohya"})
-
-
 def outline(path: Path) -> dict[str, Tensor]:
     with SafetensorsFile(path) as file:
         return file.outline()
 
 
-def unpack_native(path: Path) -> object:
-    return native.unpack(*files.read(path), source=str(path))
+def adapter(path: Path) -> None:
+    """Read with and without values; PEFT's configuration is in the header of our sample."""
+    with SafetensorsFile(path) as file:
+        config = config_of(file.metadata)
+        for tensors in (file.outline(), {key: file.tensor(key) for key in file.keys}):
+            found = detect.unpack(tensors, file.metadata, config, str(path))
+            check_adapter(found, tensors)
 
 
-def by(unpack: Callable[..., AdapterFile]) -> Callable[[Path], None]:
-    """A reader by a format's `unpack`, which does not know the file's name."""
-
-    def reader(path: Path) -> None:
-        tensors, metadata = files.read(path)
-        try:
-            check_adapter(unpack(tensors, metadata), tensors)
-            without_values = outline(path)
-            check_adapter(unpack(without_values, metadata), without_values)
-        except FormatError as error:
-            raise FormatError(f"{path}: {error}") from None
-
-    return reader
+def config_of(metadata: dict[str, str]) -> Any:
+    try:
+        return json.loads(metadata["adapter_config"])
+    except (KeyError, ValueError, RecursionError):
+        return None
 
 
 def check_adapter(file: AdapterFile, tensors: dict[str, Tensor]) -> None:
@@ -218,6 +87,9 @@ def weight_for(change: Change) -> Tensor | None:
         case _:
             return None
     rows = shape[0] if change.rows is None else change.rows[1] - change.rows[0]
+    if change.axis == "in" and change.magnitude is not None and len(shape) == 2:
+        columns = len(change.magnitude)  # a matrix may have a kernel in it
+        shape = (rows, columns, shape[1] // columns)
     return torch.ones(rows, *shape[1:], dtype=torch.float64)
 
 
@@ -227,24 +99,17 @@ def _ends(a: Tensor | None, b: Tensor | None) -> Tensor:
     return torch.empty(a.shape[0], b.shape[1], device="meta")
 
 
-def unpack_peft(tensors: dict[str, Tensor], metadata: dict[str, str]) -> AdapterFile:
-    try:
-        config = json.loads(metadata["config"])
-    except (KeyError, ValueError, RecursionError):
-        config = None
-    return peft.unpack(tensors, metadata, config)
-
-
 CASES = [
-    Case("files.read", assorted, files.read),
-    Case("outline", assorted, outline),
-    Case("native lora", fastlora_lora, unpack_native),
-    Case("native svdiff", fastlora_svdiff, unpack_native),
-    Case("peft", peft_dora, by(unpack_peft)),
-    Case("diffusers", diffusers_styles, by(diffusers.unpack)),
-    Case("kohya", kohya_lora, by(kohya.unpack)),
-    Case("kohya flux", kohya_flux, by(kohya.unpack)),
-    Case("lycoris", lycoris, by(kohya.unpack)),
+    Case("files.read", samples.assorted, files.read),
+    Case("outline", samples.assorted, outline),
+    Case("native", samples.fastlora_lora, lambda path: native.unpack(*files.read(path), str(path))),
+    Case("fastlora lora", samples.fastlora_lora, adapter),
+    Case("fastlora svdiff", samples.fastlora_svdiff, adapter),
+    Case("peft", samples.peft_dora, adapter),
+    Case("diffusers", samples.diffusers_styles, adapter),
+    Case("kohya", samples.kohya_lora, adapter),
+    Case("kohya flux", samples.kohya_flux, adapter),
+    Case("lycoris", samples.lycoris, adapter),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 
@@ -266,7 +131,7 @@ def test_mutants(tmp_path: Path, case: Case) -> None:
 
 
 def test_mutants_of_a_seed_are_the_same() -> None:
-    data = assorted()
+    data = samples.assorted()
     first, again, other = (list(mutants(data, seed, 60)) for seed in (0, 0, 1))
     assert first == again and first != other
     assert len({mutant.data for mutant in first} | {data}) > 50
@@ -280,7 +145,7 @@ def test_what_a_reader_does_wrong_is_seen(tmp_path: Path, error: Exception) -> N
         raise error
 
     with pytest.raises(AssertionError, match="change_bytes 0-0: "):
-        survive(reader, mutants(assorted(), 0, 1), tmp_path / "a.safetensors")
+        survive(reader, mutants(samples.assorted(), 0, 1), tmp_path / "a.safetensors")
 
 
 # Headers of any structure: valid ones of which parts have been replaced by any JSON.

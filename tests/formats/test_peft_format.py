@@ -285,6 +285,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any] | None, str]] = {
     "a bias": ({"m.lora_B.bias": torch.ones(3)}, {}, r"m: lora_B.bias: expected \[4\], got \[3\]"),
     "two methods": ({"m.hada_w1_a": torch.ones(4, 2)}, {}, "m: expected tensors of one method"),
     "the other": ({}, {"peft_type": "LOHA"}, "m: expected tensors of LOHA, got .*lora_A"),
+    "an embedding's kernel": (
+        {"e.lora_embedding_A": torch.ones(2, 3, 1), "e.lora_embedding_B": torch.ones(4, 2)},
+        {},
+        r"e: lora_embedding_A and lora_embedding_B: expected matrices, got \[2, 3, 1\]",
+    ),
     "both": ({"m.lora_embedding_A": torch.ones(2, 3)}, {}, "m: expected lora_embedding_A, lora_e"),
 }  # fmt: skip
 
