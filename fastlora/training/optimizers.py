@@ -17,7 +17,10 @@ def adamw(
     adapter has hundreds of small parameters, and going through them one by one takes longer than
     the arithmetic."""
     groups: list[Any] = [g["params"] if isinstance(g, dict) else [g] for g in parameters]
-    fused = all(
-        p.device.type in _FUSED and p.is_floating_point() for group in groups for p in group
-    )
+    fused = all(fits_fused(p) for group in groups for p in group)
     return torch.optim.AdamW(parameters, fused=fused, **{"weight_decay": 1e-2, **options})
+
+
+def fits_fused(p: torch.Tensor) -> bool:
+    """Parameters in a reserve are strided views, which the one call refuses."""
+    return p.device.type in _FUSED and p.is_floating_point() and p.is_contiguous()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import fastlora
 from fastlora.training import (
     EMA,
     CheckpointError,
+    adamw,
     epsilon_loss,
     load_checkpoint,
     save_checkpoint,
@@ -327,8 +329,6 @@ def test_other_layers_of_a_folded_model_train() -> None:
 
 def test_the_default_optimizer_is_adamw_for_all_parameters_in_one_call() -> None:
     """Decoupled weight decay and bias-corrected moments (Loshchilov & Hutter 2019), by hand."""
-    from fastlora.training import adamw
-
     generator = torch.Generator().manual_seed(0)
     weights = [torch.nn.Parameter(torch.randn(3, generator=generator)) for _ in range(2)]
     groups = [{"params": weights[:1], "lr": 0.1}, {"params": weights[1:], "lr": 0.01}]
@@ -346,3 +346,22 @@ def test_the_default_optimizer_is_adamw_for_all_parameters_in_one_call() -> None
             for other in weights:
                 other.grad = None
         torch.testing.assert_close(w.detach(), expected.float())
+
+
+def test_the_default_optimizer_takes_adapters_in_a_reserve() -> None:
+    """Whose parameters are strided views."""
+    model = nn.Sequential(nn.Linear(4, 6))
+    fastlora.reserve(model, 4)
+    fastlora.inject(model, fastlora.LoRA(rank=2), name="a", seed=0)
+    up = model[0].fastlora["a"].up
+    assert not up.is_contiguous()
+
+    def loss(model: nn.Module, batch: Any, *_: Any) -> Any:
+        value = model(batch["x0"]).square().mean()
+        return value, {"loss": value.detach()}
+
+    def batches(generator: torch.Generator) -> Any:
+        return {"x0": torch.randn(3, 4, generator=generator)}
+
+    train(model, loss, batches, fastlora.Schedule.cosine(10), steps=2, progress=False)
+    assert up.abs().sum() > 0
