@@ -13,7 +13,7 @@ from bench.targets import CPU, CPU_FLOOR, FORWARD, Items, layers, mean, rows
 WIDE_SPREAD = 0.10  # of a ratio's quartiles: something else was running
 FORMS = ("products", "tiled", "extended", "appended")
 PEERS = ("addmm", "torch", "peft", "peft + compile", "diffusers", "peft, numbers only",
-         "peft, as set_adapters", "u @ diag(s) @ vh")  # fmt: skip
+         "peft, as set_adapters", "u @ diag(s) @ vh", "W' then linear")  # fmt: skip
 VERDICTS = {True: "met", False: "MISSED", None: ""}
 
 

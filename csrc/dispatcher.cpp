@@ -19,9 +19,10 @@ struct Guard {
 };
 
 std::vector<Guard> g_guards;
-PyObject* g_forward_ad = nullptr;    // the module dict of torch.autograd.forward_ad
-PyObject* g_grad_enabled = nullptr;  // torch.is_grad_enabled
-PyObject* g_is_neg = nullptr;        // torch.Tensor.is_neg, unbound
+PyObject* g_forward_ad = nullptr;        // the module dict of torch.autograd.forward_ad
+PyObject* g_grad_enabled = nullptr;      // torch.is_grad_enabled
+PyObject* g_set_grad_enabled = nullptr;  // torch._C._set_grad_enabled
+PyObject* g_is_neg = nullptr;            // torch.Tensor.is_neg, unbound
 PyObject* g_requires_grad = nullptr;
 PyObject* g_current_level = nullptr;
 std::atomic<PyTypeObject*> g_dtype{nullptr};  // torch.dtype, a static type, once seen
@@ -45,6 +46,25 @@ bool forward_ad_active() {
   PyObject* level = PyDict_GetItem(g_forward_ad, g_current_level);
   return level != nullptr && PyLong_AsLong(level) >= 0;
 }
+
+// Gradient mode is off while it lives; it was on.
+class WithoutGrad {
+ public:
+  WithoutGrad() {
+    if (!set(Py_False)) throw py::error_already_set();
+  }
+  ~WithoutGrad() {
+    const py::error_scope raised;  // is kept
+    set(Py_True);
+  }
+
+ private:
+  static bool set(PyObject* mode) {
+    const auto none =
+        py::reinterpret_steal<py::object>(PyObject_CallOneArg(g_set_grad_enabled, mode));
+    return static_cast<bool>(none);
+  }
+};
 
 // The signature: everything of the arguments that a plan may depend on, as words. Floats are left
 // out on purpose: a strength must not cost a plan.
@@ -183,11 +203,13 @@ class Dispatcher {
     // Operators have no forward-mode formula, and torch would drop the tangents without a word.
     if (forward_ad_active()) return PyObject_Vectorcall(reference_.ptr(), args, n, nullptr);
     if (!plain_eager()) return PyObject_Vectorcall(dispatch_.ptr(), args, n, nullptr);
-    const bool check_grad = differentiable_ && call(g_grad_enabled).ptr() == Py_True;
+    const bool grad = call(g_grad_enabled).ptr() == Py_True;
     Signature signature;
-    for (Py_ssize_t i = 0; i < n; ++i) signature.add_argument(args[i], check_grad);
+    for (Py_ssize_t i = 0; i < n; ++i) signature.add_argument(args[i], differentiable_ && grad);
     if (signature.has_tensor_subclass() || signature.requires_grad())
       return PyObject_Vectorcall(dispatch_.ptr(), args, n, nullptr);
+    if (differentiable_ || !grad) return run(signature, args, n);
+    const WithoutGrad off;
     return run(signature, args, n);
   }
 
@@ -282,7 +304,8 @@ py::tuple make_dispatcher(py::object miss, py::object dispatch, py::object refer
 
 }  // namespace
 
-void set_guards(py::list guards, py::dict forward_ad, py::object grad_enabled, py::object is_neg) {
+void set_guards(py::list guards, py::dict forward_ad, py::object grad_enabled,
+                py::object set_grad_enabled, py::object is_neg) {
   g_guards.clear();
   for (py::handle item : guards) {
     auto pair = py::reinterpret_borrow<py::tuple>(item);
@@ -290,6 +313,7 @@ void set_guards(py::list guards, py::dict forward_ad, py::object grad_enabled, p
   }
   g_forward_ad = forward_ad.release().ptr();
   g_grad_enabled = grad_enabled.release().ptr();
+  g_set_grad_enabled = set_grad_enabled.release().ptr();
   g_is_neg = is_neg.release().ptr();
   g_requires_grad = PyUnicode_InternFromString("requires_grad");
   g_current_level = PyUnicode_InternFromString("_current_level");

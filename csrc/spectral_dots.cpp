@@ -74,7 +74,8 @@ void dots_of_product(TensorView sums, TensorView product, TensorView u) {
   check_memory(kOp, "product", product, sums);
   check_memory(kOp, "u", u, sums);
   check_contiguous(kOp, "sums", sums);
-  FASTLORA_CHECK(sums.dtype == DType::kFloat64, kOp, "sums", "float64", sums);
+  FASTLORA_CHECK(sums.dtype == DType::kFloat64 || sums.dtype == DType::kFloat32, kOp, "sums",
+                 "float64 or float32", sums);
   FASTLORA_CHECK(sums.cpu(), kOp, "sums", "a CPU tensor", sums);
   FASTLORA_CHECK(product.shape[0] <= 1 || product.shape[1] <= 1 || product.strides[1] == 1, kOp,
                  "product", "contiguous rows", product);

@@ -22,9 +22,10 @@ constexpr int kDotsRows = 32;
 void launch_spectral_dots(const SpectralDots* layers, int64_t count, float* partial, int device,
                           void* stream);
 
-// One block of rows on the CPU: sums[i] += sum over o of product[o, i] * u[o, i]
+// One block of rows on the CPU: sums[i] += sum over o of product[o, i] * u[o, i], in float64 before
+// it is added.
 struct DotsOfProduct {
-  TensorView sums;     // [rank] float64
+  TensorView sums;     // [rank] float64 or float32
   TensorView product;  // [rows, rank], rows contiguous
   TensorView u;        // [rows, rank]
 };

@@ -13,6 +13,7 @@ from fastlora import ops
 from fastlora.adapters import (
     AdapterError,
     AdapterInfo,
+    LoadReport,
     LoRA,
     Spectral,
     adapters,
@@ -51,6 +52,7 @@ __all__ = [
     "DecomposeReport",
     "FormatError",
     "LoRA",
+    "LoadReport",
     "Sampler",
     "Schedule",
     "Spectral",

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlora.adapters.adapted import Adapted
+from fastlora.adapters.deltas import DeltaSlot
 from fastlora.adapters.layers import AdaptedConv2d, AdaptedEmbedding, AdaptedLinearLike
 from fastlora.adapters.lookup import adapted_layers
 from fastlora.adapters.slots import LoRASlot, SpectralSlot
@@ -155,13 +156,13 @@ def reference(layer: Adapted, x: Tensor, dtype: torch.dtype) -> Tensor:
         return reference(layer, x[None], dtype)[0]
     x = widened(x, dtype)
     slots = [(slot, gate_value(layer, name)) for name, slot in layer.fastlora.items()]
-    bias = widened(layer._parameters.get("bias"), dtype)
+    bias = bias_reference(layer, slots, dtype)
     if isinstance(layer, AdaptedLinearLike):
         low = layer.weight.dtype if layer.weight.is_floating_point() else x.dtype
         y: Any = layer.base(x.to(low)).to(dtype)
         weight = None
     else:
-        weight = spectral_reference(layer, slots, dtype)
+        weight = delta_reference(spectral_reference(layer, slots, dtype), slots)
         if not any(isinstance(s, LoRASlot) for s, _ in slots):
             return layer.with_weight(x, weight, bias)
         y = layer.with_weight(x, weight, None)
@@ -218,6 +219,38 @@ def spectral_reference(layer: Adapted, slots: Any, dtype: torch.dtype) -> Tensor
     s = factors.svd_s.to(wide)
     left = (factors.svd_u.to(wide) * ((s + total).clamp_min(0) - s)).to(dtype)
     return weight + layer.from_matrix(left @ factors.svd_vh.to(dtype))
+
+
+def delta_reference(weight: Tensor, slots: Any) -> Tensor:
+    """W + Σ g ΔW; of those with a magnitude m each adds m V / ‖V‖ - W with V = W + g ΔW."""
+    total = weight
+    for slot, gate in slots:
+        if not isinstance(slot, DeltaSlot) or not gate.any():
+            continue
+        change = slot.change
+        update = gate.to(weight) * change.delta(tuple(weight.shape), weight.dtype).to(weight.device)
+        if change.magnitude is not None:
+            whole = weight + update
+            kept = 0 if change.axis == "out" else 1
+            others = [d for d in range(weight.dim()) if d != kept]
+            norm = torch.linalg.vector_norm(whole, dim=others, keepdim=True)
+            update = whole * change.magnitude.to(weight).view(norm.shape) / norm - weight
+        total = total + update
+    return total
+
+
+def bias_reference(layer: Adapted, slots: Any, dtype: torch.dtype) -> Tensor | None:
+    """b + Σ g bias, None where neither is there."""
+    changes = [(s.change, g) for s, g in slots if isinstance(s, DeltaSlot) and g.any()]
+    terms = [
+        c.bias.detach().to(dtype) * g.to(c.bias.device, dtype)
+        for c, g in changes
+        if c.bias is not None
+    ]
+    own = layer._parameters.get("bias")
+    terms += [] if own is None else [own.detach().to(dtype)]
+    total: Any = sum(terms)
+    return total if terms else None
 
 
 def dora_reference(layer: Adapted, weight: Any, slot: LoRASlot, gate: Tensor, dtype: Any) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import bench_spectral, bench_strengths, timing
+from bench import bench_spectral, bench_spectral_linear, bench_strengths, timing
 from bench.contenders import CONTENDERS, FORMS, RANKS, case, forced, gemm, wanted
 from fastlora import emulated, ops
 from fastlora.ops import _routes
@@ -209,3 +209,25 @@ def test_contenders_of_spectral_weights():
     runs = bench_spectral.gradients(layers)
     for ours, theirs in zip(runs["fastlora"](), runs["torch"](), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+def test_contenders_of_spectral_linear():
+    """Results and gradients in float64 by hand, with one singular value that the relu cuts."""
+    (args,) = bench_spectral_linear.arguments(5, [(24, 40)], torch.float32)
+    s, shift, strength = args[4], args[6], args[7]
+    shift[3] = -3 * s[3] / strength
+    runs = bench_spectral_linear.forward_and_backward(args)
+    dy = bench_spectral_linear.gradient_of_y(*args[:2]).double()
+    x, weight, bias, u, s, vh, shift, strength = (t.double() for t in args)
+    shifted = weight + (u * ((s + strength * shift).relu() - s)) @ vh
+    dots = torch.einsum("oi,to,tk,ik->i", u, dy, x, vh) * strength
+    dots[3] = 0
+    for name, layer in bench_spectral_linear.forward(args).items():
+        got = layer()
+        if name == "floor":
+            assert [len(t) for t in got] == [5, 5]
+            continue
+        torch.testing.assert_close(got.double(), x @ shifted.t() + bias, rtol=1e-5, atol=1e-3)
+        dx, d_shift = (g.double() for g in runs[name]())
+        torch.testing.assert_close(dx, dy @ shifted, rtol=1e-5, atol=1e-3, msg=name)
+        torch.testing.assert_close(d_shift, dots, rtol=1e-5, atol=1e-3, msg=name)

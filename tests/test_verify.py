@@ -202,7 +202,7 @@ def test_a_wrong_shortcut_is_named(monkeypatch) -> None:
     assert not report and failures(report) == ["0", "1", "output"]
 
 
-@pytest.mark.parametrize("what", ["folded", "gate", "kept_spectral", "kept_dora"])
+@pytest.mark.parametrize("what", ["folded", "gate", "kept_weight", "kept_dora"])
 def test_a_stale_or_wrong_copy_is_named(what: str) -> None:
     model, x = mixed()
     with torch.no_grad():
@@ -216,11 +216,11 @@ def test_a_stale_or_wrong_copy_is_named(what: str) -> None:
             layer.gate("a")[2] += 0.01
             expected = ["inner.0"]
         else:
-            layer = model.get_submodule("norm" if what == "kept_spectral" else "inner.2")
+            layer = model.get_submodule("norm" if what == "kept_weight" else "inner.2")
             key = next(k for k in layer._state.cache if k.startswith(what.removeprefix("kept_")))
             kept = layer._state.cache[key][-1]
             (kept if isinstance(kept, Tensor) else kept[0])[0] += 0.1
-            expected = ["norm" if what == "kept_spectral" else "inner.2"]
+            expected = ["norm" if what == "kept_weight" else "inner.2"]
     report = fastlora.verify(model, x)
     assert not report and failures(report) == [*expected, "output"]
 

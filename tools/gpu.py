@@ -60,7 +60,7 @@ BENCHMARKS = {
         for rank in (16, 64, 128)
         for model in NAMES
     },
-    "spectral": ["bench/bench_spectral.py"],
+    "spectral": ["bench/bench_spectral.py", "bench/bench_spectral_linear.py"],
     "sampler step": ["bench/bench_sampler.py"],
     "memory": ["bench/bench_memory.py"],
     "loops": ["bench/bench_loop.py", "bench/bench_schedulers.py"],

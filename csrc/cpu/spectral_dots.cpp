@@ -8,16 +8,16 @@ namespace FASTLORA_ISA {
 namespace {
 
 constexpr int64_t kElementsPerParallel = 1 << 16;  // fewer than this are faster on one thread
-constexpr int64_t kColumns = 256;                  // of the sums that one task keeps
+constexpr int64_t kColumns = 64;                   // of the sums that one task keeps
 
 // Columns are divided among the threads, so the order of every sum is fixed.
-template <class T>
+template <class T, class S>
 void dots(const DotsOfProduct& p) {
   const int64_t rows = p.product.shape[0], rank = p.product.shape[1];
   const int64_t product_stride = p.product.strides[0];
   const int64_t row_stride = p.u.strides[0], column_stride = p.u.strides[1];
   const int64_t tasks = (rank + kColumns - 1) / kColumns;
-  double* sums = p.sums.ptr<double>();
+  S* sums = p.sums.ptr<S>();
 #pragma omp parallel for schedule(static) if (rows * rank >= kElementsPerParallel)
   for (int64_t task = 0; task < tasks; ++task) {
     const int64_t first = task * kColumns;
@@ -34,14 +34,15 @@ void dots(const DotsOfProduct& p) {
           sum[i] += double(load(a + i)) * double(load(b + i * column_stride));
       }
     }
-    for (int64_t i = 0; i < count; ++i) sums[first + i] += sum[i];
+    for (int64_t i = 0; i < count; ++i) sums[first + i] = S(sums[first + i] + sum[i]);
   }
 }
 
 }  // namespace
 
 void dots_of_product_loop(const DotsOfProduct& p) {
-  FASTLORA_FLOAT_TYPES(p.product.dtype, T, dots<T>(p));
+  const bool wide = p.sums.dtype == DType::kFloat64;
+  FASTLORA_FLOAT_TYPES(p.product.dtype, T, wide ? dots<T, double>(p) : dots<T, float>(p));
 }
 
 }  // namespace FASTLORA_ISA

@@ -16,11 +16,13 @@ from fastlora.adapters.control import (
 )
 from fastlora.adapters.folding import fold, unfold
 from fastlora.adapters.inject import inject, remove
-from fastlora.adapters.io import load, save
+from fastlora.adapters.load_report import LoadReport
+from fastlora.adapters.loading import load
 from fastlora.adapters.lookup import adapted_layers
 from fastlora.adapters.materialize import materialize
 from fastlora.adapters.phases import phases
 from fastlora.adapters.reserve import ReserveInfo, reserve
+from fastlora.adapters.saving import save
 from fastlora.adapters.specs import AdapterError, AdapterInfo, LoRA, Spectral
 from fastlora.adapters.steady import steady
 
@@ -34,6 +36,7 @@ __all__ = [
     "CapturedStrengths",
     "DecomposeReport",
     "LoRA",
+    "LoadReport",
     "ReserveInfo",
     "Spectral",
     "adapted_layers",

@@ -13,10 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from fastlora.adapters.changed_weight import (
+    Recipe,
+    changed_bias,
+    changed_weight,
+    recipe_of,
+    weight_under,
+)
 from fastlora.adapters.folded_weight import fold_layers
 from fastlora.adapters.slots import LoRASlot, in_place
 from fastlora.adapters.specs import AdapterError
-from fastlora.adapters.spectral import Shift, changed_weight, shift_of, weight_under
 from fastlora.adapters.state import LayerState, in_graph, is_capturing
 from fastlora.adapters.tensors import memory, same_start, same_values
 from fastlora.ops import ContractError
@@ -41,9 +47,9 @@ class Adapted(nn.Module):
         raise NotImplementedError
 
     def low_rank(
-        self, x: Tensor, weight: Tensor | None, slots: list[tuple[LoRASlot, Tensor]]
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, slots: list[tuple[LoRASlot, Tensor]]
     ) -> Tensor:
-        """The base (on `weight`, None: its own) plus the slots' low-rank parts with their gates."""
+        """The base on `weight` and `bias` plus the slots' low-rank parts with their gates."""
         raise NotImplementedError
 
     def matrix(self) -> Tensor:
@@ -68,27 +74,30 @@ class Adapted(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if self._state.merged:
-            return self.with_weight(input, self.folded(), self.bias_or_none())
+            return self.with_weight(input, self.folded(), self.folded_bias())
         active = self.active()
         slots = self.low_rank_slots(active)
         if not active and not slots:
             return self.base(input)
-        shift = shift_of(self, active)
-        if shift is None:
-            return self.explaining(input, self.low_rank, input, None, slots)
-        return self.shifted(input, shift, slots)
+        recipe = recipe_of(self, active)
+        if recipe is None:
+            return self.on_weight(input, self.weight, self.bias_or_none(), slots)
+        return self.changed(input, recipe, slots)
 
-    def shifted(self, x: Tensor, shift: Shift, slots: list[tuple[Any, Tensor]]) -> Tensor:
-        """The forward pass under spectral shifts, then low-rank parts."""
+    def changed(self, x: Tensor, recipe: Recipe, slots: list[tuple[Any, Tensor]]) -> Tensor:
+        """The forward pass on W' and b', then low-rank parts."""
+        bias = changed_bias(self, recipe)
         if is_compiling():
-            return self.on_weight(x, changed_weight(self, shift), slots)
-        with weight_under(self, shift) as weight:
-            return self.on_weight(x, weight, slots)
+            return self.on_weight(x, changed_weight(self, recipe), bias, slots)
+        with weight_under(self, recipe) as weight:
+            return self.on_weight(x, weight, bias, slots)
 
-    def on_weight(self, x: Tensor, weight: Tensor, slots: list[tuple[Any, Tensor]]) -> Tensor:
+    def on_weight(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, slots: list[tuple[Any, Tensor]]
+    ) -> Tensor:
         if slots:
-            return self.explaining(x, self.low_rank, x, weight, slots)
-        return self.with_weight(x, weight, self.bias_or_none())
+            return self.explaining(x, self.low_rank, x, weight, bias, slots)
+        return self.with_weight(x, weight, bias)
 
     def active(self) -> tuple[tuple[str, Any], ...]:
         """The slots to compute; in a graph all of them, some with gates of zero, but for those in
@@ -129,6 +138,11 @@ class Adapted(nn.Module):
         folded = self.fastlora.folded_weight
         assert folded is not None
         return folded
+
+    def folded_bias(self) -> Tensor | None:
+        """b' beside `folded`; the layer's own where no adapter changes it."""
+        folded = self.fastlora.folded_bias
+        return self.bias_or_none() if folded is None else folded
 
     def explaining(self, x: Tensor, compute: Callable[..., Tensor], *args: Any) -> Tensor:
         """`compute(*args)`, whose errors speak of this layer; a graph has no place for that."""
@@ -205,6 +219,17 @@ class Adapted(nn.Module):
         per_sample = name in state.arena.per_sample
         return self.gates(state.offsets[name], self.fastlora[name].width, per_sample)
 
+    def strength(self, name: str) -> Tensor:
+        """The gate [] of a slot that changes the weight itself. Raises AdapterError where it is
+        per sample."""
+        gate = self.gate(name)
+        if gate.dim() == 2:
+            raise AdapterError(
+                f"{self._state.path}: {name!r} ({self.fastlora[name].kind}) changes the weight "
+                "itself, so its strength cannot differ per sample; use a number for its scale"
+            )
+        return gate.reshape(())
+
     def gates(self, offset: int, width: int, per_sample: bool) -> Tensor:
         """Gates of this layer out of the arena, float32, float64 beside float64.
 
@@ -226,7 +251,7 @@ class Adapted(nn.Module):
 
         Values, not versions: a write through `.data`, as many averages of weights are copied,
         leaves no trace in a version. It costs a copy of the weight, and a read of both at every
-        call; only on the CPU, for layers with DoRA or spectral shifts that are not folded. On an
+        call; only on the CPU, for layers with DoRA or a changed weight that are not folded. On an
         accelerator a comparison would wait for the device (and a captured graph would never look
         again), so there nothing is kept; nor under functorch, and for weights made in inference
         mode. `kept` is for `steady` blocks.

@@ -47,9 +47,9 @@ def combine(
     directions U and V; subjects that were trained apart may bleed into one another.
 
     Raises AdapterError for unknown names, weights that are not finite or sum to 0 ("interpolate"),
-    another rule, a taken name, adapters of both kinds, DoRA (its norm is not a sum), a layer that
-    cannot take the new one, and a selection in `where` without any layer of its adapter. The model
-    is unchanged then.
+    another rule, a taken name, adapters of both kinds, DoRA (its norm is not a sum) and updates of
+    other kinds (loha, full, ...), a layer that cannot take the new one, and a selection in `where`
+    without any layer of its adapter. The model is unchanged then.
     """
     model = unwrapped(model)
     if rule not in ("add", "interpolate"):
@@ -109,15 +109,16 @@ def taken(
 
 def combined(path: str, layer: Any, parts: Parts) -> Slot:
     """One slot for those of a layer."""
-    kinds = {slot.kind for slot, _ in parts}
-    if "dora" in kinds or len(kinds) > 1:
+    low_rank = all(isinstance(slot, LoRASlot) and not slot.spec.dora for slot, _ in parts)
+    if not low_rank and not all(isinstance(slot, SpectralSlot) for slot, _ in parts):
+        kinds = {slot.kind for slot, _ in parts}
         raise AdapterError(
             f"combine: {path}: expected spectral shifts or LoRA without DoRA, all of one kind, got "
             f"{' and '.join(sorted(kinds))}"
         )
     weight: Tensor = layer.weight
     dtype = parameter_dtype(path, weight, None)
-    if kinds == {"lora"}:
+    if low_rank:
         return concatenated(layer, parts, dtype)
     shifts = [w * slot.shift.to(dtype) for slot, w in parts]  # norms: [1] spreads over [dim]
     largest = max((slot for slot, _ in parts), key=lambda slot: slot.shift.numel())

@@ -17,7 +17,6 @@ from fastlora.adapters.lookup import (
     require_known,
     walked,
 )
-from fastlora.adapters.slots import LoRASlot
 from fastlora.adapters.specs import AdapterError, AdapterInfo
 
 Scales = Mapping[str, Scale] | Scale
@@ -40,9 +39,9 @@ def adapters(model: nn.Module) -> dict[str, AdapterInfo]:
             }
             if not slots:  # in a part of the model that is not under `model`
                 continue
-            ranks = [s.width for s in slots.values() if isinstance(s, LoRASlot)]
+            ranks = [s.rank for s in slots.values() if s.rank is not None]
             result[name] = AdapterInfo(
-                kind=next(iter(slots.values())).kind,
+                kind="+".join(dict.fromkeys(s.kind for s in slots.values())),
                 modules=tuple(slots),
                 rank=max(ranks) if ranks else None,
                 parameters=sum(p.numel() for s in slots.values() for p in s.parameters()),

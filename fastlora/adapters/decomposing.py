@@ -92,15 +92,17 @@ def decompose(
     Computed in `dtype` (float32 or float64; float64 weights in float64), on `device`: by default
     the weight's own GPU, else any, to which weights travel one by one, else the CPU, several
     layers at a time. Factors have the weight's dtype and device and wait on the layer until
-    `inject` takes them over; `remove` frees them. Those of a weight that has changed meanwhile are
-    not used: it is decomposed again, to the same rank.
+    `inject` takes them over; `remove` of the last adapter with shifts frees those. On a layer that
+    nobody injects into they wait as long as the layer lives. Those of a weight that has changed
+    meanwhile are not used: it is decomposed again, to the same rank.
 
-    `cache` is a folder of safetensors files, one for each distinct weight by a hash of its bytes,
-    about once to twice the size of the weights. True: the folder that the environment variable
-    FASTLORA_FACTORS names (empty: none), else fastlora/factors in the user's cache folder
-    ($XDG_CACHE_HOME or ~/.cache); None or False: none; or a path. `inject` and `load_state_dict`
-    read the one of True and never write. Entries that cannot be right are ignored with a
-    RuntimeWarning and written again; one that cannot be written is a RuntimeWarning too.
+    `cache` is a folder of safetensors files with U, σ and V, one for each distinct weight by a hash
+    of its bytes: once to twice the size of the weights. Nobody clears it; it may be deleted at any
+    time. True: the folder that the environment variable FASTLORA_FACTORS names (empty: none), else
+    fastlora/factors in the user's cache folder ($XDG_CACHE_HOME or ~/.cache); None, False or "":
+    none; or a path. `inject` and `load_state_dict` read the one of True and never write. Entries
+    that are not as they were written (each has a hash of itself) are ignored with a RuntimeWarning
+    and made again; one that cannot be written is a RuntimeWarning too.
 
     `rank` (of all, or by path; others whole) or `energy` (a share of Σ σ² in (0, 1]) keep only the
     largest singular values, and there are as many shifts. What is left out stays in the weight, so
@@ -115,10 +117,7 @@ def decompose(
         raise AdapterError(f"decompose: progress: expected True or False, got {progress!r}")
     settings_of = settings_by(dtype, rank, energy)
     folder = folder_of(cache)
-    try:
-        there = None if device is None else torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise AdapterError(f"decompose: device: {error}") from None
+    there = None if device is None else usable_device(device, "decompose: device")
     chosen = select(unwrapped(model), Spectral(norms="skip"), where, "decompose")
     strangers = sorted(set(rank) - set(chosen)) if isinstance(rank, Mapping) else []
     if strangers:
@@ -144,6 +143,21 @@ def decompose(
         for path in chosen
     )
     return DecomposeReport(rows, str(folder or ""), time.perf_counter() - start)
+
+
+def usable_device(device: Any, what: str) -> torch.device:
+    """The device that `device` names. Raises AdapterError, beginning with `what`, for one that
+    cannot compute here."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    # Builds without CUDA raise AssertionError for it.
+    except (RuntimeError, TypeError, AssertionError) as error:
+        why = " ".join(str(error).split())
+        raise AdapterError(f"{what}: expected one that is there, got {device!r}: {why}") from None
+    if found.type == "meta":
+        raise AdapterError(f"{what}: expected one that computes, got {device!r}")
+    return found
 
 
 def settings_by(dtype: Any, rank: Any, energy: Any) -> Callable[[str], Settings]:

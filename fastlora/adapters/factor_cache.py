@@ -2,16 +2,17 @@
 
 An entry is named by a hash (BLAKE2b) of the weight's shape, dtype and bytes, then by the settings:
 `<hash>.safetensors`, `<hash>-rank16.safetensors`. It has `u`, `s`, `vh` as `Factors` has them, and
-`format`, `version`, `error` and `norm` in its metadata. Entries are written beside their place and
-renamed, so that a process which dies, and several at once, leave whole ones. Nothing that is wrong
-with the folder stops a decomposition: it is a warning. The folder may be deleted at any time.
+`format`, `version`, `error`, `norm` and `digest` in its metadata: the hash of all of it and of the
+entry's name, which every reading compares. Entries are written beside their place and renamed, so
+that a process which dies, and several at once, leave whole ones. Nothing that is wrong with the
+folder stops a decomposition: it is a warning. The folder may be deleted at any time.
 """
 
 import hashlib
-import math
 import os
 import time
 import warnings
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,13 +20,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fastlora.adapters.decomposition import Factors, Settings, factors, length
+from fastlora.adapters.decomposition import Factors, Settings, factors
 from fastlora.adapters.specs import AdapterError
-from fastlora.adapters.tensors import full_precision
 from fastlora.formats import files
 from fastlora.ops._tuned import user_cache
 
-FORMAT, VERSION = "fastlora factors", "1"
+FORMAT, VERSION = "fastlora factors", "2"
 STALE = 3600  # seconds after which an unfinished file is nobody's any more
 
 Cache = bool | str | os.PathLike[str] | None
@@ -33,8 +33,8 @@ Cache = bool | str | os.PathLike[str] | None
 
 def folder_of(cache: Cache) -> Path | None:
     """True: the folder that `FASTLORA_FACTORS` names (empty: none), else fastlora/factors in the
-    user's cache folder. None, False: none. A path: that folder."""
-    if cache is None or cache is False:
+    user's cache folder. None, False, "": none. A path: that folder."""
+    if cache is None or cache is False or cache == "":
         return None
     if cache is not True:
         try:
@@ -49,13 +49,23 @@ def folder_of(cache: Cache) -> Path | None:
     return user_cache() / "factors"
 
 
-@torch.no_grad()
+def fingerprint(words: str, tensors: Iterable[Tensor]) -> str:
+    """48 hex digits of a text and of tensors: their shapes, dtypes and bytes (BLAKE2b)."""
+    found = hashlib.blake2b(words.encode(), digest_size=24)
+    for tensor in tensors:
+        found.update(f" {list(tensor.shape)} {tensor.dtype} ".encode())
+        found.update(files.as_bytes(tensor).numpy().data)
+    return found.hexdigest()
+
+
 def digest(matrix: Tensor) -> str:
     """The hash of a matrix's shape, dtype and bytes."""
-    matrix = matrix.detach().cpu().contiguous()
-    found = hashlib.blake2b(f"{VERSION} {list(matrix.shape)} {matrix.dtype} ".encode())
-    found.update(matrix.view(torch.uint8).numpy())  # type: ignore[arg-type]  # a buffer
-    return found.hexdigest()[:48]
+    return fingerprint(VERSION, [matrix])
+
+
+def digest_of(path: Path, found: Factors) -> str:
+    """The hash of an entry: what is in it, and where it belongs."""
+    return fingerprint(f"{path.name} {found.error!r} {found.norm!r}", found[:3])
 
 
 class FactorCache:
@@ -88,38 +98,39 @@ class FactorCache:
         return self.folder / f"{name}.safetensors"
 
     def read(self, key: str, settings: Settings, matrix: Tensor) -> Factors | None:
-        """The entry, mapped into memory on the CPU, on any other device read to it; None if there
-        is none or it cannot be right."""
+        """The entry on the matrix's device, on the CPU mapped into memory; None if there is none or
+        it is not as it was written."""
         if not self.reads:
             return None
         path = self.file(key, settings)
         try:
-            with safe_open(path, "pt", device=str(matrix.device)) as file:
+            with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
                     raise ValueError(f"expected {FORMAT} {VERSION}, got metadata {metadata}")
-                tensors = [file.get_tensor(k) for k in ("u", "s", "vh")]
-                numbers = [float(metadata[k]) for k in ("error", "norm")]
-            found = Factors(*tensors, *numbers)
-            check(found, settings, matrix)
+                u, s, vh = (file.get_tensor(k) for k in ("u", "s", "vh"))
+                found = Factors(u, s, vh, float(metadata["error"]), float(metadata["norm"]))
+            if digest_of(path, found) != metadata["digest"]:
+                raise ValueError("it is damaged: its content is not what its digest says")
         except FileNotFoundError:
             return None
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             self.problems.append(f"{path} is ignored: {error}")
             return None
-        return found
+        return found.to(matrix.device)
 
     def write(self, key: str, settings: Settings, found: Factors) -> None:
         if not self.writes:
             return
         assert self.folder is not None
-        metadata = {"format": FORMAT, "version": VERSION}
+        path = self.file(key, settings)
+        metadata = {"format": FORMAT, "version": VERSION, "digest": digest_of(path, found)}
         metadata |= {"error": repr(found.error), "norm": repr(found.norm)}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.sweep()
             tensors = {"u": found.u, "s": found.s, "vh": found.vh}
-            files.write(self.file(key, settings), tensors, metadata)
+            files.write(path, tensors, metadata)
         except OSError as error:
             if self.writes:  # said once, whatever other threads meet
                 self.problems.append(f"factors are not kept: {error}")
@@ -141,38 +152,6 @@ class FactorCache:
                 with suppress(OSError):
                     if path.stat().st_mtime < time.time() - STALE:
                         path.unlink()
-
-
-def check(found: Factors, settings: Settings, matrix: Tensor) -> None:
-    """Raises ValueError where an entry cannot be the decomposition of the matrix.
-
-    Beside shapes, a random vector x: `Uᵀ (W x) = σ Vᵀ x`, up to the rounding of the factors, also
-    where they are truncated. That reads all of them once.
-    """
-    u, s, vh, error, norm = found
-    if s.dim() != 1:
-        raise ValueError(f"expected singular values [rank], got {list(s.shape)}")
-    (out, features), rank = matrix.shape, len(s)
-    full = min(out, features)
-    wide = torch.promote_types(matrix.dtype, torch.float32)
-    shapes = [(out, rank), (rank,), (rank, features)]
-    dtypes = [matrix.dtype, wide, matrix.dtype]
-    if [tuple(t.shape) for t in found[:3]] != shapes or [t.dtype for t in found[:3]] != dtypes:
-        raise ValueError(f"expected factors of a {matrix.dtype} {list(matrix.shape)}")
-    expected = full if settings.rank is None else min(settings.rank, full)
-    if not 1 <= rank <= full or (settings.energy is None and rank != expected):
-        raise ValueError(f"expected rank {expected}, got {rank}")
-    if not (0 <= error <= 1 and 0 <= norm < math.inf):
-        raise ValueError(f"expected an error in [0, 1] and a norm, got {error} and {norm}")
-    if not (s[-1] >= 0 and bool((s[:-1] >= s[1:]).all())):  # which NaN is not
-        raise ValueError("expected falling singular values")
-    x = torch.randn(features, generator=torch.Generator().manual_seed(0), dtype=wide)
-    with torch.no_grad(), full_precision(matrix.device):
-        x = x.to(matrix.device)
-        left = u.to(wide).t() @ (matrix.to(wide) @ x) - s * (vh.to(wide) @ x)
-        allowed = 8 * (torch.finfo(matrix.dtype).eps + 100 * torch.finfo(wide).eps) * norm
-        if not length(left) <= allowed:
-            raise ValueError("its factors are not those of the weight")
 
 
 def obtain(

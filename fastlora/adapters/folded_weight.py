@@ -1,4 +1,4 @@
-"""`W' = W + U diag(g) D`, or its DoRA and spectral forms, in a weight of its own beside W."""
+"""`W' = W + U diag(g) D`, or its other forms, in a weight of its own beside W."""
 
 import functools
 from collections.abc import Iterable
@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from fastlora import ops
+from fastlora.adapters.changed_weight import changed_weight, recipe_of
+from fastlora.adapters.deltas import updated_bias, updates_of
 from fastlora.adapters.dora import row_scale
 from fastlora.adapters.slots import LoRASlot
-from fastlora.adapters.spectral import changed_weight, operands, shift_of, write_weights
+from fastlora.adapters.spectral import operands, write_weights
 from fastlora.adapters.tensors import same_start
 
 
@@ -18,16 +20,16 @@ from fastlora.adapters.tensors import same_start
 @torch.inference_mode(False)
 @torch.no_grad()
 def fold_layers(layers: Iterable[Any]) -> None:
-    """Writes the folded weights. Spectral shifts of all layers go through one call of
+    """Writes the folded weights and biases. Spectral shifts of all layers go through one call of
     `ops.spectral_weights`, low-rank parts through one of `ops.fold`."""
     layers = list(layers)
     for layer in layers:
         layer.refresh()
-    shifted = shifted_weights(layers)
+    changed = changed_weights(layers)
     terms: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
     for layer in layers:
-        out = buffer(layer)
-        weight = layer.limited(shifted.get(layer, layer.weight.detach()))
+        out = buffer(layer, "folded_weight", layer.weight)
+        weight = layer.limited(changed.get(layer, layer.weight.detach()))
         slots = layer.low_rank_slots(layer._state.active)
         if any(s.spec.dora for s, _ in slots):
             out.copy_(dora_weight(layer, weight, slots))
@@ -35,6 +37,7 @@ def fold_layers(layers: Iterable[Any]) -> None:
             terms += parts(layer, weight, slots, out)
         elif weight is not out:
             out.copy_(weight)
+        fold_bias(layer)
         layer._state.merged, layer._state.stale = True, False
         layer._state.arena.folded = True
         layer._state.forget()
@@ -42,33 +45,45 @@ def fold_layers(layers: Iterable[Any]) -> None:
         ops.fold(*([t[i] for t in terms] for i in range(5)))
 
 
-def shifted_weights(layers: Iterable[Any]) -> dict[Any, Tensor]:
-    """The weights under spectral shifts of the layers that have them: in one call, in the layers'
-    buffers."""
+def changed_weights(layers: Iterable[Any]) -> dict[Any, Tensor]:
+    """The weights of the layers that adapters change before low-rank parts, in the layers' buffers;
+    those under nothing but spectral shifts in one call."""
     found: dict[Any, Tensor] = {}
     terms: list[tuple[Tensor, ...]] = []
     for layer in layers:
-        shift = shift_of(layer, layer._state.active)
-        if shift is None:
+        recipe = recipe_of(layer, layer._state.active)
+        if recipe is None or (recipe.shift is None and not recipe.weight_updates):
             continue
         weight = layer.weight
-        if layer.is_norm() or not weight.is_contiguous() or not same_start(weight, layer.matrix()):
-            found[layer] = changed_weight(layer, shift)
+        out = found[layer] = buffer(layer, "folded_weight", weight)
+        plain = weight.is_contiguous() and same_start(weight, layer.matrix())
+        if recipe.shift is None or recipe.weight_updates or layer.is_norm() or not plain:
+            out.copy_(changed_weight(layer, recipe))
             continue
-        matrix, *factors = operands(layer, shift)
-        found[layer] = buffer(layer)
-        terms.append((matrix.detach(), *factors, found[layer].view(matrix.shape)))
+        matrix, *factors = operands(layer, recipe.shift)
+        terms.append((matrix.detach(), *factors, out.view(matrix.shape)))
     write_weights(terms)
     return found
 
 
-def buffer(layer: Any) -> Tensor:
-    """The layer's folded weight, at the same address as long as it fits."""
-    weight, old = layer.weight, layer.fastlora.folded_weight
-    fits = old is not None and old.is_contiguous() and old.shape == weight.shape
-    if old is None or not fits or old.dtype != weight.dtype or old.device != weight.device:
-        old = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        layer.fastlora.folded_weight = old
+def fold_bias(layer: Any) -> None:
+    """Writes b' where the layer has slots that change it. Also where they are off: a graph may read
+    it there when they are on again."""
+    slots = [(n, s) for n, s in layer.fastlora.items() if "bias" in s.owned]
+    bias = updated_bias(layer.bias_or_none(), layer.weight.dtype, updates_of(layer, slots))
+    if not slots:
+        layer.fastlora.folded_bias = None
+    else:
+        buffer(layer, "folded_bias", bias).copy_(bias)
+
+
+def buffer(layer: Any, name: str, like: Tensor) -> Tensor:
+    """The layer's folded weight or bias, at the same address as long as it fits."""
+    old = getattr(layer.fastlora, name)
+    fits = old is not None and old.is_contiguous() and old.shape == like.shape
+    if old is None or not fits or old.dtype != like.dtype or old.device != like.device:
+        old = torch.empty_like(like, memory_format=torch.contiguous_format)
+        setattr(layer.fastlora, name, old)
     return old
 
 

@@ -23,10 +23,12 @@ def fold(model: nn.Module, permanent: bool = False) -> None:
     a scale of a folded model folds it again into the same buffers, and so does `load_state_dict`;
     after other changes of parameters (training) fold again. While a model is folded no gradient
     reaches its adapters: unfold it to train. `permanent=True` writes into `.weight` instead and
-    removes the adapters.
+    removes the adapters. A bias that adapters change is folded likewise.
 
     Raises AdapterError where a strength differs per sample, a layer has no plain weight, or
-    (permanent) a weight is shared with another layer. The model is unchanged then.
+    (permanent) what would be written is shared with another layer, or is the bias of a layer that
+    has none: give it one of zeros first, which changes the keys of its state dict. The model is
+    unchanged then.
     """
     # A layer with nothing but a reserve is the plain one.
     layers = {path: layer for path, layer in adapted_layers(model).items() if len(layer.fastlora)}
@@ -36,12 +38,16 @@ def fold(model: nn.Module, permanent: bool = False) -> None:
         check_plain(path, layer)
     check_strengths(layers.values())
     if permanent:
+        check_biases(layers)
         check_unshared(model, layers)
     fold_layers(layers.values())
     if permanent:
         with torch.no_grad():
             for layer in layers.values():
                 layer.weight.copy_(layer.folded())
+                bias, folded = layer.bias_or_none(), layer.folded_bias()
+                if bias is not None and folded is not None and changes_bias(layer):
+                    bias.copy_(folded)
         unfold(model)
         remove_all(unwrapped(model))
 
@@ -107,15 +113,33 @@ def differs_per_sample(name: str) -> AdapterError:
     )
 
 
+def changes_bias(layer: Adapted) -> bool:
+    return any("bias" in slot.owned for slot in layer.fastlora.values())
+
+
+def check_biases(layers: Mapping[str, Adapted]) -> None:
+    """Raises AdapterError where an adapter that is on would bring a bias."""
+    for path, layer in layers.items():
+        adding = [n for n, s in layer.fastlora.items() if "bias" in s.owned]
+        adding = [name for name in adding if not layer._state.arena.off(name)]
+        if adding and layer.bias_or_none() is None:
+            raise AdapterError(
+                f"fold: {path}: {adding[0]!r} adds a bias, and the layer has none to write it "
+                "into; give it one first: layer.bias = torch.nn.Parameter(torch.zeros(...))"
+            )
+
+
 def check_unshared(model: nn.Module, layers: Mapping[str, Adapted]) -> None:
     owners: dict[int, list[str]] = {}
     for path, module in unwrapped(model).named_modules():
         for name, parameter in module._parameters.items():
             owners.setdefault(id(parameter), []).append(f"{path}.{name}".lstrip("."))
     for path, layer in layers.items():
-        same = owners[id(layer.weight)]
-        if len(same) > 1:
-            raise AdapterError(
-                f"fold: {path}: {' and '.join(same)} are one parameter; folding for good would "
-                "change both. Give the layer a weight of its own first"
-            )
+        bias = layer.bias_or_none() if changes_bias(layer) else None
+        for parameter in (layer.weight, *(() if bias is None else (bias,))):
+            same = owners[id(parameter)]
+            if len(same) > 1:
+                raise AdapterError(
+                    f"fold: {path}: {' and '.join(same)} are one parameter; folding for good would "
+                    "change both. Give the layer one of its own first"
+                )

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from fastlora.adapters.adapted import Adapted, adapted_class, base_class
 from fastlora.adapters.arena import Arena, Scale, require_finite
 from fastlora.adapters.control import adapters
+from fastlora.adapters.deltas import Delta
 from fastlora.adapters.dora import magnitude
 from fastlora.adapters.factor_cache import FactorCache, folder_of
 from fastlora.adapters.factorising import HELD, factorise, rank_of
@@ -275,7 +276,7 @@ def matcher(where: Where, what: str) -> Callable[[str, nn.Module], bool]:
     return lambda path, module: any(path == s or path.endswith("." + s) for s in suffixes)
 
 
-def unsuitable(module: nn.Module, spec: LoRA | Spectral) -> str | None:
+def unsuitable(module: nn.Module, spec: LoRA | Spectral | Delta) -> str | None:
     """None if `spec` can adapt the module, else why not; empty if nobody needs to be told."""
     base = base_class(type(module)) if isinstance(module, Adapted) else type(module)
     if issubclass(base, nn.modules.linear.NonDynamicallyQuantizableLinear):
@@ -287,6 +288,8 @@ def unsuitable(module: nn.Module, spec: LoRA | Spectral) -> str | None:
     if base in NORMS:
         if isinstance(spec, LoRA):
             return "LoRA needs a matrix"
+        if isinstance(spec, Delta):
+            return None if module.weight is not None else "it has no weight"
         return None if spec.norms != "skip" and module.weight is not None else ""
     weight: Any = module.weight
     if not weight.numel():
@@ -295,12 +298,15 @@ def unsuitable(module: nn.Module, spec: LoRA | Spectral) -> str | None:
         return "its weight is complex"
     if isinstance(spec, LoRA) and issubclass(base, nn.ConvTranspose2d):
         return "LoRA of transposed convolutions is not supported; spectral shifts of them are"
-    whole = isinstance(spec, Spectral) or spec.dora  # needs the whole weight, not just its product
-    if whole and (base not in PLAIN or module._parameters.get("weight") is None):
-        kind = "spectral shifts need" if isinstance(spec, Spectral) else "DoRA needs"
-        return f"{kind} the plain weight of a Linear, Conv2d, ConvTranspose2d or Embedding"
-    if whole and isinstance(spec, LoRA) and getattr(module, "max_norm", None) is not None:
-        return "DoRA needs rows that do not change, and max_norm changes them at every look-up"
+    # Who needs the whole weight, not just its product.
+    needs = "spectral shifts need" if isinstance(spec, Spectral) else "differences of a weight need"
+    if isinstance(spec, LoRA):
+        needs = "DoRA needs" if spec.dora else ""
+    if needs and (base not in PLAIN or module._parameters.get("weight") is None):
+        return f"{needs} the plain weight of a Linear, Conv2d, ConvTranspose2d or Embedding"
+    rows = needs and not isinstance(spec, Spectral)
+    if rows and getattr(module, "max_norm", None) is not None:
+        return f"{needs} rows that do not change, and max_norm changes them at every look-up"
     return None
 
 

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlora.adapters.adapted import Adapted, adapts, adapts_subclasses
+from fastlora.adapters.changed_weight import Recipe, changed_bias
 from fastlora.adapters.dora import row_scale
 from fastlora.adapters.slots import LoRASlot, in_place
-from fastlora.adapters.spectral import Shift, in_activations, operands
+from fastlora.adapters.spectral import in_activations, operands
 from fastlora.adapters.state import is_capturing
 from fastlora.ops import ContractError, lora_add_, lora_linear, spectral_linear
 
@@ -72,32 +73,32 @@ class AdaptedLinear(Adapted, nn.Linear):
     def with_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
-    def shifted(self, x: Tensor, shift: Shift, slots: Gated) -> Tensor:
-        if any(s.spec.dora for s, _ in slots) or not in_activations(self, x):
-            return super().shifted(x, shift, slots)
-        weight, *factors = operands(self, shift)
-        y = spectral_linear(x, weight, self.bias, *factors)
+    def changed(self, x: Tensor, recipe: Recipe, slots: Gated) -> Tensor:
+        whole = recipe.weight_updates or any(s.spec.dora for s, _ in slots)
+        if recipe.shift is None or whole or not in_activations(self, x):
+            return super().changed(x, recipe, slots)
+        weight, *factors = operands(self, recipe.shift)
+        y = spectral_linear(x, weight, changed_bias(self, recipe), *factors)
         for slot, gate in slots:
             x_in = dropped(slot, x, self.training).to(y.dtype)
             add: Any = lora_add_  # in place
             self.explaining(x, add, y, x_in, slot.down, slot.up, gate)
         return y
 
-    def low_rank(self, x: Tensor, weight: Tensor | None, slots: Gated) -> Tensor:
-        weight = self.weight if weight is None else weight
+    def low_rank(self, x: Tensor, weight: Tensor, bias: Tensor | None, slots: Gated) -> Tensor:
         dora = any(s.spec.dora for s, _ in slots)
         dropout = self.training and any(s.spec.dropout for s, _ in slots)
         if not dropout and (not dora or len(slots) == 1):
             down, up, gate = self.packed(slots)
             scale = row_scale(self, weight, *slots[0]) if dora else None
-            return lora_linear(x, weight, self.bias, down, up, gate, scale)
+            return lora_linear(x, weight, bias, down, up, gate, scale)
         # Dropout needs the adapter's own input; several DoRA share no single row scale.
         y = F.linear(x, weight)
         scales = row_scales(self, weight, slots)
         y = rescaled(y, scales)
         for (slot, gate), scale in zip(slots, scales, strict=True):
             lora_add_(y, dropped(slot, x, self.training), slot.down, scaled_up(slot, scale), gate)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return y if bias is None else y + bias.to(y.dtype)
 
     def packed(self, slots: Gated) -> tuple[Tensor, Tensor, Tensor]:
         """D, U and g of all slots, concatenated along rank. Never kept: a kept copy would not see
@@ -144,18 +145,17 @@ class AdaptedConv2d(Adapted, nn.Conv2d):
     def with_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._conv_forward(x, weight, bias)
 
-    def low_rank(self, x: Tensor, weight: Tensor | None, slots: Gated) -> Tensor:
-        weight = self.weight if weight is None else weight
+    def low_rank(self, x: Tensor, weight: Tensor, bias: Tensor | None, slots: Gated) -> Tensor:
         if x.dim() == 3:  # a single image without a batch dimension
-            return self.low_rank(x[None], weight, slots)[0]
+            return self.low_rank(x[None], weight, bias, slots)[0]
         dora = any(s.spec.dora for s, _ in slots)
-        y = self._conv_forward(x, weight, None if dora else self.bias)
+        y = self._conv_forward(x, weight, None if dora else bias)
         scales = row_scales(self, weight, slots)
         y = rescaled(y, [s if s is None else s[:, None, None] for s in scales])
         for (slot, gate), scale in zip(slots, scales, strict=True):
             h = self._conv_forward(dropped(slot, x, self.training), slot.down.to(x.dtype), None)
             y = self.add_up(y, h, scaled_up(slot, scale), gate)
-        return y + self.bias[:, None, None].to(y.dtype) if dora and self.bias is not None else y
+        return y + bias[:, None, None].to(y.dtype) if dora and bias is not None else y
 
     def add_up(self, y: Tensor, h: Tensor, up: Tensor, gate: Tensor) -> Tensor:
         if self.groups == 1:
@@ -190,8 +190,7 @@ class AdaptedEmbedding(Adapted, nn.Embedding):
             self.sparse,
         )  # fmt: skip
 
-    def low_rank(self, x: Tensor, weight: Tensor | None, slots: Gated) -> Tensor:
-        weight = self.weight if weight is None else weight
+    def low_rank(self, x: Tensor, weight: Tensor, bias: Tensor | None, slots: Gated) -> Tensor:
         y = self.with_weight(x, weight, None)
         scales = row_scales(self, weight.t(), slots)
         y = rescaled(y, scales)

@@ -34,8 +34,9 @@ def materialize(
 
     Both compute the same: a layer has the same bits in either unless it is a linear layer with few
     tokens. Blocks nest, the innermost one counts; what "step" keeps is freed at its end.
-    What is compiled or captured in a CUDA graph makes W' at every call, and so do norms, and
-    layers whose strengths require a gradient. Raises AdapterError for another `when`.
+    What is compiled or captured in a CUDA graph makes W' at every call, and so do norms, layers
+    with updates of other kinds (loha, full, ...) beside the shifts, and layers whose strengths
+    require a gradient. Raises AdapterError for another `when`.
     """
     if when not in ("forward", "step"):
         raise AdapterError(f"materialize: expected 'forward' or 'step', got {when!r}")

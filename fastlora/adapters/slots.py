@@ -1,7 +1,7 @@
 """The parameters that adapters add to a layer, kept in the layer's child module `fastlora`.
 
-A slot's protocol: `owned` (names of its parameters), `kind`, `width` (its entries in the arena) and
-`ratio` (its gate at scale 1).
+A slot's protocol: `owned` (names of its parameters), `kind`, `width` (its entries in the arena),
+`ratio` (its gate at scale 1) and `rank`.
 """
 
 import math
@@ -22,6 +22,7 @@ class Slot(nn.Module):
     kind: str
     width: int
     ratio: float
+    rank: int | None
 
     def _load_from_state_dict(
         self,
@@ -76,6 +77,10 @@ class LoRASlot(Slot):
         return self.down.shape[0]
 
     @property
+    def rank(self) -> int:  # type: ignore[override]
+        return self.down.shape[0]
+
+    @property
     def ratio(self) -> float:  # type: ignore[override]
         return self.spec.ratio
 
@@ -90,6 +95,7 @@ class SpectralSlot(Slot):
     kind = "spectral"
     width = 1
     ratio = 1.0
+    rank = None
 
     def __init__(self, spec: Spectral, shift: Tensor) -> None:
         super().__init__()
@@ -118,7 +124,7 @@ class Packed(NamedTuple):
 
 class Slots(nn.ModuleDict):
     """The slots of a layer by adapter name, with what they share, never part of a state dict:
-    the singular value decomposition of the base weight, the folded weight, and the reserve.
+    the singular value decomposition of the base weight, what is folded, and the reserve.
 
     The parameters of the adapters in the reserve are views of its buffers: one after another along
     the rank, so that all of them are one LoRA of the reserve's rank, at addresses that stay when
@@ -129,6 +135,7 @@ class Slots(nn.ModuleDict):
     svd_s: Tensor | None  # [rank]
     svd_vh: Tensor | None  # [rank, in]
     folded_weight: Tensor | None
+    folded_bias: Tensor | None  # where adapters change the bias
     reserved_down: Tensor | None  # [capacity, in], and as LoRASlot.down for other layers
     reserved_up: Tensor | None  # [out, capacity]
 
@@ -139,7 +146,10 @@ class Slots(nn.ModuleDict):
 
     def __init__(self) -> None:
         super().__init__()
-        for name in ("svd_u", "svd_s", "svd_vh", "folded_weight", "reserved_down", "reserved_up"):
+        for name in (
+            "svd_u", "svd_s", "svd_vh", "folded_weight", "folded_bias", "reserved_down",
+            "reserved_up",
+        ):  # fmt: skip
             self.register_buffer(name, None, persistent=False)
         self.reserved_rows: dict[str, int] = {}  # the first row of each adapter in the reserve
         self.drops = False  # one of them has dropout

@@ -104,9 +104,9 @@ class Spectral:
 class AdapterInfo:
     """One named adapter of a model, as `fastlora.adapters(model)` reports it."""
 
-    kind: str  # "lora", "dora", "spectral"
+    kind: str  # "lora", "dora", "spectral", "loha", "lokr", "full", ...; several: "lora+full"
     modules: tuple[str, ...]  # paths of the adapted layers
-    rank: int | None  # the largest over the modules; None for spectral shifts
+    rank: int | None  # the largest over the modules; None where none has a rank
     parameters: int  # numbers that the adapter adds
     scale: float | Tensor  # a tensor [batch]: one strength per sample
     enabled: bool

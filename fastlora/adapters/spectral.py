@@ -1,22 +1,20 @@
-"""The weight under spectral shifts: when it is made, how long it is kept, when it is made again."""
+"""The weight under spectral shifts, and that of all layers made once a step."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastlora import ops
+from fastlora.adapters.deltas import DeltaSlot
 from fastlora.adapters.slots import SpectralSlot
-from fastlora.adapters.specs import AdapterError
 from fastlora.adapters.state import in_graph, interposed
 from fastlora.adapters.tensors import full_precision, memory
 from fastlora.ops._spectral import shift_gradients
 from fastlora.ops.spectral_linear import activations_are_cheaper
-
-Maker = Callable[[], Tensor]
+from fastlora.ops.spectral_weight import dots_of
 
 
 class Shift(NamedTuple):
@@ -27,22 +25,17 @@ class Shift(NamedTuple):
 
 
 def shift_of(layer: Any, active: Iterable[tuple[str, Any]]) -> Shift | None:
-    """The active shifts of a layer as one: several add up under one relu. None without any."""
+    """The active shifts of a layer as one: several add up under one relu. None without any.
+    Raises AdapterError for a strength per sample."""
     slots = [(name, s) for name, s in active if isinstance(s, SpectralSlot)]
     if not slots:
         return None
-    gates: list[Tensor] = [layer.gate(name) for name, _ in slots]
-    if any(g.dim() == 2 for g in gates):
-        raise AdapterError(
-            f"{layer._state.path}: a spectral shift changes the weight itself, so its strength "
-            "cannot differ per sample; use a number for its scale"
-        )
-    strength = gates[0].reshape(())
+    strengths: list[Tensor] = [layer.strength(name) for name, _ in slots]
     if len(slots) == 1 and not layer.is_norm():
-        return Shift(slots[0][1].shift, strength)
+        return Shift(slots[0][1].shift, strengths[0])
     with full_precision(layer.weight.device):
-        products = [g * s.shift for g, (_, s) in zip(gates, slots, strict=True)]
-        return Shift(functools.reduce(torch.add, products), torch.ones_like(strength))
+        products = [g * s.shift for g, (_, s) in zip(strengths, slots, strict=True)]
+        return Shift(functools.reduce(torch.add, products), torch.ones_like(strengths[0]))
 
 
 def operands(layer: Any, shift: Shift) -> tuple[Tensor, ...]:
@@ -51,12 +44,16 @@ def operands(layer: Any, shift: Shift) -> tuple[Tensor, ...]:
     return layer.matrix(), factors.svd_u, factors.svd_s, factors.svd_vh, *shift
 
 
-def changed_weight(layer: Any, shift: Shift) -> Tensor:
-    """W', made now."""
+def shifted_weight(layer: Any, shift: Shift, dtype: torch.dtype | None = None) -> Tensor:
+    """W', made now, in the weight's dtype or a wider one."""
+    dtype = dtype or layer.weight.dtype
     with full_precision(layer.weight.device):
         if layer.is_norm():
-            return (layer.weight + shift.value).to(layer.weight.dtype)
-        return layer.from_matrix(ops.spectral_weight(*operands(layer, shift)))
+            return (layer.weight + shift.value).to(dtype)
+        arguments: Any = operands(layer, shift)
+        if dtype != layer.weight.dtype:  # 16 bits: the strength is float32
+            arguments = [argument.to(dtype) for argument in arguments]
+        return layer.from_matrix(ops.spectral_weight(*arguments))
 
 
 def in_activations(layer: Any, x: Tensor) -> bool:
@@ -75,102 +72,6 @@ def in_activations(layer: Any, x: Tensor) -> bool:
     out, features = layer.weight.shape
     tokens, rank = x.numel() // max(features, 1), layer.fastlora.svd_s.shape[0]
     return activations_are_cheaper(tokens, features, out, rank, backward=backward)
-
-
-@contextmanager
-def weight_under(layer: Any, shift: Shift) -> Iterator[Tensor]:
-    """W' for the layer's forward pass, which is to run inside.
-
-    Without gradients it may be one that is kept: for an optimiser's step (`materialize`), in a
-    `steady` block, on the CPU while nothing changes. With gradients autograd keeps a note of how it
-    was made instead of itself, and it is made again in the backward pass.
-    """
-    arena = layer._state.arena
-    eager, grad = not in_graph() and not interposed(), torch.is_grad_enabled()
-    make = functools.partial(changed_weight, layer, shift)
-    if eager and arena.materialize == "step" and not arena.learned and not layer.is_norm():
-        yield step_weight(layer, shift)
-    elif not grad:
-        if eager and arena.steady[False]:
-            yield layer.kept("spectral", make, arena.stamp(layer.weight.device))
-        else:
-            yield layer.cached("spectral", list(shift), make)
-    elif layer.is_norm() or interposed():
-        yield make()
-    else:
-        cast = autocast_dtype(layer)
-        weight = make() if cast is None else make().to(cast)
-        with made_again(weight, layer, shift):
-            yield weight
-
-
-# --- made again in the backward pass --------------------------------------------------------------
-
-
-class Again(NamedTuple):
-    """In place of a tensor that autograd would save: how to make it."""
-
-    make: Maker
-    size: torch.Size
-    stride: tuple[int, ...]
-    offset: int
-
-
-@contextmanager
-def made_again(weight: Tensor, layer: Any, shift: Shift) -> Iterator[None]:
-    """Within it autograd saves no view of `weight`, W', but what it takes to make it again."""
-    autograd: Any = getattr(torch._C, "_autograd")  # noqa: B009 (not in its type stub)
-    if not autograd._saved_tensors_hooks_is_enabled():
-        yield
-        return
-    outer = autograd._top_saved_tensors_default_hooks(False)  # checkpointing's, perhaps
-    start, dtype = weight.untyped_storage().data_ptr(), weight.dtype
-    shift = Shift(*(t.detach() for t in shift))
-    sources = [layer.weight.detach(), *shift]
-    versions = [t._version for t in sources]
-
-    @torch.no_grad()
-    def make() -> Tensor:
-        for source, version in zip(sources, versions, strict=True):
-            require_same(source, version)
-        return changed_weight(layer, shift).to(dtype)
-
-    def pack(saved: Tensor) -> Any:
-        if saved.numel() and saved.untyped_storage().data_ptr() == start:
-            return Again(make, saved.size(), saved.stride(), int(saved.storage_offset()))
-        # Torch compares no versions where there are hooks.
-        return outer[0](saved) if outer else (saved, saved._version)
-
-    def unpack(packed: Any) -> Tensor:
-        if isinstance(packed, Again):
-            return packed.make().as_strided(packed.size, packed.stride, packed.offset)
-        if outer:
-            return outer[1](packed)
-        require_same(*packed)
-        return packed[0]
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield
-
-
-def require_same(tensor: Tensor, version: int) -> None:
-    if tensor._version != version:
-        raise RuntimeError(
-            "one of the variables needed for gradient computation has been modified by an inplace "
-            f"operation: {tensor.dtype} {list(tensor.shape)} is at version {tensor._version}; "
-            f"expected version {version} instead"
-        )
-
-
-def autocast_dtype(layer: Any) -> torch.dtype | None:
-    """What autocast will compute with, which would be a copy of W' that autograd keeps."""
-    device, weight, active = layer.weight.device.type, layer.weight, layer._state.active
-    products = isinstance(layer, nn.Linear | nn.modules.conv._ConvNd)
-    if not products or weight.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return None
-    if any(getattr(slot.spec, "dora", False) for _, slot in active):
-        return None  # its norms are those of W' in full
-    return torch.get_autocast_dtype(device)
 
 
 # --- made once a step -----------------------------------------------------------------------------
@@ -211,6 +112,8 @@ def make_step(arena: Any) -> None:
         sources = None if shift is None else sources_of(layer)
         if shift is None or (state.step is not None and state.step[0] == sources):
             continue
+        if any(isinstance(slot, DeltaSlot) for _, slot in state.active):
+            continue  # its weight has more in it
         layer_operands = operands(layer, shift)
         matrix, out = layer_operands[0], None if state.step is None else state.step[1]
         like = (matrix.shape, matrix.dtype, matrix.device)
@@ -240,12 +143,10 @@ class _Kept(torch.autograd.Function):
         return kept.detach()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         u, s, vh, shift, strength = ctx.saved_tensors
         d_shift = None
         if ctx.needs_input_grad[5]:
-            (dots,) = ops.spectral_dots([grad], [u], [vh])
-            d_shift, _ = shift_gradients(dots, s, shift, strength)
+            d_shift, _ = shift_gradients(dots_of(grad, u, vh), s, shift, strength)
         d_weight = grad if ctx.needs_input_grad[1] else None
         return None, d_weight, None, None, None, d_shift, None

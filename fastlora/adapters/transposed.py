@@ -1,4 +1,4 @@
-"""Transposed convolutions, which spectral shifts can adapt and LoRA cannot."""
+"""Transposed convolutions, which spectral shifts and differences can adapt and LoRA cannot."""
 
 from typing import Any
 
@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlora.adapters.adapted import Adapted, adapts
+from fastlora.adapters.changed_weight import changed_bias, recipe_of, weight_under
 from fastlora.adapters.layers import Gated
 from fastlora.adapters.specs import AdapterError
-from fastlora.adapters.spectral import shift_of, weight_under
 
 
 @adapts(nn.ConvTranspose2d)
@@ -29,12 +29,12 @@ class AdaptedConvTranspose2d(Adapted, nn.ConvTranspose2d):
         if output_size is None:
             return super().forward(input)
         if self._state.merged:
-            return self.with_weight(input, self.folded(), self.bias, output_size)
-        shift = shift_of(self, self.active())
-        if shift is None:
+            return self.with_weight(input, self.folded(), self.folded_bias(), output_size)
+        recipe = recipe_of(self, self.active())
+        if recipe is None:
             return self.base(input, output_size)
-        with weight_under(self, shift) as weight:
-            return self.with_weight(input, weight, self.bias, output_size)
+        with weight_under(self, recipe) as weight:
+            return self.with_weight(input, weight, changed_bias(self, recipe), output_size)
 
     def with_weight(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None = None
@@ -46,5 +46,5 @@ class AdaptedConvTranspose2d(Adapted, nn.ConvTranspose2d):
     def geometry(self) -> Any:  # declared as `str | tuple`
         return self.stride, self.padding, self.kernel_size, self.dilation
 
-    def low_rank(self, x: Tensor, weight: Tensor | None, slots: Gated) -> Tensor:
+    def low_rank(self, x: Tensor, weight: Tensor, bias: Tensor | None, slots: Gated) -> Tensor:
         raise AdapterError(f"{self._state.path}: LoRA has no form for transposed convolutions here")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastlora.adapters.decomposing import usable_device
 from fastlora.commands import CommandError
 from fastlora.samplers import Schedule, Table, ddim
 
@@ -37,8 +39,9 @@ class Target:
 
 
 def load_target(name: str, size: int | None, device: str | None, dtype: str) -> Target:
-    """`digits`, or the Stable Diffusion in that folder. Raises CommandError and ImportError."""
-    at = torch.device(device) if device else default_device()
+    """`digits`, or the Stable Diffusion in that folder. Raises CommandError, AdapterError for a
+    device that is not there, and ImportError."""
+    at = usable_device(device, "--device") if device else default_device()
     if name == "digits":
         if size not in (None, 32):
             raise CommandError(f"--size: the digits model draws 32 pixels, got {size}")
@@ -124,6 +127,7 @@ def diffusion_target(
 
     def encode(captions: Sequence[str]) -> torch.Tensor:
         tokenizer = pipe.tokenizer
+        warn_of_cut(tokenizer, captions)
         ids = tokenizer(
             list(captions),
             padding="max_length",
@@ -156,6 +160,19 @@ def diffusion_target(
         prior_table=ddim(schedule, min(50, len(schedule)), prediction=prediction),
         guidance=7.5,
     )
+
+
+def warn_of_cut(tokenizer: Any, captions: Sequence[str]) -> None:
+    """A UserWarning for a caption of which the text encoder does not see the end."""
+    most = tokenizer.model_max_length
+    for caption in dict.fromkeys(captions):
+        count = len(tokenizer(caption, verbose=False).input_ids)
+        if count > most:
+            warnings.warn(
+                f"caption {caption!r} has {count} tokens, of which the text encoder takes {most}:"
+                " the rest is cut off",
+                stacklevel=3,
+            )
 
 
 def schedule_of(config: dict[str, Any]) -> tuple[Schedule, str]:
@@ -191,7 +208,8 @@ def find_pictures(folder: Path) -> list[Path]:
 
 def pictures(paths: Sequence[Path], size: int, mode: str) -> torch.Tensor:
     """float32 [N, C, size, size] in [-1, 1]: turned as the camera says, cut to the middle square,
-    resized (Lanczos). `mode`: RGB or L. Raises CommandError for a file that is no picture."""
+    resized (Lanczos); what is transparent is white. `mode`: RGB or L. Raises CommandError for a
+    file that is no picture."""
     import numpy as np
     from PIL import Image, ImageOps
 
@@ -199,10 +217,24 @@ def pictures(paths: Sequence[Path], size: int, mode: str) -> torch.Tensor:
     for path in paths:
         try:
             with Image.open(path) as opened:
-                picture = ImageOps.exif_transpose(opened).convert(mode)
-        except (OSError, ValueError) as error:
+                picture = on_white(ImageOps.exif_transpose(opened)).convert(mode)
+        # Pillow has no class of its own for broken files, and one for too large ones.
+        except Exception as error:
             raise CommandError(f"--images: {path}: not a picture that reads: {error}") from error
         picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
         values = torch.from_numpy(np.array(picture, dtype=np.float32) / 127.5 - 1)
         found.append(values[None] if mode == "L" else values.permute(2, 0, 1))
     return torch.stack(found)
+
+
+def on_white(picture: Any) -> Any:
+    """A picture of Pillow without transparency, which `convert` would drop: as a rule it hides
+    black."""
+    from PIL import Image
+
+    # A colour that stands for transparent is in `info`: of palettes, and of pictures without alpha.
+    if "A" not in picture.getbands() and "transparency" not in picture.info:
+        return picture
+    picture = picture.convert("RGBA")
+    white = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(white, picture)

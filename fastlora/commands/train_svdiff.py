@@ -22,10 +22,13 @@ CHECKPOINT_EVERY = 100  # steps
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     def whole(text: str) -> int:
-        return _checked(text, int, 1, "an integer >= 1")
+        return _checked(text, int, 1, 2**31 - 1, "an integer from 1 to 2^31 - 1")
+
+    def seed(text: str) -> int:
+        return _checked(text, int, 0, 2**63 - 1, "an integer from 0 to 2^63 - 1")
 
     def least_zero(text: str) -> float:
-        return _checked(text, float, 0.0, "a number >= 0")
+        return _checked(text, float, 0.0, sys.float_info.max, "a number >= 0")
 
     add = parser.add_argument
     add("--model", required=True, help="digits, or a folder with Stable Diffusion (diffusers)")
@@ -42,13 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lr", type=least_zero, help="of the shifts (default: 1e-3; digits: 2e-2)")
     add("--norm-lr", type=least_zero, help="of norms (default: 1e-6; digits: 3e-3)")
     add(
-        *("--norms",),
+        "--norms",
         choices=("elementwise", "scalar", "skip"),
         default="elementwise",
         help="shifts of norms: one an element, one a layer, none (default: elementwise)",
     )
     add(
-        *("--materialize",),
+        "--materialize",
         choices=("forward", "step"),
         default="forward",
         help="changed weights are made in each layer when it is called (forward), or together once"
@@ -56,17 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--text-encoder", action="store_true", help="train the text encoder's shifts as well")
     add("--size", type=whole, help="pixels of a side (default: the model's)")
-    add(
-        "--seed",
-        type=lambda s: _checked(s, int, 0, "an integer >= 0"),
-        default=0,
-        help="default: 0",
-    )
+    add("--seed", type=seed, default=0, help="default: 0")
     add(
         "--cache",
         type=Path,
-        help="folder that keeps class pictures and singular values between runs (default: the"
-        " user's cache folder for singular values)",
+        help="folder that keeps class pictures and the decompositions of all weights between runs,"
+        " once to twice the size of the model (default: none for the pictures, for decompositions"
+        " fastlora/factors in the user's cache folder)",
     )
     add("--resume", action="store_true", help="go on from the checkpoint beside --out")
     add("--device", help="cpu or cuda (default: the GPU where there is one)")
@@ -78,12 +77,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _checked(text: str, kind: Any, least: float, expected: str) -> Any:
+def _checked(text: str, kind: Any, least: float, most: float, expected: str) -> Any:
     try:
         value = kind(text)
     except ValueError:
         value = None
-    if value is None or not least <= value < float("inf"):
+    if value is None or not least <= value <= most:
         raise argparse.ArgumentTypeError(f"expected {expected}, got {text}")
     return value
 
@@ -93,7 +92,22 @@ def run(options: argparse.Namespace, progress: bool = True) -> int:
     try:
         return _run(options, progress)
     except (ValueError, FloatingPointError) as error:  # what recipes and files refuse
-        raise CommandError(" ".join(str(error).split())) from error
+        # The command's name is said already, and the training loop has the same.
+        raise CommandError(" ".join(str(error).split()).removeprefix("train: ")) from error
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise CommandError(
+            f"there is not enough memory for --batch {options.batch} at this --size"
+        ) from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    import torch
+
+    # On the CPU it is a plain RuntimeError.
+    known = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, known) or "DefaultCPUAllocator" in str(error)
 
 
 def _run(options: argparse.Namespace, progress: bool) -> int:
@@ -105,12 +119,14 @@ def _run(options: argparse.Namespace, progress: bool) -> int:
     start = time.perf_counter()
     out, checkpoint = _outputs(options)
     files = find_pictures(options.images)
-    ensure_writable(out.parent)
+    ensure_writable(out.parent, "--out")
+    if options.cache:
+        ensure_writable(options.cache, "--cache")
     target = load_target(options.model, options.size, options.device, options.dtype)
     images = target.read(files)
     own = _condition(target, options.caption, options.text_encoder)
     prior = _prior(target, options, progress)
-    where = _layers(target, options)
+    where = None if options.text_encoder else rf"{target.unet}\..*"
     factors = options.cache / "factors" if options.cache else True
     decompose(target.model, where, cache=factors, progress=progress)
     result = personalise(
@@ -155,8 +171,8 @@ def _outputs(options: argparse.Namespace) -> tuple[Path, Path]:
     if out.is_dir():
         raise CommandError(f"--out: {out} is a folder")
     checkpoint = out.with_name(f"{out.name}.checkpoint")
-    if options.resume and not checkpoint.exists():
-        raise CommandError(f"--resume: there is no checkpoint {checkpoint}")
+    if options.resume:
+        _check_resumable(checkpoint, options.steps)
     if checkpoint.exists() and not options.resume:
         raise CommandError(
             f"{checkpoint} is of a run that was stopped: --resume goes on from it, deleting it"
@@ -165,17 +181,16 @@ def _outputs(options: argparse.Namespace) -> tuple[Path, Path]:
     return out, checkpoint
 
 
-def _layers(target: Target, options: argparse.Namespace) -> Any:
-    from fastlora.adapters.inject import unsuitable
-    from fastlora.adapters.specs import Spectral
+def _check_resumable(checkpoint: Path, steps: int) -> None:
+    from fastlora.training import load_checkpoint
 
-    spec = Spectral(norms=options.norms)
-
-    def takes(path: str, module: Any) -> bool:
-        inside = options.text_encoder or path.startswith(f"{target.unet}.")
-        return inside and unsuitable(module, spec) is None
-
-    return takes
+    if not checkpoint.exists():
+        raise CommandError(f"--resume: there is no checkpoint {checkpoint}")
+    done = load_checkpoint(checkpoint)["step"]
+    if done > steps:
+        raise CommandError(
+            f"--resume: {checkpoint} is at step {done}, which is beyond --steps {steps}"
+        )
 
 
 def _condition(target: Target, caption: str, trained: bool) -> Any:

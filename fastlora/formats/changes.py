@@ -70,7 +70,8 @@ class LowRank(Parts):
         """The same update with `down [rank, in, kh, kw]` and no mid; parts keep their dtype."""
         if self.mid is None:
             return self
-        mid, down = self.mid.float(), self.down.float().flatten(1)
+        wide = torch.promote_types(self.down.dtype, torch.float32)
+        mid, down = self.mid.to(wide), self.down.to(wide).flatten(1)
         down = torch.einsum("rs...,si->ri...", mid, down).to(self.down.dtype)
         return LowRank(
             down, self.up, self.alpha, self.rank_stabilized, None, self.embedding, self.dropout
@@ -79,7 +80,10 @@ class LowRank(Parts):
     def delta(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         whole = self if self.mid is None else self._wide(dtype)
         down, up = whole.down.to(dtype), whole.up.to(dtype)
-        groups = max(down.shape[0] // max(up.flatten(1).shape[1], 1), 1)
+        width = up.flatten(1).shape[1]  # rank / groups
+        groups = down.shape[0] // width if width else 0
+        if not groups or groups * width != down.shape[0] or up.shape[0] % groups:
+            raise FormatError(f"down {list(down.shape)} and up {list(up.shape)} have no product")
         pairs = zip(up.flatten(1).chunk(groups), down.flatten(1).chunk(groups), strict=True)
         product = torch.cat([u @ d for u, d in pairs])
         return _shaped((product.t() if self.embedding else product) * self.ratio, shape)
@@ -218,15 +222,17 @@ class Change:
 
     def changed(self, weight: Tensor, strength: float = 1.0) -> Tensor:
         """W' of a weight, computed in its dtype: `V = W + strength ΔW`, with a magnitude
-        `V · magnitude / ‖V‖`."""
+        `V · magnitude / ‖V‖`. Raises FormatError where the shapes do not fit."""
         changed = weight + strength * self.delta(tuple(weight.shape), weight.dtype).to(
             weight.device
         )
         if self.magnitude is None or strength == 0:
             return changed
-        return changed * (
-            self.magnitude.to(changed).view(_along(changed, self.axis)) / norms(changed, self.axis)
-        )
+        along = _along(changed, self.axis)
+        length = changed.shape[along.index(-1)]
+        if self.magnitude.numel() != length:
+            raise FormatError(f"expected a magnitude of {length}, got {[*self.magnitude.shape]}")
+        return changed * (self.magnitude.to(changed).view(along) / norms(changed, self.axis))
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastlora.formats import header
 
-PIECE = 2**18  # elements whose values are looked at together
+PIECE = 2**17  # elements whose values are looked at together
+# The exponent's bits, which are all ones in NaN and infinity.
+EXPONENTS: dict[torch.dtype, tuple[Any, int]] = {
+    torch.float16: (np.uint16, 0x7C00),
+    torch.bfloat16: (np.uint16, 0x7F80),
+    torch.float32: (np.uint32, 0x7F800000),
+    torch.complex64: (np.uint32, 0x7F800000),
+    torch.float64: (np.uint64, 0x7FF0000000000000),
+    torch.complex128: (np.uint64, 0x7FF0000000000000),
+}
 
 
 class FormatError(ValueError):
@@ -68,6 +77,10 @@ class SafetensorsFile:
         entry = self._entries[key]
         return Info(entry.dtype, entry.shape, entry.stop - entry.start)
 
+    def offset(self, key: str) -> int:
+        """Of a tensor's first byte in the file."""
+        return self._begin + self._entries[key].start
+
     def tensor(self, key: str) -> Tensor:
         """The tensor on the CPU, the only copy. Raises FormatError for NaN and infinite values."""
         entry = self._entries[key]
@@ -119,17 +132,17 @@ class SafetensorsFile:
 
 
 def is_sound(piece: Tensor) -> bool:
-    """No NaN and no infinity; no byte in a boolean that is none."""
+    """No NaN and no infinity in a vector; no byte in a boolean that is none."""
     if piece.dtype == torch.bool:
         return not (piece.view(torch.uint8) > 1).any()
-    if not (piece.is_floating_point() or piece.is_complex()) or piece.numel() == 0:
+    if piece.numel() == 0 or not (piece.is_floating_point() or piece.is_complex()):
         return True
-    if piece.is_complex():
-        piece = torch.view_as_real(piece)
-    if piece.element_size() == 1:  # float8 has no minimum
+    if piece.dtype not in EXPONENTS:  # float8
         piece = piece.float()
-    # NaN is the minimum and the maximum of what has it. `isfinite` on all takes 7 times as long.
-    return all(math.isfinite(end.item()) for end in torch.aminmax(piece))
+    # Bits on one thread are quicker than values on several, the more so on a busy machine.
+    integer, ones = EXPONENTS[piece.dtype]
+    bits = piece.view(torch.uint8).numpy().view(integer)
+    return int((bits & ones).max()) != ones
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -157,9 +170,9 @@ def write(
     try:
         replace(target, tensors, metadata)
     except OSError as error:  # which names the temporary file, or none
-        if error.errno is not None:
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise OSError(f"{path}: {error}") from None
+        if error.errno is None:
+            raise OSError(f"{path}: {error}") from None
+        raise OSError(error.errno, error.strerror, str(path)) from None
     except ValueError as error:
         raise FormatError(f"{path}: {error}") from None
 

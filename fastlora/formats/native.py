@@ -6,6 +6,8 @@ has `format` = "fastlora", `version` = "2" and `config`, a JSON object:
 - `kind`: "lora" or "spectral"; `method` = "svdiff" says what spectral shifts are shifts of.
 - `settings`: the fields of a LoRA, or of a Spectral (`norms`: "elementwise", "scalar").
 - `modules`: for every module path the fields that differ there.
+- `embeddings`, where there are LoRAs of some: their paths. Their `down` is `[rank, vocabulary]` and
+  the product of the two is the weight transposed.
 - `base_hash`, of spectral shifts: by module path five numbers about the base's weight, its
   Frobenius norm and four sums over that norm. It is a hash that rounding does not change by much:
   a copy of the base in bfloat16 has nearly the same, another base has not.
@@ -17,6 +19,7 @@ Version "1" had all settings of every module in `modules`, and `weight_prints` f
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -103,6 +106,10 @@ def read_config(content: Any, version: str) -> dict[str, Any]:
     if kind in METHOD and method != METHOD[kind]:
         raise TypeError(f"expected method {METHOD[kind]!r}, got {method!r}")
     config = {"kind": kind, "modules": {p: {**common, **own} for p, own in settings.items()}}
+    if "embeddings" in content:
+        if not isinstance(content["embeddings"], list):
+            raise TypeError("embeddings is not a list of modules")
+        config["embeddings"] = content["embeddings"]
     hashes = content.get("weight_prints" if version == "1" else "base_hash")
     if kind == "spectral":
         config["base_hash"] = hashes if isinstance(hashes, dict) else {}
@@ -115,10 +122,7 @@ def key_of(path: str, parameter: str) -> str:
 
 
 def adapter_file(tensors: dict[str, Tensor], metadata: dict[str, str], source: str) -> AdapterFile:
-    """The file as changes. Raises FormatError naming `source` and what is wrong with it.
-
-    A file does not tell an embedding from a linear layer: `LowRank.embedding` is False for both.
-    """
+    """The file as changes. Raises FormatError naming `source` and what is wrong with it."""
     modules, config = unpack(tensors, metadata, source)
     try:
         return AdapterFile("fastlora", changes_of(modules, config), {}, metadata)
@@ -131,6 +135,7 @@ def changes_of(
 ) -> dict[Target, Change]:
     """Each module's parameters and settings, as `unpack` gives them, as a change."""
     changes: dict[Target, Change] = {}
+    embeddings = {path for path in config.get("embeddings", ()) if isinstance(path, str)}
     for path, own in modules.items():
         keys = tuple(key_of(path, parameter) for parameter in own)
         fields = config["modules"][path]
@@ -140,8 +145,10 @@ def changes_of(
                 shift = Shift(own["shift"], fields.get("norms", "elementwise"), hashes)
                 change = Change(shift, keys=keys)
             else:
-                weight = _low_rank(own, fields)
-                change = Change(weight, magnitude=own.get("magnitude"), keys=keys)
+                weight = replace(_low_rank(own, fields), embedding=path in embeddings)
+                # Of the outputs, which an embedding's weight has as columns.
+                axis = "in" if weight.embedding else "out"
+                change = Change(weight, None, own.get("magnitude"), axis, keys=keys)
         except KeyError as missing:
             raise FormatError(f"{path}: no {missing.args[0]}") from None
         except ValueError as error:
@@ -172,6 +179,8 @@ def pack_changes(changes: Mapping[Target, Change]) -> Packed:
         raise FormatError(f"expected LoRAs or spectral shifts, got {kinds or 'no changes'}")
     (kind,) = kinds
     config: dict[str, Any] = {"kind": kind, "modules": settings}
+    if embeddings := [t.path for t, c in changes.items() if getattr(c.weight, "embedding", False)]:
+        config["embeddings"] = embeddings
     if kind == "spectral":
         shifts = {t.path: c.weight for t, c in changes.items() if isinstance(c.weight, Shift)}
         config["base_hash"] = {path: s.base_hash for path, s in shifts.items() if s.base_hash}
@@ -180,30 +189,46 @@ def pack_changes(changes: Mapping[Target, Change]) -> Packed:
 
 def _low_rank(own: Mapping[str, Tensor], fields: Mapping[str, Any]) -> LowRank:
     """Raises KeyError for a tensor that is missing, ValueError for a setting that is none."""
-    down, up, alpha = own["down"], own["up"], fields.get("alpha")
-    if not _fit(down, up):
+    _check_settings(fields)
+    rank, dora = fields.get("rank"), fields.get("dora", False)
+    for name in PARAMETERS["lora"] if dora else PARAMETERS["lora"][:2]:
+        if name not in own:
+            raise ValueError(f"{name}: expected a tensor, got nothing")
+    if not dora and "magnitude" in own:
+        raise ValueError("magnitude: expected none for a LoRA without dora")
+    down, up = own["down"], own["up"]
+    if down.dim() < 2 or up.dim() < 2 or down.shape[0] < 1:
         raise ValueError(
             f"expected down [rank, in] and up [out, rank], got {[*down.shape]} and {[*up.shape]}"
         )
-    if "magnitude" in own and own["magnitude"].shape != up.shape[:1]:
-        raise ValueError(f"magnitude: expected [{len(up)}], got {[*own['magnitude'].shape]}")
-    alpha = None if alpha is None else number("alpha", alpha)
-    dropout = number("dropout", fields.get("dropout", 0.0))
-    if fields.get("rank", down.shape[0]) != down.shape[0]:
-        raise ValueError(f"expected rank {fields['rank']}, got down {[*down.shape]}")
-    if bool(fields.get("dora")) != ("magnitude" in own):
-        raise ValueError(f"dora is {bool(fields.get('dora'))}, got {sorted(own)}")
-    stabilized = bool(fields.get("rank_stabilized"))
-    return LowRank(down, up, alpha, stabilized, dropout=dropout)
+    if rank not in (None, down.shape[0]):
+        raise ValueError(f"down: expected rank {rank}, got {[*down.shape]}")
+    alpha, stabilized = fields.get("alpha"), fields.get("rank_stabilized", False)
+    return LowRank(down, up, alpha, stabilized, dropout=fields.get("dropout", 0.0))
 
 
-def _fit(down: Tensor, up: Tensor) -> bool:
-    """Whether they make an update; a grouped convolution has up [out, rank / groups, 1, 1]."""
-    if down.dim() < 2 or up.dim() < 2 or 0 in (down.shape[0], up.shape[1]):
-        return False
-    groups, left = divmod(down.shape[0], up.shape[1])
-    fits = left == 0 and groups > 0 and len(up) % groups == 0 and set(up.shape[2:]) <= {1}
-    return fits and (groups == 1 or down.dim() > 2)
+def _check_settings(fields: Mapping[str, Any]) -> None:
+    """Raises ValueError for a LoRA's setting that is unknown, of a wrong type or out of range."""
+    strangers = sorted(set(fields) - {"rank", "alpha", "rank_stabilized", "dropout", "dora"})
+    if strangers:
+        raise ValueError(f"unknown settings {strangers}")
+    for name in ("rank_stabilized", "dora"):
+        value = fields.get(name, False)
+        if not isinstance(value, bool):  # 'no' would be taken as yes
+            raise ValueError(f"{name}: expected True or False, got {value!r}")
+    rank = fields.get("rank", 1)
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank < 2**31:
+        raise ValueError(f"rank: expected an integer >= 1 and below 2^31, got {rank!r:.40}")
+    if fields.get("alpha") is not None and number("alpha", fields["alpha"]) == 0:
+        raise ValueError("alpha: expected a number that is not 0, got 0")
+    if not 0 <= number("dropout", fields.get("dropout", 0.0)) < 1:
+        raise ValueError(f"dropout: expected a value in [0, 1), got {fields['dropout']!r}")
+
+
+def holder(change: Change) -> str:
+    """The format for what is no LoRA."""
+    lora = isinstance(change.weight, LowRank) and change.weight.mid is None
+    return "peft" if lora and change.bias is not None else "lycoris"
 
 
 def _written(target: Target, change: Change) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
@@ -214,7 +239,7 @@ def _written(target: Target, change: Change) -> tuple[str, dict[str, Tensor], di
     if not isinstance(weight, LowRank) or change.bias is not None:
         raise FormatError(
             f"{target}: a fastlora file has LoRAs without bias and spectral shifts, got "
-            f"{change.kind}; approximate it by a LoRA first"
+            f"{change.kind}; a {holder(change)} file can hold it, or approximate it by a LoRA first"
         )
     if change.magnitude is not None and change.axis != ("in" if weight.embedding else "out"):
         raise FormatError(f"{target}: a fastlora file has magnitudes of outputs, not of inputs")

@@ -1,7 +1,8 @@
 """Published methods as short recipes over adapters, training and samplers."""
 
 from fastlora.methods.attention_maps import capture_attention
-from fastlora.methods.cut_mix_unmix import Concept, collage, cut_mix_unmix, unmix_loss
+from fastlora.methods.collages import Concept, collage
+from fastlora.methods.cut_mix_unmix import cut_mix_unmix, unmix_loss
 from fastlora.methods.editing import edit, invert, slerp
 from fastlora.methods.prior import sample_prior
 from fastlora.methods.svdiff import personalise

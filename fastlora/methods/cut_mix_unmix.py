@@ -7,7 +7,7 @@ words of one subject may not look at the other's half.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,59 +15,27 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastlora.adapters.inject import Where
+from fastlora.methods.arguments import not_negative, whole
 from fastlora.methods.attention_maps import (
     CROSS_ATTENTION,
     capture_attention,
     grid_shape,
-    token_positions,
+)
+from fastlora.methods.collages import (
+    PROBABILITY,
+    SINGLE,
+    TEMPLATE,
+    Concept,
+    Draws,
+    check_concepts,
 )
 from fastlora.methods.svdiff import train_shifts
+from fastlora.samplers.arguments import number
 from fastlora.samplers.schedule import Schedule
 from fastlora.training import TrainResult, prior_preservation
 from fastlora.training.losses import Batch, Loss, Metrics
 
-PROBABILITY = 0.6  # of a collage, the paper's
 UNMIX_WEIGHT = 0.1  # the paper does not give it; this one is ours
-TEMPLATE = "photo of a {left} on the left and a {right} on the right"
-SINGLE = "photo of a {name}"
-
-
-@dataclass(frozen=True)
-class Concept:
-    """One of several subjects: pictures [N, C, H, W] (or latents) of it and of its class, which the
-    model made before (`sample_prior`; None: no prior), and both names as they stand in captions,
-    without an article: "[V1] dog", "dog"."""
-
-    images: torch.Tensor
-    name: str
-    class_name: str
-    prior_images: torch.Tensor | None = None
-
-
-def collage(left: torch.Tensor, right: torch.Tensor, fit: str = "crop") -> torch.Tensor:
-    """[C, H, W] with `left` in its left half and `right` in its right one, from two of that size.
-
-    Odd widths give the left one a column more. `fit` "crop" takes the middle of each, as cut-mix
-    does; "squeeze" makes each narrower, where nothing may be lost. Raises ValueError for other
-    words and for two shapes.
-    """
-    if left.shape != right.shape or left.dim() != 3:
-        raise ValueError(
-            "collage: left, right: expected [C, H, W] of one size,"
-            f" got {list(left.shape)} and {list(right.shape)}"
-        )
-    if fit not in ("crop", "squeeze"):
-        raise ValueError(f"collage: fit: expected crop or squeeze, got {fit!r}")
-    height, width = left.shape[1:]
-    parts = []
-    for picture, columns in ((left, width - width // 2), (right, width // 2)):
-        if fit == "crop":
-            start = (width - columns) // 2
-            parts.append(picture[:, :, start : start + columns])
-        else:
-            size = (height, columns)
-            parts.append(F.interpolate(picture[None], size, mode="area")[0])
-    return torch.cat(parts, 2)
 
 
 def unmix_loss(
@@ -161,23 +129,27 @@ def cut_mix_unmix(
     and a negative one against stitched halves, as the paper does. A text encoder inside of `model`
     is trained along if `where` reaches it.
 
-    Raises ValueError for fewer than two subjects, priors of some but not all, a probability outside
-    [0, 1] and names that captions or the tokenizer do not tell apart; what `train_shifts` raises.
+    Raises, with the model unchanged, ValueError for fewer than two subjects, pictures that are none
+    or of several sizes, priors of some but not all, a number out of its range, another `fit` or
+    `prediction`, templates with other places than those of names, names that captions or the
+    tokenizer do not tell apart, and where `attention` names no layer; then what `train_shifts`
+    raises.
     """
-    if len(concepts) < 2:
-        raise ValueError(f"cut_mix_unmix: concepts: expected two or more, got {len(concepts)}")
-    if not 0 <= probability <= 1:
+    batch = whole("cut_mix_unmix: batch", batch, 1)
+    prior_weight = not_negative("cut_mix_unmix: prior_weight", prior_weight)
+    unmix_weight = not_negative("cut_mix_unmix: unmix_weight", unmix_weight)
+    if not 0 <= number(probability) <= 1:
         raise ValueError(f"cut_mix_unmix: probability: expected 0 to 1, got {probability!r}")
-    if unmix_weight < 0:
-        raise ValueError(f"cut_mix_unmix: unmix_weight: expected >= 0, got {unmix_weight!r}")
-    priors = [c.prior_images is not None for c in concepts]
-    if any(priors) and not all(priors):
-        raise ValueError("cut_mix_unmix: prior_images: expected for all subjects or none, got some")
+    check_concepts(concepts, model)
+    schedule.noise_table(prediction)  # which refuses another word
+    if not prior_weight:
+        concepts = [replace(concept, prior_images=None) for concept in concepts]
+    with_prior = concepts[0].prior_images is not None
     draws = Draws(concepts, tokenize, probability, template, single, fit)
-    for i in range(len(concepts)):  # what a run would fall over after an hour
-        for j in range(len(concepts)):
-            if i != j:
-                draws.marks(i, j)
+    draws.check()
+    if unmix_weight:
+        with capture_attention(model, attention):
+            pass  # which refuses a selection of none
 
     def batches(generator: torch.Generator) -> Batch:
         drawn = [draws.draw(generator) for _ in range(batch)]
@@ -187,74 +159,11 @@ def cut_mix_unmix(
             "left": torch.stack([d.left for d in drawn]),
             "right": torch.stack([d.right for d in drawn]),
         }
-        if all(priors):
+        if with_prior:
             images = [d.prior_image for d in drawn if d.prior_image is not None]
             found["prior_x0"] = torch.stack(images)
             found["prior_cond"] = encode([d.prior_caption for d in drawn])
         return found
 
-    loss = prior_preservation(prediction, prior_weight if all(priors) else 0.0)
+    loss = prior_preservation(prediction, prior_weight if with_prior else 0.0)
     return train_shifts(model, unmixed(loss, unmix_weight, attention), batches, schedule, **options)
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """One training sample, its caption and its prior; left and right mark tokens [L] of a collage
-    and are all False otherwise."""
-
-    image: torch.Tensor
-    caption: str
-    left: torch.Tensor
-    right: torch.Tensor
-    prior_image: torch.Tensor | None
-    prior_caption: str
-
-
-@dataclass(frozen=True)
-class Draws:
-    """What `cut_mix_unmix` draws its samples from."""
-
-    concepts: Sequence[Concept]
-    tokenize: Callable[[str], torch.Tensor]
-    probability: float = PROBABILITY
-    template: str = TEMPLATE
-    single: str = SINGLE
-    fit: str = "crop"
-
-    def captions(self, i: int, j: int) -> tuple[str, str]:
-        """Of subject i on the left and j on the right, and of their classes."""
-        one, other = self.concepts[i], self.concepts[j]
-        return (
-            self.template.format(left=one.name, right=other.name),
-            self.template.format(left=one.class_name, right=other.class_name),
-        )
-
-    def marks(self, i: int, j: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """bool [L] each: the tokens of both names in the collage's caption."""
-        ids, empty = self.tokenize(self.captions(i, j)[0]), self.tokenize("")
-        names = (self.concepts[i].name, self.concepts[j].name)
-        left, right = (token_positions(ids, self.tokenize(n), empty) for n in names)
-        return left, right
-
-    def draw(self, generator: torch.Generator) -> Drawn:
-        def pick(images: torch.Tensor) -> torch.Tensor:
-            return images[int(torch.randint(len(images), (), generator=generator))]
-
-        def paired(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:
-            if one is None or other is None:
-                return None
-            return collage(pick(one), pick(other), self.fit)
-
-        many = len(self.concepts)
-        if torch.rand((), generator=generator) < self.probability:
-            i, j = torch.randperm(many, generator=generator)[:2].tolist()
-            one, other = self.concepts[i], self.concepts[j]
-            picture = collage(pick(one.images), pick(other.images), self.fit)
-            caption, of_classes = self.captions(i, j)
-            prior = paired(one.prior_images, other.prior_images)
-            return Drawn(picture, caption, *self.marks(i, j), prior, of_classes)
-        one = self.concepts[int(torch.randint(many, (), generator=generator))]
-        nothing = torch.zeros_like(self.tokenize(""), dtype=torch.bool)
-        prior = None if one.prior_images is None else pick(one.prior_images)
-        captions = [self.single.format(name=n) for n in (one.name, one.class_name)]
-        return Drawn(pick(one.images), captions[0], nothing, nothing, prior, captions[1])

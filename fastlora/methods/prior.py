@@ -5,20 +5,25 @@ DreamBooth, Ruiz et al., 2022, arXiv 2208.12242; SVDiff uses the same, 200 pictu
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from fastlora.adapters import adapted_layers, adapters
+from fastlora.adapters.factor_cache import fingerprint
 from fastlora.formats import files
 from fastlora.formats.files import FormatError
+from fastlora.methods.arguments import check_rows, whole
+from fastlora.samplers.arguments import integer
 from fastlora.samplers.loop import sample
 from fastlora.samplers.noise import noise
 from fastlora.samplers.table import Table
+from fastlora.training import ensure_writable
 
 COUNT = 200
 
@@ -27,7 +32,7 @@ def sample_prior(
     model: nn.Module,
     table: Table,
     cond: torch.Tensor,  # [1, ...] for all pictures, or [count, ...] one for each
-    uncond: torch.Tensor | None = None,  # [1, ...], for guidance
+    uncond: torch.Tensor | None = None,  # the same, for guidance
     *,
     shape: Sequence[int],  # of one sample: a picture, or its latents
     count: int = COUNT,
@@ -41,33 +46,28 @@ def sample_prior(
     """Samples [count, *shape] float32 of a class on the model's device, `batch` at a time.
 
     To be called before anything is trained: the model is sampled as it is. Picture i has noise i of
-    `seed`, whatever the batch. `cache`, a directory, keeps them in a file whose name is a digest of
-    everything that decides them (weights, buffers, table, conditions, seed, guidance): a second
-    call reads them, another model or prompt has another file. A file that does not read is made
-    again, with a warning.
+    `seed`, whatever the batch. `cache`, a directory (None, "": none), keeps them in a file whose
+    name is a digest of everything that decides them (weights, adapters with their strengths and
+    switches, table, conditions, seed, guidance): a second call reads them, another model or prompt
+    has another file. A file that does not read is made again, with a warning.
 
-    Raises ValueError for numbers below 1, conditions that are not 1 or count, and what `sample`
-    refuses; OSError for a directory that cannot be written.
+    Raises ValueError for numbers out of their range, conditions that are not 1 or count, and what
+    `sample` refuses; OSError for a directory that cannot be written.
     """
-    if count < 1 or batch < 1:
-        raise ValueError(f"sample_prior: count, batch: expected >= 1, got {count} and {batch}")
-    if len(cond) not in (1, count):
-        raise ValueError(
-            f"sample_prior: cond: expected 1 or {count} conditions, got {list(cond.shape)}"
-        )
+    count, batch = whole("sample_prior: count", count, 1), whole("sample_prior: batch", batch, 1)
+    seed = whole("sample_prior: seed", seed, 0)
+    sizes = [integer(size) for size in shape] if isinstance(shape, Sequence) else [None]
+    if any(size is None or size < 1 for size in sizes):
+        raise ValueError(f"sample_prior: shape: expected ints >= 1, got {shape!r}")
+    check_rows("sample_prior: cond", cond, count)
+    if uncond is not None:
+        check_rows("sample_prior: uncond", uncond, count)
     device = cond.device
     path = None
-    if cache is not None:
-        from fastlora.training import ensure_writable
-
-        numbers = (
-            f"{table.prediction} {table.init_noise_sigma} {table.input_scale} {table.threshold}"
-            f" {count} {guidance_scale} {seed} {tuple(shape)}"
-        )
-        tensors = [table.coefficients, table.timesteps, cond]
-        tensors += [] if uncond is None else [uncond]
-        tensors += [value for _, value in sorted(model.state_dict().items())]
-        path = ensure_writable(cache) / f"prior-{digest(numbers, tensors)}.safetensors"
+    if cache is not None and cache != "":
+        numbers = f"{count} {guidance_scale} {seed} {sizes}"
+        key = _digest(numbers, model, table, [cond] if uncond is None else [cond, uncond])
+        path = ensure_writable(cache, "sample_prior: cache") / f"prior-{key}.safetensors"
         found = _read(path, (count, *shape))
         if found is not None:
             return found.to(device)
@@ -78,8 +78,8 @@ def sample_prior(
         for start in range(0, count, batch):
             mine = seeds[start : start + batch]
             n = len(mine)
-            its = cond[start : start + n] if len(cond) == count else cond.expand(n, *cond.shape[1:])
-            other = None if uncond is None else uncond.expand(n, *uncond.shape[1:])
+            its = _rows(cond, start, n)
+            other = None if uncond is None else _rows(uncond, start, n)
             x = noise(mine, tuple(shape), device)
             parts.append(
                 sample(
@@ -93,14 +93,27 @@ def sample_prior(
     return images
 
 
-def digest(words: str, tensors: Sequence[torch.Tensor]) -> str:
-    """32 hex digits of a text and of tensors: their dtypes, shapes and bytes."""
-    found = hashlib.sha256(words.encode())
-    for tensor in tensors:
-        value = tensor.detach().cpu().contiguous()
-        found.update(f"{value.dtype} {list(value.shape)}".encode())
-        found.update(value.flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()[:32]
+def _rows(cond: torch.Tensor, start: int, n: int) -> torch.Tensor:
+    """The conditions of n pictures, from `start` on."""
+    return cond.expand(n, *cond.shape[1:]) if len(cond) == 1 else cond[start : start + n]
+
+
+def _digest(numbers: str, model: nn.Module, table: Table, conds: list[torch.Tensor]) -> str:
+    """The hash of all that decides the pictures. What adapters do is not in the state dict alone:
+    strengths, switches, alphas, and folded weights, which may be of other parameters."""
+    state = dict(sorted(model.state_dict().items()))
+    words: list[Any] = [numbers, table.prediction, table.init_noise_sigma, table.input_scale]
+    words += [table.threshold, *state]
+    tensors = [table.coefficients, table.timesteps, *conds, *state.values()]
+    for name, info in adapters(model).items():
+        words += [name, info.enabled]
+        tensors.append(torch.as_tensor(info.scale, dtype=torch.float64))
+    for path, layer in adapted_layers(model).items():
+        words += [(path, name, slot.kind, slot.ratio) for name, slot in layer.fastlora.items()]
+        if layer._state.merged:
+            words.append((path, "folded"))
+            tensors.append(layer.folded())
+    return fingerprint(repr(words), tensors)
 
 
 def _read(path: Path, shape: tuple[int, ...]) -> torch.Tensor | None:

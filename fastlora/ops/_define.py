@@ -67,7 +67,11 @@ def _load_kernels() -> Any:
         (torch._C._get_tracing_state, None),
     ]
     kernels.set_guards(
-        guards, vars(torch.autograd.forward_ad), torch.is_grad_enabled, Tensor.is_neg
+        guards,
+        vars(torch.autograd.forward_ad),
+        torch.is_grad_enabled,
+        torch._C._set_grad_enabled,
+        Tensor.is_neg,
     )
     return kernels
 
@@ -152,7 +156,7 @@ def define_op(
         def mutating(*args: Any) -> Any:
             result = route(*args)
             for i in mutated:
-                _increment_version(args[i])
+                torch.autograd.graph.increment_version(args[i])  # inference tensors have none
             return result
 
         return mutating
@@ -246,13 +250,6 @@ def _plain(value: Any) -> Any:
         return value
     with torch._C.DisableTorchFunctionSubclass():
         return value.as_subclass(Tensor)
-
-
-def _increment_version(value: Any) -> None:
-    # Inference tensors have no version; saving them for backward is an error of its own.
-    for tensor in [value] if isinstance(value, Tensor) else value:
-        if not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
 
 
 def _register_reference_autograd(

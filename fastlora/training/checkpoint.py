@@ -17,11 +17,12 @@ class CheckpointError(ValueError):
     """A file that is no checkpoint of this run."""
 
 
-def ensure_writable(directory: str | Path) -> Path:
+def ensure_writable(directory: str | Path, what: str = "output directory") -> Path:
     """Make the directory and write a byte into it, so that hours of training do not end at a full
     or read-only disk.
 
-    Raises OSError (PermissionError, NotADirectoryError, ...) that names the directory.
+    Raises OSError (PermissionError, NotADirectoryError, ...) that says `what` and names the
+    directory.
     """
     directory = Path(directory)
     try:
@@ -30,9 +31,7 @@ def ensure_writable(directory: str | Path) -> Path:
             file.write(b"\0")
             file.flush()
     except OSError as error:
-        message = (
-            f"output directory {directory}: expected a writable directory, got: {error.strerror}"
-        )
+        message = f"{what} {directory}: expected a writable directory, got: {error.strerror}"
         raise type(error)(error.errno, message) from error
     return directory
 

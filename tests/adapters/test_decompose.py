@@ -352,7 +352,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "both": ({"rank": 1, "energy": 0.5}, "expected one of them, got both"),
     "both by path": ({"rank": {"0": 1}, "energy": 0.5}, "expected one of them, got both"),
     "cache": ({"cache": 3}, "cache: expected True, False, None or a folder, got 3"),
-    "device": ({"device": "nowhere"}, "device: "),
+    "device": ({"device": "nowhere"}, "device: expected one that is there, got 'nowhere'"),
+    "no device": ({"device": 1.5}, "device: expected one that is there, got 1.5"),
+    "missing device": ({"device": "cuda:99"}, "device: expected one that is there, got 'cuda:99'"),
+    "meta": ({"device": "meta"}, "device: expected one that computes, got 'meta'"),
     "where": ({"where": "x"}, "decompose: where: 'x' matches no layer"),
 }
 

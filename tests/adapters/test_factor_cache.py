@@ -19,6 +19,8 @@ from torch import nn
 
 import fastlora
 from fastlora.adapters import factor_cache
+from fastlora.adapters.decomposition import Settings
+from fastlora.adapters.factor_cache import FactorCache, digest, obtain
 from fastlora.formats import files
 from tests.adapters.nets import Net
 from tests.adapters.oracles import same_bits
@@ -97,11 +99,12 @@ def test_load_state_dict_of_a_base_that_is_in_the_cache(folder: Path, no_svd) ->
 
 def test_where_the_cache_is(tmp_path: Path, folder: Path, monkeypatch) -> None:
     model = nn.Sequential(nn.Linear(4, 4))
-    for none in (None, False):
+    monkeypatch.chdir(tmp_path)
+    for none in (None, False, ""):
         assert fastlora.decompose(model, cache=none).folder == ""
     monkeypatch.setenv("FASTLORA_FACTORS", "")
     assert fastlora.decompose(model, cache=True).folder == ""
-    assert not folder.exists()
+    assert not list(tmp_path.iterdir())
     monkeypatch.setenv("FASTLORA_FACTORS", str(tmp_path / "a" / "b"))
     report = fastlora.decompose(copy.deepcopy(model))  # the layer has them, the folder has not
     assert report.folder == str(tmp_path / "a" / "b") and sources(report) == ["layer"]
@@ -176,7 +179,7 @@ DAMAGE: dict[str, Any] = {
     "empty": lambda p: p.write_bytes(b""),
     "garbage": lambda p: p.write_bytes(b"\x80" * 500),
     "foreign": lambda p: save_file({"u": torch.ones(3)}, p),
-    "other version": lambda p: rewrite(p, lambda t, m: m.update(version="2")),
+    "other version": lambda p: rewrite(p, lambda t, m: m.update(version="1")),
     "no error": lambda p: rewrite(p, lambda t, m: m.pop("error")),
     "bad error": lambda p: rewrite(p, lambda t, m: m.update(error="2")),
     "no v": lambda p: rewrite(p, lambda t, m: t.pop("vh")),
@@ -191,6 +194,74 @@ DAMAGE: dict[str, Any] = {
     "another weight's": lambda p: rewrite(p, lambda t, m: t.update(vh=t["vh"].flip(1))),
     "zeros": lambda p: rewrite(p, lambda t, m: t["u"][1].zero_()),
 }  # fmt: skip
+
+
+def test_no_flipped_bit_gets_through(tmp_path: Path) -> None:
+    """Wherever it is, in the header or in a number's last place."""
+    matrix, settings = torch.randn(20, 12), Settings()
+    cache = FactorCache(tmp_path, writes=True)
+    made, _ = obtain(matrix, settings, cache, torch.device("cpu"))
+    (path,) = entries(tmp_path)
+    whole = path.read_bytes()
+    bits = torch.randperm(8 * len(whole), generator=torch.Generator().manual_seed(0))[:400].tolist()
+    in_header = 8 * (8 + int.from_bytes(whole[:8], "little"))
+    assert sum(bit < in_header for bit in bits) > 20
+    for bit in bits:
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        assert cache.read(digest(matrix), settings, matrix) is None, f"bit {bit}"
+    assert len(cache.problems) == len(bits)
+    path.write_bytes(whole)
+    found = cache.read(digest(matrix), settings, matrix)
+    assert found is not None and all(map(same_bits, found[:3], made[:3]))
+
+
+def test_directions_that_the_weight_does_not_see_are_checked_too(folder: Path) -> None:
+    """Beside singular values of 0 any U and V give the same product."""
+    model = nn.Sequential(nn.Linear(12, 20))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.randn(20, 5) @ torch.randn(5, 12))
+    twin = copy.deepcopy(model)
+    fastlora.decompose(model)
+
+    def change(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+        tensors["vh"][5:] = 37 * torch.randn(7, 12)
+        tensors["u"][:, 5:] = 0
+
+    rewrite(entries(folder)[0], change)
+    with pytest.warns(RuntimeWarning, match="is ignored: it is damaged"):
+        assert sources(fastlora.decompose(twin)) == ["computed"]
+
+
+def test_an_entry_under_another_name_is_ignored(folder: Path) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    twin = copy.deepcopy(model)
+    fastlora.decompose(model)
+    first, second = entries(folder)
+    second.write_bytes(first.read_bytes())
+    with pytest.warns(RuntimeWarning, match=f"{second.name} is ignored: it is damaged"):
+        assert sorted(sources(fastlora.decompose(twin))) == ["cache", "computed"]
+
+
+STRIDED = {
+    "a column": torch.randn(8, 1),
+    "a row seen as a column": torch.randn(1, 8).t(),
+    "one number": torch.randn(9).as_strided((1, 1), (5, 7)),
+    "transposed": torch.randn(4, 6).t(),
+}
+
+
+@pytest.mark.parametrize("weight", STRIDED.values(), ids=STRIDED.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_of_any_strides_have_the_hash_of_their_values(weight, dtype) -> None:
+    odd = weight.to(dtype)  # which keeps strides
+    plain = torch.tensor(odd.float().tolist()).to(dtype)
+    assert digest(odd) == digest(plain)
+    assert digest(odd) != digest(plain.flatten()) and digest(odd) != digest(plain + 1)
+    layer = nn.Linear(odd.shape[1], odd.shape[0], dtype=dtype)
+    layer.weight = nn.Parameter(odd)
+    assert sources(fastlora.decompose(layer, cache=None)) == ["computed"]
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())

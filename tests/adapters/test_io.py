@@ -49,7 +49,7 @@ def test_round_trip_is_bit_exact(tmp_path: Path, spec: Any, dtype: torch.dtype) 
     path = tmp_path / "ein Stil ☃.safetensors"
     fastlora.save(model, path)
     other = base(dtype)
-    info = fastlora.load(other, str(path), name="again")
+    info = fastlora.load(other, str(path), name="again").adapter
     mine = fastlora.adapters(model)["style"]
     assert info == mine and fastlora.adapters(other) == {"again": info}
     for module in mine.modules:
@@ -129,7 +129,7 @@ def test_scale_and_freeze(tmp_path: Path) -> None:
     for scale in (0.25, torch.tensor([0.0, 1, 2, 3, 4])):
         model = base()
         info = fastlora.load(model, tmp_path / "a", name="a", scale=scale, freeze=False)
-        assert torch.equal(torch.as_tensor(info.scale), torch.as_tensor(scale))
+        assert torch.equal(torch.as_tensor(info.adapter.scale), torch.as_tensor(scale))
         assert model.conv.weight.requires_grad
         fastlora.set_scale(source, scale)
         torch.testing.assert_close(model(x), source(x))
@@ -237,7 +237,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "missing": (
         drop("conv.up"),
         fastlora.FormatError,
-        r"conv: up: expected \[8, 4, 1, 1\], got nothing",
+        "conv: up: expected a tensor, got nothing",
     ),
     "missing_magnitude": (drop("inner.0.magnitude"), fastlora.FormatError, "inner.0: magnitude"),
     "module_missing": (
@@ -252,8 +252,8 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
         fastlora.AdapterError,
         r"inner.2: up: expected \[6, 4\], got \[7, 4\]",
     ),
-    "transposed": (put("inner.2.down", torch.ones(10, 4)), fastlora.AdapterError, "inner.2: down"),
-    "rank": (setting("inner.0", "rank", 5), fastlora.AdapterError, "inner.0: down: expected"),
+    "transposed": (put("inner.2.down", torch.ones(10, 4)), fastlora.FormatError, "inner.2: down"),
+    "rank": (setting("inner.0", "rank", 5), fastlora.FormatError, "inner.0: down: expected rank 5"),
     "integers": (
         put("inner.2.up", torch.ones(6, 4, dtype=torch.int32)),
         fastlora.FormatError,
@@ -271,7 +271,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
         fastlora.FormatError,
         "rank_stabilized: expected True or False, got 'no'",
     ),
-    "bad_ranks": (setting("conv", "ranks", 7), fastlora.FormatError, "ranks: expected a dict"),
+    "bad_ranks": (setting("conv", "ranks", 7), fastlora.FormatError, "conv.*ranks"),
     "huge_rank": (setting("conv", "rank", 10**400), fastlora.FormatError, "rank: expected"),
     "not_dora": (setting("conv", "dora", False), fastlora.FormatError, "magnitude: expected none"),
     "other_path": (rename("conv", "conw"), fastlora.AdapterError, "no module 'conw'"),
@@ -287,7 +287,11 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
         fastlora.FormatError,
         "version 1 or 2 .* got '9'",
     ),
-    "foreign": (lambda t, c, m: m.update(format="pt"), fastlora.FormatError, "expected a fastlora"),
+    "foreign": (
+        lambda t, c, m: m.update(format="pt"),
+        fastlora.FormatError,
+        "expected the keys of",
+    ),
     "kind": (lambda t, c, m: c.update(kind="loha"), fastlora.FormatError, "cannot be read"),
     "groups": (
         lambda t, c, m: (
@@ -297,7 +301,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
             c["modules"]["grouped"].update(rank=3),
         ),
         fastlora.AdapterError,
-        "rank 3 is not divisible by 2 groups",
+        r"down \[3, 4, 3, 3\] and up \[8, 1, 1, 1\] have no product",
     ),
 }
 

@@ -77,7 +77,7 @@ def test_a_strength_of_load_is_that_of_set_scale(tmp_path: Path) -> None:
             if not at_once:
                 fastlora.set_scale(model, {"new": scale})
             else:
-                assert torch.equal(torch.as_tensor(info.scale), torch.as_tensor(scale))
+                assert torch.equal(torch.as_tensor(info.adapter.scale), torch.as_tensor(scale))
             results.append(model(tokens).detach())
         assert same_bits(*results)
 

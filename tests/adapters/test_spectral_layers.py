@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlora
-from fastlora.adapters import layers, spectral
+from fastlora.adapters import changed_weight, layers
 from tests.adapters.oracles import adapted_weight, randomise, spectral_weight, with_weight
 
 FEW, MANY = 2, 64
@@ -31,7 +31,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         monkeypatch.setattr(module, name, called)
 
     spy(layers, "spectral_linear")
-    spy(spectral, "changed_weight")
+    spy(changed_weight, "changed_weight")
     return taken
 
 

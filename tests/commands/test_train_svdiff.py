@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 import fastlora
 from fastlora import cli
 from fastlora.commands import CommandError, train_svdiff
-from fastlora.commands.targets import find_pictures, load_target, pictures, schedule_of
+from fastlora.commands.targets import find_pictures, load_target, pictures
 from fastlora.methods import personalise
 from fastlora.models import digits
 from fastlora.samplers import Schedule
+from fastlora.training import save_checkpoint
 
 QUIET = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -61,7 +62,8 @@ def test_the_file_loads_and_holds_what_the_recipe_trains(folder, tmp_path, capsy
     said = capsys.readouterr().out
     assert said.startswith("3 pictures, loss ") and str(out) in said
     model, other = digits.load(), digits.load()
-    info = fastlora.load(model, out, name="subject")
+    fastlora.load(model, out, name="subject")
+    info = fastlora.adapters(model)["subject"]
     assert f"{info.parameters:,} shifts" in said
     assert info.kind == "spectral" and all(m.startswith("unet.") for m in info.modules)
     with torch.no_grad():
@@ -92,7 +94,9 @@ def test_a_prior_norms_and_the_text_encoder(folder, tmp_path):
     options = {"class_caption": "a three", "prior": 2, "cache": tmp_path / "cache"}
     options |= {"norms": "skip", "text_encoder": None}
     assert cli.main(arguments(folder, out, **options)) == 0
-    info = fastlora.load(digits.load(), out, name="subject")
+    model = digits.load()
+    fastlora.load(model, out, name="subject")
+    info = fastlora.adapters(model)["subject"]
     assert any(m.startswith("text_encoder.") for m in info.modules)
     assert not any("norm" in m for m in info.modules)
 
@@ -144,6 +148,9 @@ def test_a_stopped_run_goes_on(folder, tmp_path, monkeypatch, capsys):
         ({"dtype": "float16"}, "--dtype: the digits model is trained in float32"),
         ({"resume": None}, "--resume: there is no checkpoint"),
         ({"images": "nothing"}, "--images: nothing: no such folder"),
+        ({"device": "foo"}, "--device: expected one that is there, got 'foo': Expected one of cpu"),
+        ({"device": "cuda:99"}, "--device: expected one that is there, got 'cuda:99': "),
+        ({"device": "meta"}, "--device: expected one that computes, got 'meta'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -157,6 +164,66 @@ def test_refusals_are_one_line(folder, tmp_path, capsys, change, line):
     assert not (tmp_path / "out.safetensors").exists()
 
 
+def test_a_cache_that_cannot_be_written_is_one_line(folder, tmp_path, capsys):
+    options = {"cache": folder / "notes.txt", "class_caption": "a three"}
+    assert cli.main(arguments(folder, tmp_path / "out.safetensors", **options)) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"fastlora train: --cache {folder / 'notes.txt'}: expected a writable")
+    assert said.count("\n") == 1
+
+
+def test_a_loss_that_is_not_finite_is_one_line_with_one_prefix(folder, tmp_path, capsys):
+    options = {"lr": 1e38, "norm_lr": 1e38, "steps": 20}
+    assert cli.main(arguments(folder, tmp_path / "out.safetensors", **options)) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("fastlora train: loss: expected a finite number, got ")
+
+
+def out_of_memory() -> None:
+    torch.empty(2**61, dtype=torch.uint8)  # more than there are addresses
+
+
+def out_of_gpu_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def other_error() -> None:
+    torch.randn(2, 3) @ torch.randn(2, 3)
+
+
+@pytest.mark.parametrize("fails", [out_of_memory, out_of_gpu_memory, other_error])
+def test_memory_that_ends_is_one_line(folder, tmp_path, capsys, monkeypatch, fails):
+    monkeypatch.setattr("fastlora.methods.personalise", lambda *args, **options: fails())
+    given = arguments(folder, tmp_path / "out.safetensors", batch=1000)
+    if fails is other_error:  # nobody's mistake but ours
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            cli.main(given)
+        return
+    assert cli.main(given) == 2
+    line = "fastlora train: there is not enough memory for --batch 1000 at this --size\n"
+    assert capsys.readouterr().err == line
+
+
+def test_resuming_behind_the_last_step_is_refused(folder, tmp_path, capsys):
+    out = tmp_path / "out.safetensors"
+    checkpoint = tmp_path / "out.safetensors.checkpoint"
+    save_checkpoint(checkpoint, {"step": 100, "signature": {}})
+    assert cli.main(arguments(folder, out, steps=50, resume=None)) == 2
+    said = capsys.readouterr().err
+    assert f"--resume: {checkpoint} is at step 100, which is beyond --steps 50" in said
+    assert said.count("\n") == 1 and not out.exists() and checkpoint.exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--seed", "-1"), ("--seed", "9" * 23), ("--batch", "9" * 23)]
+)
+def test_numbers_that_are_too_large(folder, tmp_path, capsys, flag, value):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*arguments(folder, tmp_path / "x.safetensors"), flag, value])
+    assert stop.value.code == 2
+    assert f"argument {flag}: expected an integer from" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flag", ["--steps", "--batch", "--prior"])
 @pytest.mark.parametrize("value", ["0", "-1", "x", "1.5"])
 def test_numbers_are_checked(folder, tmp_path, capsys, flag, value):
@@ -165,14 +232,12 @@ def test_numbers_are_checked(folder, tmp_path, capsys, flag, value):
     assert stop.value.code == 2 and flag in capsys.readouterr().err
 
 
-def test_pictures_are_cut_to_the_middle_and_scaled(tmp_path):
-    wide = np.zeros((10, 30, 3), np.uint8)
-    wide[:, 10:20] = 255
-    Image.fromarray(wide).save(tmp_path / "wide.png")
-    found = pictures([tmp_path / "wide.png"], 4, "RGB")
-    assert found.shape == (1, 3, 4, 4) and found.dtype == torch.float32
-    assert found[..., 1:3].min() > 0.95  # the white middle; its edge rings with the filter
-    assert pictures([tmp_path / "wide.png"], 4, "L").shape == (1, 1, 4, 4)
+def test_a_picture_beyond_pillows_limit_is_one_line(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # pictures of twice as many are refused
+    assert cli.main(arguments(folder, tmp_path / "x.safetensors")) == 2
+    said = capsys.readouterr().err
+    assert "a.jpg: not a picture that reads" in said and "decompression bomb" in said
+    assert said.count("\n") == 1
 
 
 def test_a_file_that_is_no_picture(folder, tmp_path, capsys):
@@ -186,18 +251,6 @@ def test_an_empty_folder_and_a_single_file(folder, tmp_path):
         find_pictures(tmp_path / "pictures" / "..")
     assert [p.name for p in find_pictures(folder)] == ["a.jpg", "b.png", "c.PNG"]
     assert find_pictures(folder / "b.png") == [folder / "b.png"]
-
-
-def test_the_schedule_is_that_of_the_training_whatever_the_sampler():
-    """SD 1.5 comes with PNDM; abar_T of scaled-linear betas is a golden value."""
-    sd = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012}
-    sd |= {"beta_schedule": "scaled_linear", "skip_prk_steps": True, "steps_offset": 1}
-    schedule, prediction = schedule_of({**sd, "num_train_timesteps": 1000})
-    assert prediction == "epsilon" and len(schedule) == 1000
-    assert schedule.alphas_cumprod[-1].item() == pytest.approx(0.0046601, rel=1e-4)
-    assert schedule_of({**sd, "prediction_type": "v_prediction"})[1] == "v"
-    with pytest.raises(CommandError, match="predicts flow"):
-        schedule_of({**sd, "prediction_type": "flow"})
 
 
 # --- Stable Diffusion -----------------------------------------------------------------------------
@@ -275,8 +328,8 @@ def test_stable_diffusion_to_files_that_load(folder, tmp_path, stable_diffusion,
     assert "fastlora.load(pipe.text_encoder," in capsys.readouterr().out
     pipe = StableDiffusionPipeline.from_pretrained(stable_diffusion)
     for module, name in ((pipe.unet, "dog"), (pipe.text_encoder, "dog.text_encoder")):
-        info = fastlora.load(module, tmp_path / f"{name}.safetensors", name="dog")
-        assert info.kind == "spectral"
+        fastlora.load(module, tmp_path / f"{name}.safetensors", name="dog")
+        assert fastlora.adapters(module)["dog"].kind == "spectral"
         shifts = [v for k, v in module.state_dict().items() if k.endswith("dog.shift")]
         moved = sum(bool(v.abs().max() > 0) for v in shifts)
         assert moved > 0.7 * len(shifts) > 5
@@ -305,6 +358,19 @@ def test_the_parts_of_stable_diffusion_do_what_the_pipelines_do(folder, stable_d
         encoded = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
     assert x0.shape == (3, *target.shape) == (3, 4, 8, 8)
     torch.testing.assert_close(x0, encoded, rtol=1e-4, atol=1e-5)
+
+
+@QUIET
+def test_a_caption_that_is_cut_off_is_a_warning(stable_diffusion):
+    target = load_target(str(stable_diffusion), None, "cpu", "float32")
+    fits = "a photo of dog"
+    with torch.no_grad():
+        target.encode([fits])
+        with pytest.warns(UserWarning, match=r"has \d+ tokens, of which .* takes 16: the rest"):
+            cut = target.encode([fits + " of a photo of a dog"])
+        with pytest.warns(UserWarning, match="cut off"):
+            same = target.encode([fits + " of a photo of a cup"])
+    assert torch.equal(cut, same)  # what was cut off
 
 
 @QUIET

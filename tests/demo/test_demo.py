@@ -162,7 +162,7 @@ def test_saved_adapters_load_and_do_something(finished, name):
         before = model(x, t, model.encode(["a three"] * 2))
         info = fastlora.load(model, finished[0] / name, name="it")
         after = model(x, t, model.encode(["a three"] * 2))
-    assert info.kind == ("lora" if name.startswith("thick") else "spectral")
+    assert info.adapter.kind == ("lora" if name.startswith("thick") else "spectral")
     assert not torch.equal(before, after)
 
 

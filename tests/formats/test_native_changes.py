@@ -104,17 +104,10 @@ def test_what_cannot_be_written(changes: dict[Target, Change], message: str) -> 
     [
         ({"alpha": "4"}, {}, "alpha: expected a finite number, got '4'"),
         ({"dropout": None}, {}, "dropout: expected a finite number, got None"),
-        ({"rank": 3}, {}, r"expected rank 3, got down \[2, 3\]"),
-        ({"dora": True}, {}, "dora is True, got"),
-        ({}, {"up": None}, "no up"),
+        ({"rank": 3}, {}, r"down: expected rank 3, got \[2, 3\]"),
+        ({"dora": True}, {}, "magnitude: expected a tensor, got nothing"),
+        ({}, {"up": None}, "up: expected a tensor"),
         ({}, {"down": torch.ones(2)}, r"expected down \[rank, in\]"),
-        ({}, {"up": torch.ones(4, 3)}, r"expected down .* got \[2, 3\] and \[4, 3\]"),
-        (
-            {},
-            {"up": torch.ones(4, 1)},
-            r"expected down .* got \[2, 3\] and \[4, 1\]",
-        ),  # no convolution: no groups
-        ({"dora": True}, {"magnitude": torch.ones(3)}, r"magnitude: expected \[4\], got \[3\]"),
     ],
 )
 def test_what_is_wrong_is_said(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import nn
 
 import fastlora
 from fastlora.methods import Concept, capture_attention, collage, cut_mix_unmix, unmix_loss
-from fastlora.methods.cut_mix_unmix import PROBABILITY, TEMPLATE, Draws
+from fastlora.methods.collages import PROBABILITY, TEMPLATE, Draws, collage_captions
 from fastlora.models.digits import DigitsModel
 from fastlora.models.text import Tokenizer
 from fastlora.models.unet import UNet, UNetConfig
@@ -34,6 +36,12 @@ def concepts(count: int = 2, prior: bool = True) -> list[Concept]:
         Concept(flat(i + 1.0), f"v{i + 1} {word}", word, flat(-i - 1.0) if prior else None)
         for i, word in enumerate(words[:count])
     ]
+
+
+def changed(**fields) -> list[Concept]:
+    """The first of two subjects with other fields."""
+    first, second = concepts()
+    return [dataclasses.replace(first, **fields), second]
 
 
 def test_collage_takes_the_middle_of_each():
@@ -61,8 +69,8 @@ def test_collage_refuses():
 
 
 def test_the_papers_caption():
-    draws = Draws([Concept(flat(0), "[V1] dog", "dog"), Concept(flat(0), "[V2] cup", "cup")], None)
-    own, of_classes = draws.captions(0, 1)
+    dog, cup = Concept(flat(0), "[V1] dog", "dog"), Concept(flat(0), "[V2] cup", "cup")
+    own, of_classes = collage_captions(dog, cup)
     assert own == "photo of a [V1] dog on the left and a [V2] cup on the right"
     assert of_classes == "photo of a dog on the left and a cup on the right"
     assert TEMPLATE.format(left="x", right="y") == "photo of a x on the left and a y on the right"
@@ -207,6 +215,15 @@ def test_without_a_prior_and_without_unmix():
     assert "prior" not in metrics and metrics["unmix"] == [0.0]
 
 
+def test_a_prior_of_weight_0_is_never_drawn():
+    """And its captions may be anything."""
+    with_prior, without = Small(), Small()
+    learn(with_prior, changed(class_name="cow"), steps=1, prior_weight=0.0)
+    learn(without, concepts(prior=False), steps=1)
+    pairs = zip(with_prior.state_dict().values(), without.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
 def test_the_models_code_is_as_it_was():
     model = Small()
     learn(model, steps=2, unmix_weight=1.0)
@@ -219,9 +236,36 @@ def test_the_models_code_is_as_it_was():
         ({"subjects": concepts(1)}, "expected two or more, got 1"),
         ({"subjects": [concepts()[0], concepts(prior=False)[1]]}, "for all subjects or none"),
         ({"probability": 1.2}, "probability: expected 0 to 1, got 1.2"),
-        ({"unmix_weight": -0.1}, "unmix_weight: expected >= 0, got -0.1"),
+        ({"unmix_weight": -0.1}, "unmix_weight: expected a finite number >= 0, got -0.1"),
         ({"template": "a {left} and a {left}"}, "expected its tokens once in the prompt"),
+        ({"unmix_weight": math.nan}, "unmix_weight: expected a finite number >= 0, got nan"),
+        ({"probability": math.nan}, "probability: expected 0 to 1, got nan"),
+        ({"prior_weight": -1}, "prior_weight: expected a finite number >= 0, got -1"),
+        (
+            {"prior_weight": -1, "subjects": concepts(prior=False)},
+            "prior_weight: expected a finite number >= 0, got -1",
+        ),
+        ({"batch": 0}, "batch: expected an int from 1"),
+        ({"batch": 1.5}, "batch: expected an int from 1"),
+        ({"subjects": changed(images=flat(1.0)[:0])}, "images of 'v1 three': expected at least"),
+        ({"subjects": changed(images=flat(1.0).double())}, "images of 'v1 three': expected torch"),
+        ({"subjects": changed(images=flat(1.0)[0])}, r"expected \[N, C, H, W\]"),
+        ({"subjects": changed(images=flat(1.0)[..., :8])}, "of one size for all subjects"),
+        ({"subjects": changed(prior_images=flat(1.0)[:0])}, "prior_images of 'v1 three': expected"),
+        ({"template": "{foo}"}, r"template: expected a caption with \{left\} and \{right\}, got"),
+        ({"template": "{"}, r"template: expected a caption with \{left\} and \{right\}, got"),
+        ({"single": "{foo}"}, r"single: expected a caption with \{name\}, got '\{foo\}'"),
+        ({"single": "a cow {name}"}, r"expected words of the vocabulary, got \['cow'\]"),
+        (
+            {"subjects": changed(class_name="cow")},
+            r"expected words of the vocabulary, got \['cow'\]",
+        ),
+        ({"fit": "fill"}, "fit: expected crop or squeeze, got 'fill'"),
+        ({"prediction": "noise"}, "prediction: expected"),
+        ({"attention": "nothing"}, "capture_attention: where: expected to match a module"),
+        ({"lr": -1.0}, "lr: expected a finite number >= 0"),
     ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_refusals_before_anything_is_added(change, message):
     model = Small()

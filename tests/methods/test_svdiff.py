@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -116,19 +119,90 @@ def test_a_lora_can_take_the_place_of_the_shifts() -> None:
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
 
 
+def given(**change):
+    """Good arguments of `personalise`, and a bad one."""
+    arguments = {"images": SUBJECT, "cond": NAME, "schedule": SCHEDULE, "prediction": "x0"}
+    arguments |= {"prior_images": prior(), "prior_cond": CLASS, "steps": 1, "progress": False}
+    return {**arguments, **change}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": SUBJECT[:0]}, "personalise: images: expected at least one"),
+        ({"images": SUBJECT.byte()}, "personalise: images: expected torch.float32, in the range"),
+        ({"images": SUBJECT.double()}, "personalise: images: expected torch.float32, in the range"),
+        ({"images": SUBJECT.log()}, "personalise: images: expected finite values"),
+        ({"images": "five"}, "personalise: images: expected at least one"),
+        ({"cond": NAME.expand(7, 4)}, "personalise: cond: expected conditions [1, ...] for all"),
+        ({"cond": NAME.expand(2, 4)}, "[5, ...] one for each, got float32 [2, 4]"),
+        ({"cond": "a three"}, "personalise: cond: expected conditions"),
+        ({"prior_images": prior()[:0]}, "personalise: prior_images: expected at least one"),
+        (
+            {"prior_images": prior()[:, :5]},
+            "expected the size of images [6], got [5]",
+        ),
+        ({"prior_images": prior().half()}, "personalise: prior_images: expected torch.float32"),
+        ({"prior_cond": CLASS.expand(3, 4)}, "personalise: prior_cond: expected conditions"),
+        ({"prior_weight": -1}, "personalise: prior_weight: expected a finite number >= 0, got -1"),
+        ({"prior_weight": math.nan}, "personalise: prior_weight: expected a finite number"),
+        ({"prior_images": None, "prior_cond": None, "prior_weight": -1}, "prior_weight: expected"),
+        ({"batch": 0}, "personalise: batch: expected an int from 1 to 2^63 - 1, got 0"),
+        ({"batch": -1}, "personalise: batch: expected an int"),
+        ({"batch": 1.5}, "personalise: batch: expected an int"),
+        ({"prediction": "noise"}, "prediction: expected"),
+        ({"lr": -1e-3}, "train_shifts: lr: expected a finite number >= 0, got -0.001"),
+        ({"lr": math.nan}, "train_shifts: lr: expected a finite number >= 0, got nan"),
+        ({"norm_lr": -1e-6}, "train_shifts: norm_lr: expected a finite number >= 0"),
+        ({"norm_lr": math.inf}, "train_shifts: norm_lr: expected a finite number >= 0"),
+        ({"steps": 1.5}, "train_shifts: steps: expected an int"),
+        ({"seed": 2**70}, "train_shifts: seed: expected an int from 0 to 2^63 - 1"),
+        ({"checkpoint_every": 0}, "train_shifts: checkpoint_every: expected an int"),
+        ({"materialize": "later"}, "materialize: expected 'forward', 'step' or None, got 'later'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_arguments_leave_the_model_as_it_was(change, message) -> None:
+    model = Normed()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        personalise(model, **given(**change))
+    assert fastlora.adapters(model) == {} and all(p.requires_grad for p in model.parameters())
+
+
+def test_a_checkpoint_without_a_place_leaves_the_model_as_it_was(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    model = Normed()
+    with pytest.raises(OSError, match="expected a writable directory"):
+        personalise(model, **given(checkpoint=tmp_path / "file" / "checkpoint"))
+    assert fastlora.adapters(model) == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_pictures_in_the_models_dtype(dtype) -> None:
+    model = Toy().to(dtype)
+    change = {k: v.to(dtype) for k, v in given().items() if isinstance(v, torch.Tensor)}
+    assert personalise(model, **given(**change)).steps == 1
+    with pytest.raises(ValueError, match=f"expected .*{dtype}, in the range"):
+        personalise(Toy().to(dtype), **given(images=SUBJECT.half()))
+
+
+def test_a_prior_of_weight_0_is_never_drawn() -> None:
+    def cond(drawn: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("a condition of the prior")
+
+    model, plain = Toy(), Toy()
+    metrics = personalise(model, **given(prior_cond=cond, prior_weight=0.0)).metrics
+    assert "prior" not in metrics
+    personalise(plain, **given(prior_images=None, prior_cond=None))
+    assert all(map(torch.equal, model.state_dict().values(), plain.state_dict().values()))
+
+
 @pytest.mark.parametrize("half", ["prior_images", "prior_cond"])
 def test_half_a_prior_is_refused_and_nothing_is_added(half: str) -> None:
     model = Toy()
     given = {"prior_images": prior(), "prior_cond": CLASS}
     with pytest.raises(ValueError, match="expected both or neither"):
         learn(model, steps=1, with_prior=False, **{half: given[half]})
-    assert fastlora.adapters(model) == {}
-
-
-def test_no_pictures_are_refused() -> None:
-    model = Toy()
-    with pytest.raises(ValueError, match="images: expected at least one"):
-        personalise(model, SUBJECT[:0], NAME, SCHEDULE, steps=1)
     assert fastlora.adapters(model) == {}
 
 

@@ -256,6 +256,21 @@ def test_nothing_is_differentiated():
     assert not dots.requires_grad
 
 
+@pytest.mark.parametrize("enabled", [True, False], ids=["gradients", "no gradients"])
+def test_gradient_mode_is_left_as_it_was(enabled):
+    args = layer(7, 5, 4)
+    args[0].requires_grad_()
+    with torch.set_grad_enabled(enabled):
+        ops.spectral_dots([args[0]], [args[1]], [args[3]])
+        run([args])
+        assert torch.is_grad_enabled() is enabled
+        with pytest.raises(ValueError, match="memory that no other layer's result uses"):
+            run([args, args])
+        with pytest.raises(ops.ContractError):
+            ops.spectral_dots([args[0]], [args[1]], [])
+        assert torch.is_grad_enabled() is enabled
+
+
 def test_no_layers():
     ops.spectral_weights([], [], [], [], [], [], [])
     assert ops.spectral_dots([], [], []) == []

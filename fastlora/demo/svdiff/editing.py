@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 import fastlora
 from fastlora.demo.subject import distances
@@ -101,7 +100,6 @@ def _edits(
         "caption alone": _sampled(world, model, after, i),
         "inversion alone": edit(model, picture, target, empty, world.schedule, **options),
     }
-    kinds = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
     with torch.no_grad():
         own = model.encode([before])
     personalise(
@@ -111,7 +109,7 @@ def _edits(
         world.schedule,
         name=NAME,
         adapter=fastlora.Spectral(),
-        where=lambda path, module: path.startswith("unet.") and isinstance(module, kinds),
+        where=lambda path, module: path.startswith("unet."),
         prediction="v",
         steps=settings.edit_steps,
         batch=settings.edit_batch,

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import fastlora
 from fastlora.demo.subject import Scores, Task, distances, judged, prepare
@@ -22,8 +21,6 @@ from fastlora.training import prior_preservation, train
 from fastlora.training.losses import Batch
 
 NAME = "mirrored"
-MATRICES = (nn.Linear, nn.Conv2d, nn.Embedding)
-NORMS = (nn.GroupNorm, nn.LayerNorm)
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,6 @@ def _train(
         parameters = sum(p.numel() for p in model.parameters())
     else:
         shifts = method == "SVDiff"
-        kinds = (*MATRICES, *NORMS) if shifts else MATRICES
         if weight:
             common |= {"prior_images": prior, "prior_cond": prior_cond, "prior_weight": weight}
         personalise(
@@ -111,7 +107,6 @@ def _train(
             world.schedule,
             name=NAME,
             adapter=fastlora.Spectral() if shifts else fastlora.LoRA(rank=settings.rank),
-            where=lambda path, module: isinstance(module, kinds),
             prediction="v",
             batch=settings.batch,
             lr=rate,

@@ -15,11 +15,10 @@ from torch.nn import functional as F
 
 import fastlora
 from fastlora.demo.subject import shows
-from fastlora.demo.svdiff.methods import MATRICES, NORMS
 from fastlora.demo.svdiff.settings import ShiftSettings
 from fastlora.demo.world import World
 from fastlora.methods import Concept, capture_attention, cut_mix_unmix, unmix_loss
-from fastlora.methods.cut_mix_unmix import Draws
+from fastlora.methods.collages import Draws, collage_captions
 from fastlora.models import digits_data
 from fastlora.models.digits import DigitsModel
 from fastlora.samplers import noise, sample
@@ -80,11 +79,11 @@ def make_pair(world: World, settings: ShiftSettings) -> Paired:
         ways[name] = _way(world, settings, subjects, concepts, name, options)
     m = min(len(s.held_out) for s in subjects)
     held_out = torch.cat([s.held_out[:m] for s in subjects], 3)
-    draws = Draws(concepts, None, **TEXTS)  # type: ignore[arg-type]
-    captions = (draws.captions(0, 1)[0], draws.captions(1, 0)[0])
+    pairs = (concepts, concepts[::-1])
+    first, second = (collage_captions(a, b, TEXTS["template"])[0] for a, b in pairs)
     ceiling = placed(world, held_out, subjects).float().mean().item()
     examples = torch.cat([subjects[0].images, subjects[1].images], 3)
-    return Paired(captions, examples, ceiling, ways)
+    return Paired((first, second), examples, ceiling, ways)
 
 
 def _way(
@@ -110,7 +109,6 @@ def _way(
         batch=settings.pair_batch,
         name=NAME,
         adapter=fastlora.Spectral(),
-        where=lambda path, module: isinstance(module, (*MATRICES, *NORMS)),
         steps=settings.pair_steps,
         lr=settings.pair_rate,
         norm_lr=settings.norm_rate,

@@ -1,0 +1,235 @@
+"""What `convert` and `merge` share: which files they take and write, and how they say so."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastlora.commands import CommandError
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastlora.formats.changes import AdapterFile, Change, Target
+
+DTYPES = ("float32", "bfloat16", "float16")
+FORMATS = {
+    "fastlora": "fastlora's own",
+    "peft": "folder with adapter_model.safetensors, adapter_config.json",
+    "diffusers": "unet.<module>.lora_A.weight, ranks and alphas in the header",
+    "diffusers-lora": "unet.<module>.lora.down.weight, no alphas",
+    "diffusers-old": "unet.<attention>.processor.to_q_lora.down.weight",
+    "kohya": "lora_unet_<module>.lora_down.weight, as most programs read it",
+    "lycoris": "as kohya, with LoHa, LoKr and full updates beside LoRA",
+}
+
+
+def explain(parser: argparse.ArgumentParser, *examples: str) -> None:
+    """Formats and examples below the help, line by line."""
+    formats = [f"  {name:14}  {content}" for name, content in FORMATS.items()]
+    lines = ["formats:", *formats, "", "examples:", *(f"  {example}" for example in examples)]
+    parser.epilog = "\n".join(lines)
+    parser.description = textwrap.fill(parser.description or "", 78)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--dtype", choices=DTYPES, help="of the tensors that are written (default: as they are)")
+    add(
+        "--only",
+        metavar="PART",
+        help="take one part of the pipeline: unet, transformer, text_encoder, ...",
+    )
+    add(
+        "--component",
+        metavar="PART",
+        help="what the model is where a file does not say it (fastlora, peft): unet, ...",
+    )
+    add("--force", action="store_true", help="replace the output if it is there")
+    add("--json", action="store_true", help="print JSON")
+
+
+def whole(text: str) -> int:
+    """argparse's type of a rank."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text}")
+    return value
+
+
+def read(path: Path, options: argparse.Namespace) -> AdapterFile:
+    """The file with the parts that are asked for. Raises CommandError where it has not got them."""
+    from fastlora.formats import detect
+
+    file = detect.read(path)
+    changes = file.changes
+    if options.component:
+        changes = {
+            (t._replace(component=options.component) if not t.component else t): c
+            for t, c in changes.items()
+        }
+    if options.only:
+        parts = sorted({target.component for target in changes})
+        changes = {t: c for t, c in changes.items() if t.component == options.only}
+        if not changes:
+            raise CommandError(f"--only {options.only}: {path} has {', '.join(parts) or 'nothing'}")
+    return dataclasses.replace(file, changes=changes)
+
+
+def check_output(out: Path, format: str, force: bool, inputs: Iterable[Path]) -> None:
+    """Raises CommandError for an output that cannot or must not be written."""
+    is_file = out.suffix == ".safetensors"
+    if format == "peft" and is_file:
+        raise CommandError(f"{out}: peft is a folder: expected a name without .safetensors")
+    if format != "peft" and not is_file:
+        raise CommandError(f"{out}: expected a name that ends with .safetensors")
+    if format != "peft" and out.is_dir():
+        raise CommandError(f"{out}: expected a file or nothing, got a folder")
+    if not out.parent.is_dir():
+        raise CommandError(f"{out}: its folder does not exist")
+    if not os.path.lexists(out):
+        return
+    real = out.resolve()
+    for path in (path.resolve() for path in inputs):
+        if real in (path, path.parent) or path == real.parent and path.is_dir():
+            raise CommandError(f"{out}: expected another place than the input's, {path}")
+    if not force:
+        raise CommandError(f"{out} is there already; --force replaces it")
+
+
+def torch_dtype(name: str | None) -> torch.dtype | None:
+    import torch
+
+    return None if name is None else getattr(torch, name)
+
+
+def cast(changes: Mapping[Target, Change], name: str | None) -> dict[Target, Change]:
+    """All tensors in the dtype. Raises CommandError where values leave its range."""
+    dtype = torch_dtype(name)
+    if dtype is None:
+        return dict(changes)
+    return {target: _cast(target, change, dtype) for target, change in changes.items()}
+
+
+def _cast(target: Target, change: Change, dtype: torch.dtype) -> Change:
+    weight = change.weight
+    if weight is not None:
+        parts = {k: _fitting(target, t, dtype) for k, t in weight.tensors().items()}
+        weight = dataclasses.replace(weight, **parts)
+    own = {k: getattr(change, k) for k in ("bias", "magnitude")}
+    own = {k: t if t is None else _fitting(target, t, dtype) for k, t in own.items()}
+    return dataclasses.replace(change, weight=weight, **own)
+
+
+def _fitting(target: Target, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    import torch
+
+    values = tensor.to(dtype)
+    if not torch.isfinite(values).all():
+        raise CommandError(
+            f"--dtype: {target}: a value of {tensor.abs().max():.3g} is beyond {dtype}"
+        )
+    return values
+
+
+def carried(files: Sequence[AdapterFile]) -> dict[str, str]:
+    """What trainers say of the base, the data and the like, where all files say the same.
+
+    What says how the file itself is made is left out: ranks, alphas, hashes.
+    """
+    first, *others = (file.metadata for file in files)
+    return {
+        key: value
+        for key, value in first.items()
+        if key.startswith(("ss_", "modelspec."))
+        and not key.startswith(("ss_network_", "modelspec.hash"))
+        and all(other.get(key) == value for other in others)
+    }
+
+
+def finish(
+    changes: Mapping[Target, Change],
+    files: Sequence[AdapterFile],
+    report: dict[str, Any],
+    out: Path,
+    format: str,
+    options: argparse.Namespace,
+) -> int:
+    """Writes the changes, made of those of `files`, and says so, beside what `report` has.
+
+    1 where the files have keys that mean nothing.
+
+    Raises CommandError, FormatError, OSError, and leaves nothing behind then.
+    """
+    from fastlora.commands.terminal import say_json
+    from fastlora.formats import writing
+    from fastlora.formats.combining import without_alpha
+
+    parts = sorted({target.component for target in changes})
+    if format in ("peft", "fastlora") and len(parts) > 1:
+        raise CommandError(
+            f"{format} is for one model, and this is {', '.join(parts)}: write each by itself,"
+            f" --only {parts[0]} and so on"
+        )
+    if format in ("diffusers-lora", "diffusers-old"):
+        changes = {target: without_alpha(change) for target, change in changes.items()}
+    known = dtypes(change for file in files for change in file.changes.values())
+    notes = []
+    if not options.dtype and dtypes(changes.values()) - known:
+        names = " or ".join(sorted(known))
+        notes = [f"float32 where {names} would lose digits; --dtype {min(known)} rounds"]
+    packed = writing.pack(cast(changes, options.dtype), format)
+    packed = packed._replace(metadata={**carried(files), **packed.metadata})
+    large = [t for t in packed.tensors.values() if t.numel() > 1]  # no alphas
+    writing.write(out, packed)
+    report = {
+        **report,
+        "output": str(out),
+        "to": format,
+        "modules": len(changes),
+        "bytes": sum(t.numel() * t.itemsize for t in packed.tensors.values()),
+        "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in large}),
+        "notes": notes,
+    }
+    if options.json:
+        say_json(report)
+    else:
+        print("\n".join(_lines(report)))
+    return 1 if any(report["unused"].values()) else 0
+
+
+def dtypes(changes: Iterable[Change]) -> set[str]:
+    weights = [change.weight for change in changes if change.weight is not None]
+    return {str(t.dtype).removeprefix("torch.") for w in weights for t in w.tensors().values()}
+
+
+def _lines(report: Mapping[str, Any]) -> list[str]:
+    from fastlora.commands.terminal import clean, percent, plural, size
+
+    said = [
+        f"{report['output']}: {report['to']}, {plural(report['modules'], 'module')}, "
+        f"{', '.join(report['dtypes'])}, {size(report['bytes'])}"
+    ]
+    said += [f"  {line}" for line in report["notes"]]
+    if errors := report["error"]:
+        count = len(errors["modules"])
+        said.append(
+            f"  rank {errors['rank']}: {plural(count, 'module')} approximated, relative error "
+            f"(Frobenius) {percent(errors['total'])} in total, at most "
+            f"{percent(errors['largest'])} ({clean(errors['largest_module'])})"
+        )
+    for path, keys in report["unused"].items():
+        for key, reason in list(keys.items())[:5]:
+            said.append(f"  left out of {path}: {clean(key)}: {clean(reason)}")
+        if len(keys) > 5:
+            said.append(f"  and {len(keys) - 5:,} more keys of {path}: fastlora inspect")
+    return said

@@ -1,0 +1,262 @@
+"""`load` and `save` across formats: one model, several by component, a pipeline; strictly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import fastlora
+from fastlora.adapters import adapted_layers, loading
+from tests.adapters.oracles import randomise, same_bits
+
+ALL = ["fastlora", "peft", "diffusers", "kohya", "lycoris"]
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+
+
+class UNet(nn.Module):
+    """A path of Stable Diffusion 1.5's UNet, so that kohya's files have names for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block = nn.ModuleDict({"attn1": Attention()})
+        one = nn.ModuleDict({"transformer_blocks": nn.ModuleList([block])})
+        self.down_blocks = nn.ModuleList([nn.ModuleDict({"attentions": nn.ModuleList([one])})])
+
+    def forward(self, x: Tensor) -> Tensor:
+        attn = self.down_blocks[0]["attentions"][0]["transformer_blocks"][0]["attn1"]  # type: ignore
+        return attn.to_k(attn.to_q(x))
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn = nn.ModuleDict({"q_proj": nn.Linear(8, 8), "k_proj": nn.Linear(8, 8)})
+
+
+class TextEncoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        encoder = nn.ModuleDict({"layers": nn.ModuleList([Layer()])})
+        self.text_model = nn.ModuleDict({"encoder": encoder})
+
+
+class Pipeline:
+    """As diffusers': parts by name, not all of them modules."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.unet, self.text_encoder = UNet(), TextEncoder()
+        self.components = {
+            "unet": self.unet,
+            "text_encoder": self.text_encoder,
+            "scheduler": object(),
+            "safety_checker": None,
+        }
+
+
+TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+TO_K = TO_Q.replace("to_q", "to_k")
+Q_PROJ = "text_model.encoder.layers.0.self_attn.q_proj"
+
+
+def adapted(spec: Any = None) -> Pipeline:
+    pipe = Pipeline()
+    spec = spec or fastlora.LoRA(rank=4, alpha=3.0, ranks={TO_K: 2}, alphas={TO_K: 0.7})
+    fastlora.inject(pipe.unet, spec, name="style", seed=1)
+    fastlora.inject(pipe.text_encoder, fastlora.LoRA(rank=2, alpha=1.0), name="style", seed=2)
+    for part in (pipe.unet, pipe.text_encoder):
+        randomise(part, size=0.5)
+    return pipe
+
+
+def folded(module: nn.Module) -> dict[str, Tensor]:
+    """The weights that the adapters make, by path."""
+    fastlora.fold(module)
+    found = {path: layer.folded().clone() for path, layer in adapted_layers(module).items()}
+    fastlora.unfold(module)
+    return found
+
+
+@pytest.mark.parametrize("format", ALL)
+def test_what_is_saved_in_any_format_is_loaded(tmp_path: Path, format: str) -> None:
+    source = adapted()
+    name = "folder" if format == "peft" else "file.safetensors"
+    one_model = format in ("fastlora", "peft")
+    parts = ["unet"] if one_model else ["unet", "text_encoder"]
+    fastlora.save(source.unet if one_model else source, tmp_path / name, format=format)
+    other = Pipeline()
+    to: Any = other.unet if one_model else other
+    report = fastlora.load(to, tmp_path / name, name="again")
+    assert report.format in (format, "kohya") and not report.unused and not report.missing
+    for part in parts:
+        mine, theirs = folded(getattr(source, part)), folded(getattr(other, part))
+        assert mine.keys() == theirs.keys()
+        for path, weight in mine.items():
+            torch.testing.assert_close(theirs[path], weight, rtol=1e-6, atol=1e-6)
+    ratios = {a.module: a.ratio for a in report.applied if a.component in ("", "unet")}
+    assert ratios == {TO_Q: pytest.approx(0.75), TO_K: pytest.approx(0.35)}
+
+
+def test_a_dict_of_components_is_as_good_as_a_pipeline(tmp_path: Path) -> None:
+    source, other = adapted(), Pipeline()
+    parts = {"unet": source.unet, "text_encoder": source.text_encoder}
+    fastlora.save(parts, tmp_path / "a.safetensors", format="kohya")
+    fastlora.load(
+        {"text_encoder": other.text_encoder, "unet": other.unet}, tmp_path / "a.safetensors"
+    )
+    for part in parts:
+        for path, weight in folded(parts[part]).items():
+            torch.testing.assert_close(folded(getattr(other, part))[path], weight)
+
+
+def test_a_unet_s_file_for_a_transformer_is_found_by_the_other_name(tmp_path: Path) -> None:
+    source, other = adapted(), Pipeline()
+    fastlora.save({"unet": source.unet}, tmp_path / "a.safetensors", format="diffusers")
+    report = fastlora.load({"transformer": other.unet}, tmp_path / "a.safetensors")
+    assert {a.component for a in report.applied} == {"transformer"}
+
+
+def test_one_model_of_a_file_for_several_is_refused_and_the_way_on_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    fastlora.save(adapted(), path, format="kohya")
+    other = Pipeline()
+    with pytest.raises(fastlora.AdapterError) as error:
+        fastlora.load(other.unet, path)
+    said = str(error.value)
+    assert "the file is for text_encoder and unet: give all of them, or the pipeline" in said
+    assert "strict=False loads the 2 modules that do fit" in said
+    assert not fastlora.adapters(other.unet)
+    report = fastlora.load(other.unet, path, strict=False)
+    assert set(report.modules) == {TO_Q, TO_K} and len(report.missing) == 2
+    assert all(m.startswith("text_encoder.") for m in report.missing)
+    assert len(report.unused) == 6  # down, up, alpha of two modules
+
+
+def test_a_part_that_is_not_there_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    fastlora.save(adapted(), path, format="diffusers")
+    with pytest.raises(fastlora.AdapterError, match="it is for the text_encoder, and there are"):
+        fastlora.load({"unet": Pipeline().unet}, path)
+
+
+def test_the_second_model_s_failure_leaves_the_first_as_it_was(tmp_path: Path, monkeypatch) -> None:
+    source, other = adapted(), Pipeline()
+    fastlora.save(source, tmp_path / "a.safetensors", format="diffusers")
+    real, calls = loading.attach, []
+
+    def once(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        calls.append(model)
+        if len(calls) == 2:
+            raise fastlora.AdapterError("no room")
+        return real(model, *args, **kwargs)
+
+    monkeypatch.setattr(loading, "attach", once)
+    before = {k: v.clone() for k, v in other.unet.state_dict().items()}
+    with pytest.raises(fastlora.AdapterError, match="no room"):
+        fastlora.load(other, tmp_path / "a.safetensors")
+    assert not fastlora.adapters(other.unet) and not fastlora.adapters(other.text_encoder)
+    assert type(other.unet.get_submodule(TO_Q)) is nn.Linear
+    after = other.unet.state_dict()
+    assert after.keys() == before.keys() and all(same_bits(after[k], before[k]) for k in before)
+
+
+def test_a_shape_that_does_not_fit_names_module_expected_and_got(tmp_path: Path) -> None:
+    path, other = tmp_path / "a.safetensors", Pipeline()
+    fastlora.save(adapted(), path, format="diffusers")
+    tensors = load_file(path)
+    key = f"unet.{TO_K}.lora_B.weight"
+    tensors[key] = torch.zeros(9, 2)
+    save_file(tensors, path)
+    with pytest.raises(
+        fastlora.AdapterError, match=r"attn1.to_k: up: expected \[8, 2\], got \[9, 2\]"
+    ):
+        fastlora.load(other, path)
+    report = fastlora.load(other, path, strict=False)
+    assert set(report.unused) == {key, key.replace("lora_B", "lora_A")}
+
+
+def test_a_flat_name_that_two_modules_have_is_refused(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"a_b": nn.Linear(4, 4), "a": nn.ModuleDict({"b": nn.Linear(4, 4)})})
+    tensors = {
+        "lora_unet_a_b.lora_down.weight": torch.ones(1, 4),
+        "lora_unet_a_b.lora_up.weight": torch.ones(4, 1),
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(fastlora.AdapterError, match="several modules have this name: a.b, a_b"):
+        fastlora.load(model, tmp_path / "a.safetensors")
+
+
+def test_fused_projections_become_layers_that_train_apart(tmp_path: Path) -> None:
+    block = nn.ModuleDict(
+        {"attn": nn.ModuleDict({n: nn.Linear(6, 6) for n in ("to_q", "to_k", "to_v")})}
+    )
+    model = nn.ModuleDict({"transformer_blocks": nn.ModuleList([block])})
+    generator = torch.Generator().manual_seed(0)
+    down, up = (torch.randn(*s, generator=generator) for s in ((2, 6), (18, 2)))
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    save_file(
+        {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}, tmp_path / "a.safetensors"
+    )
+    fastlora.load(model, tmp_path / "a.safetensors", name="a")
+    layers = [
+        model.get_submodule(f"transformer_blocks.0.attn.{n}") for n in ("to_q", "to_k", "to_v")
+    ]
+    for i, layer in enumerate(layers):
+        x = torch.randn(3, 6, generator=generator)
+        rows = up[6 * i : 6 * i + 6].double() @ down.double()
+        expected = x.double() @ (layer.weight.double() + rows).T + layer.bias.double()
+        torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        for parameter in layers[0].fastlora["a"].parameters():
+            parameter.zero_()
+    for layer in layers[1:]:
+        assert all(p.abs().sum() > 0 for p in layer.fastlora["a"].parameters())
+
+
+def test_the_report_is_a_table(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    fastlora.save(adapted(), path, format="kohya")
+    tensors = load_file(path)
+    tensors["surprise"] = torch.ones(2)
+    save_file(tensors, path)
+    said = str(fastlora.load(Pipeline(), path, strict=False, name="s"))
+    lines = said.splitlines()
+    assert lines[0] == f"{path}: kohya, loaded as 's'"
+    assert lines[1].split() == ["part", "kind", "rank", "scale", "layers", "for", "example"]
+    example = Q_PROJ.replace("q_proj", "k_proj")  # the first in the file
+    assert lines[2].split() == ["text_encoder", "lora", "2", "0.5", "2", example]
+    assert (
+        "unet          lora  4     0.75   1" in said
+        and "unet          lora  2     0.35   1" in said
+    )
+    assert "keys not used: 1" in lines and lines[-1].startswith("  surprise: ")
+
+
+def test_save_refuses_what_it_cannot_write(tmp_path: Path) -> None:
+    source = adapted()
+    with pytest.raises(fastlora.AdapterError, match="format: expected one of fastlora, peft"):
+        fastlora.save(source.unet, tmp_path / "a.safetensors", format="pickle")
+    with pytest.raises(fastlora.FormatError, match="one model"):
+        fastlora.save(source, tmp_path / "a.safetensors")
+    with pytest.raises(fastlora.AdapterError, match="expected a module, a dict"):
+        fastlora.save(3, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_peft_s_config_says_ranks_and_alphas(tmp_path: Path) -> None:
+    fastlora.save(adapted().unet, tmp_path / "folder", format="peft")
+    config = json.loads((tmp_path / "folder" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and sorted(config["target_modules"]) == sorted(
+        [TO_Q, TO_K]
+    )
