@@ -170,9 +170,9 @@ def write(
     try:
         replace(target, tensors, metadata)
     except OSError as error:  # which names the temporary file, or none
-        if error.errno is None:
-            raise OSError(f"{path}: {error}") from None
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        if error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise OSError(f"{path}: {error}") from None
     except ValueError as error:
         raise FormatError(f"{path}: {error}") from None
 

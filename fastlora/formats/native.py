@@ -197,10 +197,12 @@ def _low_rank(own: Mapping[str, Tensor], fields: Mapping[str, Any]) -> LowRank:
     if not dora and "magnitude" in own:
         raise ValueError("magnitude: expected none for a LoRA without dora")
     down, up = own["down"], own["up"]
-    if down.dim() < 2 or up.dim() < 2 or down.shape[0] < 1:
+    if not _fit(down, up):
         raise ValueError(
             f"expected down [rank, in] and up [out, rank], got {[*down.shape]} and {[*up.shape]}"
         )
+    if dora and own["magnitude"].shape != up.shape[:1]:
+        raise ValueError(f"magnitude: expected [{len(up)}], got {[*own['magnitude'].shape]}")
     if rank not in (None, down.shape[0]):
         raise ValueError(f"down: expected rank {rank}, got {[*down.shape]}")
     alpha, stabilized = fields.get("alpha"), fields.get("rank_stabilized", False)
@@ -229,6 +231,15 @@ def holder(change: Change) -> str:
     """The format for what is no LoRA."""
     lora = isinstance(change.weight, LowRank) and change.weight.mid is None
     return "peft" if lora and change.bias is not None else "lycoris"
+
+
+def _fit(down: Tensor, up: Tensor) -> bool:
+    """Whether they make an update; a grouped convolution has up [out, rank / groups, 1, 1]."""
+    if down.dim() < 2 or up.dim() < 2 or 0 in (down.shape[0], up.shape[1]):
+        return False
+    groups, left = divmod(down.shape[0], up.shape[1])
+    fits = left == 0 and groups > 0 and len(up) % groups == 0 and set(up.shape[2:]) <= {1}
+    return fits and (groups == 1 or down.dim() > 2)
 
 
 def _written(target: Target, change: Change) -> tuple[str, dict[str, Tensor], dict[str, Any]]:

@@ -87,7 +87,10 @@ NOT_WRITTEN = {
     "nothing": ({}, "got no changes"),
     "two kinds": ({A: lora(), B: Change(Shift(torch.ones(2)))}, "LoRAs or spectral shifts, got"),
     "a flat name": ({Target("", "a_b", True): lora()}, "a_b: .*find it in the model"),
-    "full": ({A: Change(Dense(torch.ones(4, 3)))}, "unet.a: .*got full; approximate it"),
+    "full": (
+        {A: Change(Dense(torch.ones(4, 3)))},
+        "unet.a: .*got full; a lycoris file can hold it",
+    ),
     "a bias": ({A: lora(bias=torch.ones(4))}, "unet.a: .*LoRAs without bias"),
     "norms of inputs": ({A: lora(magnitude=torch.ones(3), axis="in")}, "unet.a: .*not of inputs"),
 }
@@ -108,6 +111,13 @@ def test_what_cannot_be_written(changes: dict[Target, Change], message: str) -> 
         ({"dora": True}, {}, "magnitude: expected a tensor, got nothing"),
         ({}, {"up": None}, "up: expected a tensor"),
         ({}, {"down": torch.ones(2)}, r"expected down \[rank, in\]"),
+        ({}, {"up": torch.ones(4, 3)}, r"expected down .* got \[2, 3\] and \[4, 3\]"),
+        (
+            {},
+            {"up": torch.ones(4, 1)},
+            r"expected down .* got \[2, 3\] and \[4, 1\]",
+        ),  # no convolution: no groups
+        ({"dora": True}, {"magnitude": torch.ones(3)}, r"magnitude: expected \[4\], got \[3\]"),
     ],
 )
 def test_what_is_wrong_is_said(
