@@ -222,15 +222,17 @@ class Change:
 
     def changed(self, weight: Tensor, strength: float = 1.0) -> Tensor:
         """W' of a weight, computed in its dtype: `V = W + strength ΔW`, with a magnitude
-        `V · magnitude / ‖V‖`."""
+        `V · magnitude / ‖V‖`. Raises FormatError where the shapes do not fit."""
         changed = weight + strength * self.delta(tuple(weight.shape), weight.dtype).to(
             weight.device
         )
         if self.magnitude is None or strength == 0:
             return changed
-        return changed * (
-            self.magnitude.to(changed).view(_along(changed, self.axis)) / norms(changed, self.axis)
-        )
+        along = _along(changed, self.axis)
+        length = changed.shape[along.index(-1)]
+        if self.magnitude.numel() != length:
+            raise FormatError(f"expected a magnitude of {length}, got {[*self.magnitude.shape]}")
+        return changed * (self.magnitude.to(changed).view(along) / norms(changed, self.axis))
 
 
 @dataclass(frozen=True)
