@@ -132,7 +132,7 @@ def _plan(models: Mapping[str, nn.Module], file: AdapterFile, source: str, any_b
         layer = modules[component][path]
         if file.format == "fastlora":  # files that do not say so have no other factors there
             change = beside_embedding(layer, change)
-        where = ".".join(filter(None, (component, path)))
+        where = ".".join(filter(None, (component, path))) or "the model"
         if id(layer) in taken:
             plan.refuse(
                 target, change, f"{where} and {taken[id(layer)]} are the same layer of the model"
