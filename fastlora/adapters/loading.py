@@ -18,10 +18,7 @@ from fastlora.adapters.specs import AdapterError
 from fastlora.formats import detect
 from fastlora.formats.changes import AdapterFile, Change, LowRank, Target
 from fastlora.formats.files import FormatError
-from fastlora.formats.names import Index
-
-# A pipeline has a UNet or a transformer, and files name the one when they mean the other.
-ALIASES = {"unet": "transformer", "transformer": "unet"}
+from fastlora.formats.names import Index, find
 
 
 # What is made under inference mode has to serve training later.
@@ -116,19 +113,19 @@ def _plan(models: Mapping[str, nn.Module], file: AdapterFile, source: str, any_b
 
     for target, change in file.changes.items():
         try:
-            places = list(_places(target, indices))
+            places = find(target, indices)
         except FormatError as error:  # of a flat name that several modules have
             plan.refuse(target, change, str(error))
             continue
         if len(places) != 1:
             if places:
-                found = " and ".join(places_of(places))
+                found = " and ".join(map(str, places))
                 plan.refuse(target, change, f"{target} may be {found}")
             else:
                 plan.missing.append(str(target))
                 plan.refuse(target, change, _absent(target, models))
             continue
-        ((component, path),) = places
+        ((component, path, _),) = places
         layer = modules[component][path]
         if file.format == "fastlora":  # files that do not say so have no other factors there
             change = beside_embedding(layer, change)
@@ -158,28 +155,8 @@ def beside_embedding(layer: nn.Module, change: Change) -> Change:
     return change
 
 
-def _places(target: Target, indices: Mapping[str, Index]) -> Iterable[tuple[str, str]]:
-    """Where a target may be: (component, path)."""
-    names = (target.component, ALIASES.get(target.component))
-    wanted = [c for c in names if c and c in indices][:1]
-    if not wanted:  # a model alone, or a file that names no component
-        wanted = list(indices) if "" in indices or not target.component else []
-    for component in wanted:
-        path = indices[component].find(target)
-        if path is None and not component and target.component:  # parts of one module
-            whole = f"{target.component}{'_' if target.flat else '.'}{target.path}"
-            path = indices[component].find(target._replace(path=whole))
-        if path is not None:
-            yield component, path
-
-
-def places_of(places: Iterable[tuple[str, str]]) -> list[str]:
-    return [".".join(filter(None, place)) for place in places]
-
-
 def _absent(target: Target, models: Mapping[str, nn.Module]) -> str:
-    known = {target.component, ALIASES.get(target.component)}
-    if "" in models or not target.component or known & set(models):
+    if "" in models or not target.component or target.component in models:
         return f"the model has no module {target.path!r}"
     return f"it is for the {target.component}, and there are {sorted(models)}"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastlora.commands import CommandError
-from fastlora.commands.merge import file_and_strength
+from fastlora.commands.outputs import file_and_strength
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -145,7 +145,7 @@ def resolve(
 ) -> tuple[dict[Target, list[Edit]], dict[str, dict[str, str]]]:
     """The changes of each of the checkpoint's modules; for each file, the keys without a module
     and why. Raises CommandError where two names of a file mean the same module."""
-    from fastlora.formats.checkpoints import find
+    from fastlora.formats.names import find
     from fastlora.formats.rewriting import Edit
 
     edits: dict[Target, list[Edit]] = {}

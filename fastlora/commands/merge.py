@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 
 from fastlora.commands.approximating import approximated, refuse_others
@@ -12,6 +11,7 @@ from fastlora.commands.outputs import (
     add_output_arguments,
     check_output,
     explain,
+    file_and_strength,
     finish,
     read,
     torch_dtype,
@@ -55,23 +55,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "fastlora merge style.safetensors=0.8 subject.safetensors=0.5 --out both.safetensors",
         "fastlora merge a.safetensors b.safetensors=-1 --rank 16 --out difference.safetensors",
     )
-
-
-def file_and_strength(text: str) -> tuple[Path, float]:
-    """argparse's type of "FILE=0.8" and of "FILE", even if the name has an = in it."""
-    path, mark, strength = text.rpartition("=")
-    if not mark or Path(text).exists():
-        return Path(text), 1.0
-    if not _is_number(strength) or float(strength) == 0:
-        raise argparse.ArgumentTypeError(f"expected FILE=STRENGTH with a number not 0, got {text}")
-    return Path(path), float(strength)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
 
 
 def run(options: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -53,6 +54,23 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--force", action="store_true", help="replace the output if it is there")
     add("--json", action="store_true", help="print JSON")
+
+
+def file_and_strength(text: str) -> tuple[Path, float]:
+    """argparse's type of "FILE=0.8" and of "FILE", even if the name has an = in it."""
+    path, mark, strength = text.rpartition("=")
+    if not mark or Path(text).exists():
+        return Path(text), 1.0
+    if not _is_number(strength) or float(strength) == 0:
+        raise argparse.ArgumentTypeError(f"expected FILE=STRENGTH with a number not 0, got {text}")
+    return Path(path), float(strength)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def whole(text: str) -> int:

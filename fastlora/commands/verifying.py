@@ -15,8 +15,7 @@ import fastlora
 from fastlora.adapters.adapted import Adapted
 from fastlora.commands import CommandError
 from fastlora.formats.changes import AdapterFile, Change, Shift
-from fastlora.formats.checkpoints import find
-from fastlora.formats.names import Index
+from fastlora.formats.names import Index, find
 from fastlora.formats.rewriting import Edit, folded, folded_bias
 from fastlora.verify import roundings, worst
 

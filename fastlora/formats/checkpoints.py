@@ -21,8 +21,6 @@ PIPELINE = "model_index.json"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 # How transformers and diffusers name weights in a folder; in between may be a variant.
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
-# A pipeline has a UNet or a transformer, and files name the one when they mean the other.
-ALIASES = {"unet": "transformer", "transformer": "unet"}
 
 
 class Weights:
@@ -139,17 +137,6 @@ class Checkpoint:
         content = read_json(self.path / PIPELINE)
         folders = [self.path / name for name in content if name in COMPONENTS]
         return {f.name: sets_of(f) for f in folders if f.is_dir() and any(_weight_files(f))}
-
-
-def find(target: Target, indices: Mapping[str, Index]) -> list[Target]:
-    """The modules that a target may mean; several where it names no component."""
-    wanted = [c for c in (target.component, ALIASES.get(target.component)) if c and c in indices][
-        :1
-    ]
-    if not wanted:  # a model alone, or a file that names no component
-        wanted = list(indices) if "" in indices or not target.component else []
-    places = [(component, indices[component].find(target)) for component in wanted]
-    return [Target(component, path) for component, path in places if path is not None]
 
 
 def sets_of(folder: Path) -> dict[str, list[Path]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from fastlora.formats import names_flux, names_ldm
@@ -12,7 +12,7 @@ from fastlora.formats.files import FormatError
 from fastlora.formats.names_flux import fused
 from fastlora.formats.names_grammar import dotted
 
-__all__ = ["Index", "Place", "dotted", "family", "flat_name", "fused", "places"]
+__all__ = ["Index", "Place", "dotted", "family", "find", "flat_name", "fused", "places"]
 
 _TEXT_ENCODERS = {
     "lora_te": "text_encoder",
@@ -53,6 +53,10 @@ _EVIDENCE = {
         r"|text_encoder_2\.encoder\.block\."
     ),
 }
+
+
+# A pipeline has a UNet or a transformer, and files name the one when they mean the other.
+_ALIASES = {"unet": "transformer", "transformer": "unet"}
 
 
 class Place(NamedTuple):
@@ -154,6 +158,27 @@ class Index:
             if found:
                 return found[0]
         return None
+
+
+def find(target: Target, indices: Mapping[str, Index]) -> list[Target]:
+    """The modules of models by component that a target may mean; several where it names none.
+
+    A model alone has the component ""; it may be the one that is meant, or have it as a part.
+    Raises what `Index.find` does.
+    """
+    names = (target.component, _ALIASES.get(target.component))
+    wanted = [name for name in names if name and name in indices][:1]
+    if not wanted and ("" in indices or not target.component):
+        wanted = list(indices)
+    found: list[Target] = []
+    for component in wanted:
+        path = indices[component].find(target)
+        if path is None and not component and target.component:
+            whole = f"{target.component}{'_' if target.flat else '.'}{target.path}"
+            path = indices[component].find(target._replace(path=whole))
+        if path is not None:
+            found.append(Target(component, path))
+    return found
 
 
 def _named(component: str, flat: str) -> Target:
