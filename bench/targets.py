@@ -6,6 +6,7 @@ Works on the benchmarks of pytest-benchmark's JSON reports; knows nothing of tor
 from collections.abc import Iterable
 from typing import Any
 
+from bench import targets_files
 from bench.rows import (
     WITHOUT_GPU,
     Items,
@@ -64,7 +65,8 @@ def rows(report: dict[str, Any]) -> list[Row]:
             microseconds, "that nothing waits for the device: tests/gpu")
     )  # fmt: skip
     found.append(cpu_forward(on_cpu, gpu))
-    return found + stepping(on_cpu, on_gpu, gpu)
+    found += stepping(on_cpu, on_gpu, gpu)
+    return found + targets_files.rows(on_cpu, gpu)
 
 
 def some(missing: int) -> str:
