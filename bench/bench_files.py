@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 
 from bench.memory import Run, in_turns, nothing
-from bench.timing import Turns, replay
+from bench.timing import DEVICE, Turns, replay
 from fastlora.cli import main
 from fastlora.formats import files
+
+pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="needs a run without a GPU")
 
 ROOM = 3 * 10**9  # bytes that have to be free for a file of 1 GB
 PIECE = 2**24  # bytes: a floor that reads into new memory would be the time of its page faults

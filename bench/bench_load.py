@@ -17,7 +17,9 @@ from torch import nn
 
 import fastlora
 from bench.memory import Run, in_turns, nothing
-from bench.timing import Turns, replay
+from bench.timing import DEVICE, Turns, replay
+
+pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="needs a run without a GPU")
 
 LAYERS = r".*\.(to_[qkv]|to_out\.0|net\.0\.proj|net\.2)"
 RANK, ROUNDS = 16, 3
