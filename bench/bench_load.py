@@ -1,15 +1,10 @@
 """Loading a rank-16 adapter for all attention and feed-forward layers of SDXL's UNet.
 
 The model (5 GB) and the file are in float16 and on the CPU, the file in the page cache. Beside it
-diffusers with PEFT, which is what `load_lora_weights` calls for a UNet. Peak memory is the process'
-largest resident set while loading over what it had before, which Linux alone can say.
+diffusers with PEFT, which is what `load_lora_weights` calls for a UNet.
 """
 
-import ctypes
-import gc
 import re
-import time
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +16,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fastlora
-from bench.timing import Turns, replay
+from bench.memory import Run, in_turns, nothing
+from bench.timing import DEVICE, Turns, replay
+
+pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="needs a run without a GPU")
 
 LAYERS = r".*\.(to_[qkv]|to_out\.0|net\.0\.proj|net\.2)"
 RANK, ROUNDS = 16, 3
@@ -38,7 +36,6 @@ SDXL = {
     "projection_class_embeddings_input_dim": 2816,
     "use_linear_projection": True,
 }
-Run = Callable[[], None]
 
 
 def unet() -> nn.Module:
@@ -62,15 +59,15 @@ def adapter(model: nn.Module, path: Path) -> int:
 
 @cache
 def turns() -> dict[str, Turns]:
-    """Each contender loads and takes the adapter out again, in turns; loading is timed."""
+    """Each contender loads, and takes the adapter out again, which is not timed."""
     model: Any = unet()
     with TemporaryDirectory() as folder:
         path = Path(folder) / "adapter.safetensors"
         size = adapter(model, path)
-        ways: dict[str, tuple[Run, Run]] = {
-            "floor": (lambda: [path.read_bytes()] and None, lambda: None),
+        jobs: dict[str, tuple[Run, Run]] = {
+            "floor": (path.read_bytes, nothing),
             "fastlora": (
-                lambda: fastlora.load(model, path, name="a") and None,
+                lambda: fastlora.load(model, path, name="a"),
                 lambda: fastlora.remove(model, "a"),
             ),
             "diffusers": (
@@ -78,40 +75,12 @@ def turns() -> dict[str, Turns]:
                 model.unload_lora,
             ),
         }
-        found = {name: Turns([], {"file_bytes": size, "peak_bytes": 0}) for name in ways}
-        for turn in range(ROUNDS + 1):
-            for name, (load, unload) in ways.items():
-                gc.collect()
-                before = reset_peak()
-                start = time.perf_counter()
-                load()
-                seconds = time.perf_counter() - start
-                if turn:  # the first is to warm up
-                    found[name].times.append(seconds)
-                    info = found[name].info
-                    info["peak_bytes"] = max(info["peak_bytes"], peak() - before)
-                    info["why"] = f"peak {info['peak_bytes'] / size:.2f} x the file"
-                unload()
-        return found
-
-
-def reset_peak() -> int:
-    """Begins a new measurement of the largest resident set; what is resident now, in bytes. Memory
-    that was given back is no longer resident: loading into it would look free of cost."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError):  # not Linux
-        pass
-    return peak()
-
-
-def peak() -> int:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(x.split()[1]) * 1024 for x in lines if x.startswith("VmHWM")), 0)
+        found = in_turns(jobs, ROUNDS)
+    for contender in found.values():
+        most = contender.info["peak_bytes"]
+        contender.info["file_bytes"] = size
+        contender.info["why"] = "" if most is None else f"peak {most / size:.2f} x the file"
+    return found
 
 
 @pytest.mark.benchmark(timer=replay)

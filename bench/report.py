@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from bench.rows import Items
 from bench.shapes import MODELS, NAMES, counts
-from bench.targets import CPU, CPU_FLOOR, FORWARD, Items, layers, mean, rows
+from bench.targets import CPU, CPU_FLOOR, FORWARD, layers, mean, rows
 
 WIDE_SPREAD = 0.10  # of a ratio's quartiles: something else was running
 FORMS = ("products", "tiled", "extended", "appended")
@@ -177,7 +178,7 @@ def others(items: Items, machine: dict[str, Any]) -> Table:
             t.lines.append([f"  {name}", *device, *clock, ratio, remark(item, machine)])
     if t.lines:
         clocks = "graphs, else eager, else fastest by the host's clock" if gpu else "fastest times"
-        t.notes = [f"Ratios: {clocks}."]
+        t.notes = [f"Ratios: of rounds in turns, else {clocks}."]
     return t
 
 

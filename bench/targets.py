@@ -3,13 +3,25 @@
 Works on the benchmarks of pytest-benchmark's JSON reports; knows nothing of torch.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
+from bench import targets_files
+from bench.rows import (
+    WITHOUT_GPU,
+    Items,
+    Row,
+    exact_times,
+    first,
+    microseconds,
+    named,
+    of_device,
+    percent,
+    row,
+    times,
+)
 from bench.shapes import MODELS, counts, geometric_mean
 
-Items = list[dict[str, Any]]
 # Over the plain layers, by rank: the target, and what the roofline of the best form allows.
 FORWARD = {16: (1.10, 1.048), 64: (1.20, 1.106), 128: (1.35, 1.159)}
 CPU, CPU_FLOOR = 1.07, 1.053
@@ -28,15 +40,6 @@ MATRIX_RATE = 0.60
 RECONSTRUCTIONS = [("addmm", "eager", 1.2), ("addmm", "captured", 0.9),
                    ("u @ diag(s) @ vh", "eager", 3.0)]  # fmt: skip
 SINGLE = 1.05
-
-
-@dataclass(frozen=True)
-class Row:
-    measure: str
-    target: str
-    measured: str
-    met: bool | None  # None: not measured, or not all of it
-    note: str = ""
 
 
 def rows(report: dict[str, Any]) -> list[Row]:
@@ -62,41 +65,8 @@ def rows(report: dict[str, Any]) -> list[Row]:
             microseconds, "that nothing waits for the device: tests/gpu")
     )  # fmt: skip
     found.append(cpu_forward(on_cpu, gpu))
-    return found + stepping(on_cpu, on_gpu, gpu)
-
-
-def row(
-    measure: str,
-    sign: str,
-    target: float,
-    value: float | None,
-    possible: bool,
-    show: Callable[[float], str],
-    note: str = "",
-    complete: bool = True,
-) -> Row:
-    """`possible`: this run could have measured it."""
-    wanted = f"{sign} {show(target)}"
-    if value is None:
-        return Row(measure, wanted, "not run" if possible else "needs a GPU", None)
-    met = value <= target if sign == "<=" else value >= target
-    return Row(measure, wanted, show(value), met if complete else None, note)
-
-
-def times(value: float) -> str:
-    return f"{value:.2f}x" if value < 10 else f"{value:.0f}x"
-
-
-def exact_times(value: float) -> str:
-    return f"{value:.3f}x"
-
-
-def microseconds(value: float) -> str:
-    return f"{value:.1f} µs" if value < 100 else f"{value:,.0f} µs"
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.0f} %"
+    found += stepping(on_cpu, on_gpu, gpu)
+    return found + targets_files.rows(on_cpu, gpu)
 
 
 def some(missing: int) -> str:
@@ -120,8 +90,6 @@ def cpu_forward(items: Items, gpu: bool) -> Row:
     value, missing = mean_over_floor(items, "fastlora", 16, "float32", MODELS[:1])
     fastest, _ = mean_over_floor(items, "fastlora", 16, "float32", MODELS[:1], "fastest")
     measure = "forward r=16, fp32, CPU, SD 1.5, over F.linear"
-    if value is None and gpu:
-        return Row(measure, f"<= {CPU:.3f}x", "needs a run without a GPU", None)
     torch, _ = mean_over_floor(items, "addmm", 16, "float32", MODELS[:1])
     notes = [
         "" if fastest is None else f"fastest rounds {exact_times(fastest)}",
@@ -129,7 +97,8 @@ def cpu_forward(items: Items, gpu: bool) -> Row:
         f"FLOP floor {CPU_FLOOR}",
         some(missing),
     ]
-    return row(measure, "<=", CPU, value, True, exact_times, joined(notes), not missing)
+    return row(measure, "<=", CPU, value, not gpu, exact_times, joined(notes), not missing,
+               WITHOUT_GPU)  # fmt: skip
 
 
 def against_peft(items: Items, gpu: bool) -> Row:
@@ -210,11 +179,9 @@ def cpu_spectral(items: Items, gpu: bool) -> Row:
             found.setdefault(i["group"], {})[i["params"]["contender"]] = ratio
     ratios = [r["fastlora"] / r["addmm"] for r in found.values() if {"fastlora", "addmm"} <= set(r)]
     measure = "spectral weight, fp32, CPU, over torch's addmm"
-    if not ratios and gpu:
-        return Row(measure, f"<= {times(SINGLE)}", "needs a run without a GPU", None)
     value = geometric_mean((1, r) for r in ratios) if ratios else None
     note = f"at most {times(max(ratios))}, of {len(ratios)} sizes" if ratios else ""
-    return row(measure, "<=", SINGLE, value, True, times, note)
+    return row(measure, "<=", SINGLE, value, not gpu, times, note, needs=WITHOUT_GPU)
 
 
 def stepping(on_cpu: Items, on_gpu: Items, gpu: bool) -> list[Row]:
@@ -234,42 +201,23 @@ def stepping(on_cpu: Items, on_gpu: Items, gpu: bool) -> list[Row]:
 
     found = [
         row(f"CFG + {solver} step, {shape}, CPU, against diffusers", ">=", target,
-            ratio(on_cpu, f"{shape} {group}", "diffusers"), not gpu, times)
+            ratio(on_cpu, f"{shape} {group}", "diffusers"), not gpu, times, needs=WITHOUT_GPU)
         for solver, group in SOLVERS.items()
         for shape, target in STEPS.items()
     ]  # fmt: skip
     copy = ratio(on_cpu, f"{LARGE} epsilon eta=0", "floor")
     found.append(
         row(f"CFG + DDIM step, {LARGE}, CPU, over a copy of its bytes", "<=", COPIED,
-            None if copy is None else 1 / copy, not gpu, times)
+            None if copy is None else 1 / copy, not gpu, times, needs=WITHOUT_GPU)
     )  # fmt: skip
     share = ratio(on_gpu, f"{HUGE} epsilon eta=0", "floor", "captured")
     found.append(
         row(f"CFG + DDIM step, {HUGE}, of copy bandwidth", ">=", BANDWIDTH, share, gpu, percent)
     )
-    if not gpu:
-        return found
-    why = "needs a run without a GPU"
-    return [Row(r.measure, r.target, why, None) if "CPU" in r.measure and r.met is None else r
-            for r in found]  # fmt: skip
+    return found
 
 
-# --- picking and averaging ------------------------------------------------------------------------
-
-
-def first(values: Iterable[float | None]) -> float | None:
-    return next((v for v in values if v is not None), None)
-
-
-def of_device(items: Items, device: str) -> Items:
-    return [i for i in items if i["extra_info"].get("device") == device]
-
-
-def named(items: Items, group: str, contender: str) -> Items:
-    return [
-        i for i in items
-        if i["group"].startswith(group) and i["params"]["contender"] == contender
-    ]  # fmt: skip
+# --- averaging layers -----------------------------------------------------------------------------
 
 
 def layers(items: Items, contender: str, rank: int, dtype: str) -> dict[tuple[int, ...], Any]:

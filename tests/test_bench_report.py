@@ -33,7 +33,7 @@ def whole(models: tuple[str, ...], contender: str, ratio: float, **extra: Any) -
 
 def by_measure(items: list[Any], **machine: Any) -> dict[str, targets.Row]:
     found = targets.rows({"benchmarks": items, "machine_info": machine})
-    assert len(found) == 23
+    assert len(found) == 27
     return {row.measure: row for row in found}
 
 
@@ -97,7 +97,7 @@ def test_rows_of_a_gpu():
     shown = {
         m.split(",")[0]: (r.measured, r.met)
         for m, r in found.items()
-        if "fold" not in m and "step" not in m and "spectral" not in m
+        if not any(job in m for job in ("fold", "step", "spectral", "load", "extract", "inspect"))
     }
     assert shown == {
         "forward r=16": ("needs a run without a GPU", None),  # the CPU's; the GPU's below
@@ -236,3 +236,37 @@ def test_sampler_steps():
     assert found["CFG + DDIM step, 1x4x64x64, CPU, against diffusers"].measured == (
         "needs a run without a GPU"
     )
+
+
+def test_files():
+    load = "load SDXL rank 16, attention and feed-forward"
+    extract = "extract rank 32, 8 layers of SD 1.5 float16"
+    items = [
+        item(load, "floor", 0.1, file_bytes=1000, peak_bytes=1001),
+        item(load, "fastlora", 0.3, file_bytes=1000, peak_bytes=1006),
+        item(load, "diffusers", 1.8, file_bytes=1000, peak_bytes=4000),
+        item(extract, "floor", 5.0, over_floor=1.0),
+        item(extract, "fastlora", 7.0, over_floor=1.19),  # rounds' ratios, not of the medians
+        item("inspect 1 GB, FLUX-like rank 64 bfloat16", "floor", 0.4),
+        item("inspect 1 GB, FLUX-like rank 64 bfloat16", "fastlora", 1.01),
+    ]
+    measures = {
+        "load SDXL r=16, CPU, against diffusers": (">= 5.00x", "6.00x", True),
+        "load SDXL r=16, CPU, peak memory over the model, in file sizes": (
+            "<= 1.00", "1.01", False
+        ),
+        "extract rank 32, CPU, over the SVDs alone": ("<= 1.20x", "1.19x", True),
+        "inspect of a 1 GB file, CPU": ("<= 1.00 s", "1.01 s", False),
+    }  # fmt: skip
+    found = by_measure(items)
+    for measure, expected in measures.items():
+        assert (found[measure].target, found[measure].measured, found[measure].met) == expected
+    items[1]["extra_info"]["peak_bytes"] = None  # not on Linux
+    row = by_measure(items)["load SDXL r=16, CPU, peak memory over the model, in file sizes"]
+    assert (row.measured, row.met) == ("not run", None)
+    nothing, on_gpu = by_measure([]), by_measure([], gpu="H200")
+    assert {nothing[m].measured for m in measures} == {"not run"}
+    assert {on_gpu[m].measured for m in measures} == {"needs a run without a GPU"}
+    slow = by_measure([item(load, "fastlora", 0.3), item(load, "diffusers", 1.4)])
+    assert slow["load SDXL r=16, CPU, against diffusers"].met is False
+    assert slow["load SDXL r=16, CPU, peak memory over the model, in file sizes"].met is None
