@@ -247,12 +247,13 @@ def _product(
     """W' in `out` or in new memory, in as few calls of torch as possible: a product of 320 x 320
     leaves nothing of them in the processor's caches, and each one costs some percent of it."""
     s, shift = _as_coefficient(s, a), _as_coefficient(shift, a)
+    out = weight.new_empty(weight.shape) if out is None else out  # not for autocast to change
     blocks = 1 if weight.dtype == torch.bfloat16 else -(-s.shape[0] // COMPONENTS)
     if blocks == 1:
         scaled = torch.empty_like(u, memory_format=torch.contiguous_format)
         if kernels.spectral_scale(scaled, u, s, shift, a):
             return torch.addmm(weight, scaled, vh, out=out)
-    out = (weight.new_empty(weight.shape) if out is None else out).copy_(weight)
+    out.copy_(weight)
     if blocks > 1:
         _add_blocks(out, u, s, vh, shift, a, -(-s.shape[0] // blocks))
     return out
@@ -283,7 +284,8 @@ def dots_of(d: Tensor, u: Tensor, vh: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return spectral_dots([d], [u], [vh])[0]
     wide = gate_dtype(d.dtype)
-    return ((d.to(wide) @ vh.to(wide).t()) * u).sum(0)
+    with torch.autocast(d.device.type, enabled=False):
+        return ((d.to(wide) @ vh.to(wide).t()) * u).sum(0)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

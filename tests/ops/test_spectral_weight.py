@@ -217,3 +217,13 @@ def test_broken_contract_is_an_error_that_names_it(case):
     with pytest.raises(ops.ContractError) as caught:
         op(*args)
     assert str(caught.value).startswith("spectral_weight: ") and message in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [20, 320])  # a loop of ours, the library's product
+def test_autocast_changes_nothing(size):
+    args = arguments(size, size, torch.float32)
+    weight, u, _, vh, *_ = args
+    expected, dots = op(*args), ops.spectral_dots([weight], [u], [vh])[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(op(*args), expected)
+        assert torch.equal(ops.spectral_dots([weight], [u], [vh])[0], dots)
