@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="?",
         choices=("svdiff",),
         help="svdiff: spectral shifts alone, against LoRA and full fine-tuning, of two subjects,"
-        " and for editing; writes svdiff.html; about five minutes on two cores",
+        " and for editing; writes svdiff.html; about three minutes on two idle cores",
     )
     demo.add_argument(
         "--out", type=Path, default=Path("out"), help="folder to write (default: out)"

@@ -112,7 +112,9 @@ def _at_once(grad: Tensor, u: Tensor, vh: Tensor) -> Tensor:
     """As few calls of torch as possible: a product of 320 x 320 leaves nothing of them in the
     processor's caches, and each one costs some percent of it."""
     sums = torch.zeros(u.shape[1], dtype=gate_dtype(grad.dtype))
-    product = torch.mm(grad, vh.t(), out=u.new_empty(u.shape))  # `out` is not for autocast to change
+    product = torch.mm(
+        grad, vh.t(), out=u.new_empty(u.shape)
+    )  # `out` is not for autocast to change
     kernels.dots_of_product(sums, product, u)
     return sums
 

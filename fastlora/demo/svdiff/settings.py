@@ -9,7 +9,7 @@ from fastlora.demo.settings import Settings
 
 @dataclass(frozen=True)
 class ShiftSettings:
-    """The defaults take about five minutes on two cores. Rates were chosen on this model, each
+    """The defaults take about three minutes on two idle cores. Rates were chosen on this model, each
     method's for itself: the paper's 1e-3 is for a model 450 times as large and 500 steps."""
 
     seeds: int = 3  # each with five other pictures, other class pictures and other noise
@@ -26,7 +26,7 @@ class ShiftSettings:
     # two subjects on one canvas, twice as wide as the model's own pictures
     pair: tuple[int, int] = (3, 7)
     pair_prior: int = 8  # class pictures of each
-    pair_steps: int = 60
+    pair_steps: int = 150
     pair_batch: int = 4
     pair_rate: float = 4e-2
     pair_judged: int = 8  # samples of each of two captions
