@@ -9,8 +9,8 @@ from fastlora.demo.settings import Settings
 
 @dataclass(frozen=True)
 class ShiftSettings:
-    """The defaults take about three minutes on two idle cores. Rates were chosen on this model, each
-    method's for itself: the paper's 1e-3 is for a model 450 times as large and 500 steps."""
+    """The defaults take about three minutes on two idle cores. Rates were chosen on this model,
+    each method's for itself: the paper's 1e-3 is for a model 450 times as large and 500 steps."""
 
     seeds: int = 3  # each with five other pictures, other class pictures and other noise
     prior: tuple[int, int] = (10, 1)  # pictures of the subject's class; of each other digit
