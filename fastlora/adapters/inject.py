@@ -304,6 +304,8 @@ def unsuitable(module: nn.Module, spec: LoRA | Spectral | Delta) -> str | None:
         needs = "DoRA needs" if spec.dora else ""
     if needs and (base not in PLAIN or module._parameters.get("weight") is None):
         return f"{needs} the plain weight of a Linear, Conv2d, ConvTranspose2d or Embedding"
+    if needs and getattr(module, "sparse", False):
+        return f"{needs} dense gradients, and the embedding's are sparse"
     rows = needs and not isinstance(spec, Spectral)
     if rows and getattr(module, "max_norm", None) is not None:
         return f"{needs} rows that do not change, and max_norm changes them at every look-up"

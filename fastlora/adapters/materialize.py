@@ -41,6 +41,8 @@ def materialize(
     if when not in ("forward", "step"):
         raise AdapterError(f"materialize: expected 'forward' or 'step', got {when!r}")
     before = [(arena, arena.materialize) for arena in arenas(model)]
+    if not before:
+        raise AdapterError("materialize: the model has no adapters; inject them first")
     watch = register_optimizer_step_post_hook(_raise_versions) if when == "step" else None
     try:
         for arena, _ in before:

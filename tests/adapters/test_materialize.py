@@ -384,6 +384,12 @@ def test_another_word_is_an_error() -> None:
             pass
 
 
+def test_without_adapters_it_is_an_error() -> None:
+    with pytest.raises(fastlora.AdapterError, match="the model has no adapters; inject them first"):
+        with fastlora.materialize(nn.Linear(2, 2), "step"):
+            pass
+
+
 @SETTINGS
 def test_train_passes_it_on(when: Any) -> None:
     """And the shifts that come out are the same in either."""

@@ -288,3 +288,10 @@ def test_parameter_count_is_the_sum_of_the_smaller_sides() -> None:
     )
     assert fastlora.inject(model, fastlora.Spectral()).parameters == 9 + 30 + 36 + 6 + 8
     assert len(fastlora.parameters(model)) == 5
+
+
+def test_a_sparse_embedding_is_refused() -> None:
+    model = nn.Sequential(nn.Embedding(20, 6, sparse=True))
+    with pytest.raises(fastlora.AdapterError, match="dense gradients"):
+        fastlora.inject(model, fastlora.Spectral(), where=["0"], name="s")
+    fastlora.inject(model, fastlora.LoRA(rank=2), name="l")
