@@ -44,13 +44,16 @@ def planned(models: Mapping[str, nn.Module], file: AdapterFile, any_base: bool) 
     modules = {c: dict(m.named_modules(remove_duplicate=False)) for c, m in models.items()}
     taken: dict[int, str] = {}
     seen: set[int] = set()
-    for target, place in list(located(plan, models, modules, file.changes)):
+    places = dict(located(plan, models, modules, file.changes))
+    for target, place in unambiguous(plan, places, file.changes):
         change = file.changes[target]
         layer, where = modules[place.component][place.path], str(place) or "the model"
         if file.format == "fastlora":  # files that do not say so have no other factors there
             change = beside_embedding(layer, change)
         if id(layer) in taken:
             same = f"{where} and {taken[id(layer)]} are the same layer of the model"
+            if where == taken[id(layer)]:
+                same = f"{where}: the file has several names for it"
             plan.refuse(target, change, same)
             continue
         try:
@@ -85,6 +88,29 @@ def located(
         else:
             plan.missing.append(str(target))
             plan.refuse(target, change, absent(target, models))
+
+
+def unambiguous(
+    plan: Plan, places: Mapping[Target, Target], changes: Mapping[Target, Change]
+) -> Iterator[tuple[Target, Target]]:
+    """The targets whose component is plain. Several text encoders have modules of one name: where a
+    file for them meets one model, nobody knows which is meant, also of the modules that only one of
+    them has, and all are refused."""
+    components: dict[Target, set[str]] = {}
+    for target, place in places.items():
+        components.setdefault(place, set()).add(target.component)
+    rivals = sorted(set().union(*(found for found in components.values() if len(found) > 1)))
+    names = [name or "the model itself" for name in rivals]
+    given = ", ".join(f"{name!r}: ..." for name in rivals if name)
+    reason = (
+        f"the file is for {' and '.join(names)}, whose modules have the same names, and one model "
+        f"does not say which it is: give models by component, {{{given}}}"
+    )
+    for target, place in places.items():
+        if target.component in rivals:
+            plan.refuse(target, changes[target], reason)
+        else:
+            yield target, place
 
 
 def apart(change: Change, seen: set[int]) -> Change:

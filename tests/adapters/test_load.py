@@ -143,6 +143,29 @@ def test_one_model_of_a_file_for_several_is_refused_and_the_way_on_is_named(tmp_
     assert len(report.unused) == 6  # down, up, alpha of two modules
 
 
+def test_one_text_encoder_takes_nothing_of_a_file_for_several(tmp_path: Path) -> None:
+    """Also not the layers that only one of them has: half of an adapter is none."""
+    path, name = tmp_path / "a.safetensors", "text_model_encoder_layers_0_self_attn"
+    tensors = {}
+    for i, module in enumerate(("te1_{}_q_proj", "te2_{}_q_proj", "te2_{}_k_proj")):
+        for part, shape in (("down", (1, 8)), ("up", (8, 1))):
+            key = f"lora_{module.format(name)}.lora_{part}.weight"
+            tensors[key] = torch.full(shape, float(i + 1))
+    save_file(tensors, path)
+    model = TextEncoder()
+    said = "give models by component, {'text_encoder': ..., 'text_encoder_2': ...}"
+    for strict in (True, False):
+        with pytest.raises(fastlora.AdapterError, match="for text_encoder and text_encoder_2") as e:
+            fastlora.load(model, path, strict=strict)
+        assert said in str(e.value) and "same layer" not in str(e.value)
+    assert not fastlora.adapters(model)
+    fastlora.load({"text_encoder_2": model}, path, strict=False)
+    taken = {p: layer.fastlora["default"].up for p, layer in adapted_layers(model).items()}
+    assert {p: up[0, 0].item() for p, up in taken.items()} == {
+        Q_PROJ: 2.0, Q_PROJ.replace("q_proj", "k_proj"): 3.0
+    }  # fmt: skip
+
+
 def test_a_part_that_is_not_there_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     fastlora.save(adapted(), path, format="diffusers")
