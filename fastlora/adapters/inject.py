@@ -1,7 +1,7 @@
 """`inject` and `remove`: adapters go in and out of a model whose layers stay the same objects."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ from fastlora.adapters.slots import (
     Slots,
     SpectralSlot,
     kaiming_uniform,
+    one_strength,
 )
 from fastlora.adapters.specs import AdapterError, AdapterInfo, LoRA, Spectral
 from fastlora.adapters.surgery import (
@@ -132,6 +133,9 @@ def attach(
     check_strengths(folded_by(found), new)
     if scale is not None:
         require_finite(name, scale, max(abs(slot.ratio) for slot in slots.values()))
+    kept = (arena.scales.get(name) for arena in found)
+    if any(isinstance(s, Tensor) for s in (scale, *kept)):
+        check_per_sample(name, slots)
     for path, slot in slots.items():
         check_room(path, modules[path], slot)
     undecomposed = {
@@ -167,6 +171,13 @@ def attach(
     set_fused_encoders(model)
     cache.warn()
     return adapters(model)[name]
+
+
+def check_per_sample(name: str, slots: Mapping[str, Slot]) -> None:
+    """Raises AdapterError for the first slot whose strength cannot differ per sample."""
+    for path, slot in slots.items():
+        if slot.whole:
+            raise AdapterError(one_strength(path, name, slot))
 
 
 def check_room(path: str, module: nn.Module, slot: Slot) -> None:

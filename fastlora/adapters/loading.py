@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastlora.adapters.arena import checked
 from fastlora.adapters.components import Models, components_of
-from fastlora.adapters.inject import attach, check_name, remove
+from fastlora.adapters.inject import attach, check_name, check_per_sample, remove
 from fastlora.adapters.load_report import LoadReport, listed
 from fastlora.adapters.planning import Plan, planned
 from fastlora.adapters.specs import AdapterError
@@ -62,6 +62,9 @@ def load(
             f"{source}: nothing in it fits the model"
             + "".join(f"\n{line}" for line in listed("keys not used", plan.unused))
         )
+    if isinstance(scale, Tensor):  # before the first of several parts is changed
+        for slots in plan.slots.values():
+            check_per_sample(name, slots)
     infos, done = {}, []
     try:
         for component, slots in plan.slots.items():

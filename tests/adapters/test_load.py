@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora.adapters import adapted_layers, loading
-from tests.adapters.oracles import randomise, same_bits
+from tests.adapters.oracles import assert_unchanged, randomise, same_bits, snapshot
 
 ALL = ["fastlora", "peft", "diffusers", "kohya", "lycoris"]
 
@@ -192,6 +192,19 @@ def test_the_second_model_s_failure_leaves_the_first_as_it_was(tmp_path: Path, m
     assert type(other.unet.get_submodule(TO_Q)) is nn.Linear
     after = other.unet.state_dict()
     assert after.keys() == before.keys() and all(same_bits(after[k], before[k]) for k in before)
+
+
+def test_strengths_per_sample_that_a_part_cannot_have_are_refused_first(tmp_path: Path) -> None:
+    source, other = Pipeline(), Pipeline()
+    fastlora.inject(source.unet, fastlora.LoRA(rank=2))
+    fastlora.inject(source.text_encoder, fastlora.LoRA(rank=2, dora=True))
+    fastlora.save(source, tmp_path / "a.safetensors", format="diffusers")
+    before = [snapshot(other.unet), snapshot(other.text_encoder)]
+    with pytest.raises(fastlora.AdapterError, match=r"_proj: 'default' \(dora\) has DoRA's norm"):
+        fastlora.load(other, tmp_path / "a.safetensors", scale=torch.ones(3))
+    assert_unchanged(other.unet, before[0])
+    assert_unchanged(other.text_encoder, before[1])
+    fastlora.load(other.unet, tmp_path / "a.safetensors", scale=torch.ones(3), strict=False)
 
 
 def test_a_shape_that_does_not_fit_names_module_expected_and_got(tmp_path: Path) -> None:
