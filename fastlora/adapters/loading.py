@@ -90,9 +90,10 @@ def _refusal(
     lines = [f"{source}: {len(plan.unused)} keys of this {file.format} file do not fit"]
     lines += listed("modules", dict.fromkeys(plan.problems, ""))
     lines += listed("keys that mean nothing here", file.unused)
-    parts = sorted({target.component for target in file.changes} - {""})
-    if len(parts) > 1 and "" in given:
-        lines.append(f"the file is for {' and '.join(parts)}: give all of them, or the pipeline")
+    if len(plan.parts) > 1 and "" in given:
+        lines.append(
+            f"the file is for {' and '.join(plan.parts)}: give all of them, or the pipeline"
+        )
     if plan.applied:
         lines.append(f"strict=False loads the {len(plan.applied)} modules that do fit")
     return kind("\n".join(lines))

@@ -20,10 +20,11 @@ Modules = Mapping[str, Mapping[str, nn.Module]]  # of every component by path
 class Plan:
     """Slots for layers, and what of the file has none."""
 
-    def __init__(self, unused: Mapping[str, str]) -> None:
+    def __init__(self, file: AdapterFile) -> None:
+        self.parts = sorted({target.component for target in file.changes} - {""})  # of the file
         self.slots: dict[str, dict[str, Slot]] = {}  # by component and path
         self.applied: list[Applied] = []
-        self.unused = dict(unused)
+        self.unused = dict(file.unused)
         self.problems: list[str] = []  # one for each module that does not fit
         self.bad_file = False  # one of them says that the file contradicts itself
         self.missing: list[str] = []
@@ -39,14 +40,18 @@ class Plan:
 
 
 def planned(models: Mapping[str, nn.Module], file: AdapterFile, any_base: bool) -> Plan:
-    """The slots that a file's changes become in models by component. Nothing is changed."""
-    plan = Plan(file.unused)
+    """The slots that a file's changes become in models by component. The models stay as they are.
+
+    The changes are taken out of the file one by one: where a slot has its values in another dtype
+    or on another device, the file's are freed before the next one is made.
+    """
+    plan = Plan(file)
     modules = {c: dict(m.named_modules(remove_duplicate=False)) for c, m in models.items()}
     taken: dict[int, str] = {}
     seen: set[int] = set()
     places = dict(located(plan, models, modules, file.changes))
     for target, place in unambiguous(plan, places, file.changes):
-        change = file.changes[target]
+        change = file.changes.pop(target)
         layer, where = modules[place.component][place.path], str(place) or "the model"
         if file.format == "fastlora":  # files that do not say so have no other factors there
             change = beside_embedding(layer, change)

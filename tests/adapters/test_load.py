@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fastlora
-from fastlora.adapters import adapted_layers, loading
+from fastlora.adapters import adapted_layers, loading, planning
+from fastlora.adapters.deltas import tensors_of
+from fastlora.adapters.fitting import slot_from
+from fastlora.formats import detect
 from tests.adapters.oracles import assert_unchanged, randomise, same_bits, snapshot
 
 ALL = ["fastlora", "peft", "diffusers", "kohya", "lycoris"]
@@ -141,6 +145,32 @@ def test_one_model_of_a_file_for_several_is_refused_and_the_way_on_is_named(tmp_
     assert set(report.modules) == {TO_Q, TO_K} and len(report.missing) == 2
     assert all(m.startswith("text_encoder.") for m in report.missing)
     assert len(report.unused) == 6  # down, up, alpha of two modules
+
+
+@pytest.mark.parametrize("format", ["fastlora", "peft", "diffusers", "lycoris"])
+def test_the_file_s_tensors_are_freed_one_by_one(
+    tmp_path: Path, monkeypatch: Any, format: str
+) -> None:
+    """Where the model has its own copies: 16 bits become float32 beside float32 weights."""
+    source, other = (nn.Sequential(*[nn.Linear(8, 8) for _ in range(6)]) for _ in range(2))
+    fastlora.inject(source.half(), fastlora.LoRA(rank=2), dtype=torch.float16)
+    fastlora.save(source, tmp_path / "a", format=format)
+    read, refs, alive = detect.read, [], []
+
+    def reading(path: Any) -> Any:
+        file = read(path)
+        refs.extend(weakref.ref(t) for c in file.changes.values() for t in tensors_of(c).values())
+        return file
+
+    def fitting(*args: Any) -> Any:
+        alive.append(sum(ref() is not None for ref in refs))
+        return slot_from(*args)
+
+    monkeypatch.setattr(detect, "read", reading)
+    monkeypatch.setattr(planning, "slot_from", fitting)
+    fastlora.load(other, tmp_path / "a")
+    assert alive == [12, 10, 8, 6, 4, 2] and not any(ref() is not None for ref in refs)
+    assert {p.dtype for p in fastlora.parameters(other)} == {torch.float32}
 
 
 def test_one_text_encoder_takes_nothing_of_a_file_for_several(tmp_path: Path) -> None:
