@@ -50,6 +50,7 @@ from fastlora.adapters.surgery import (
     set_fused_encoders,
     thaw,
 )
+from fastlora.adapters.tensors import too_large
 
 Where = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 PLAIN = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Embedding)
@@ -181,7 +182,8 @@ def check_per_sample(name: str, slots: Mapping[str, Slot]) -> None:
 
 
 def check_room(path: str, module: nn.Module, slot: Slot) -> None:
-    """Raises AdapterError where the layer has a reserve and the slot does not fit into it."""
+    """Raises AdapterError where the layer has a reserve and the slot does not fit into it, for its
+    rank or the range of its values."""
     if isinstance(module, Adapted) and module.fastlora.takes(slot):
         holder = module.fastlora
         if slot.width > holder.room():
@@ -189,6 +191,13 @@ def check_room(path: str, module: nn.Module, slot: Slot) -> None:
                 f"{path}: its reserve of rank {holder.capacity} has room for {holder.room()} more "
                 f"and the adapter has rank {slot.width}; reserve more, or remove an adapter"
             )
+        for key in slot.owned:
+            largest = too_large(getattr(slot, key), holder.reserved_down.dtype)
+            if largest is not None:
+                raise AdapterError(
+                    f"{path}: {key}: its reserve is {holder.reserved_down.dtype}, which cannot "
+                    f"hold {largest:.6g}; reserve with dtype=torch.float32"
+                )
 
 
 def remove(model: nn.Module, name: str) -> None:
