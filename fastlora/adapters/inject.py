@@ -302,6 +302,10 @@ def unsuitable(module: nn.Module, spec: LoRA | Spectral | Delta) -> str | None:
     if issubclass(base, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "MultiheadAttention reads this layer's weight and never calls it"
     if adapted_class(base) is None:
+        if is_peft(module):
+            return (
+                f"it is PEFT's ({base.__module__}); merge_and_unload() or unload() its model first"
+            )
         return "this kind of layer is not supported"
     if any(is_lazy(p) for p in module.parameters(recurse=False)):
         return "its weight has no shape yet; run the model once first"
@@ -328,6 +332,10 @@ def unsuitable(module: nn.Module, spec: LoRA | Spectral | Delta) -> str | None:
     if rows and getattr(module, "max_norm", None) is not None:
         return f"{needs} rows that do not change, and max_norm changes them at every look-up"
     return None
+
+
+def is_peft(module: nn.Module) -> bool:
+    return type(module).__module__.partition(".")[0] == "peft"
 
 
 # --- building -------------------------------------------------------------------------------------

@@ -295,6 +295,18 @@ def test_a_shape_that_does_not_fit_names_module_expected_and_got(tmp_path: Path)
     assert set(report.unused) == {key, key.replace("lora_B", "lora_A")}
 
 
+def test_a_model_of_peft_s_is_told_how_to_get_at_the_layers(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    fastlora.save(adapted().unet, tmp_path / "a")
+    model = peft.get_peft_model(Pipeline().unet, peft.LoraConfig(target_modules=["to_q", "to_k"]))
+    with pytest.raises(fastlora.AdapterError, match=r"the PeftModel has no module .*unload\(\)"):
+        fastlora.load(model, tmp_path / "a")
+    said = r"to_q: a Linear cannot take it: it is PEFT's \(peft.tuners.lora.layer\)"
+    with pytest.raises(fastlora.AdapterError, match=said):
+        fastlora.load(model.get_base_model(), tmp_path / "a")
+    fastlora.load(model.unload(), tmp_path / "a")
+
+
 def test_a_flat_name_that_two_modules_have_is_refused(tmp_path: Path) -> None:
     model = nn.ModuleDict({"a_b": nn.Linear(4, 4), "a": nn.ModuleDict({"b": nn.Linear(4, 4)})})
     tensors = {
