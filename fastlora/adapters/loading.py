@@ -44,7 +44,8 @@ def load(
     `any_base` puts the shifts there all the same, i-th shift on i-th singular value, where shapes
     allow it. Shifts of a truncated decomposition need one of the same ranks (`decompose`).
 
-    Raises FormatError for a bad file (a pickle, truncated, foreign, NaN, a setting that is none),
+    Raises FileNotFoundError for a path that is none of this machine (nothing is downloaded),
+    FormatError for a bad file (a pickle, truncated, foreign, NaN, a setting that is none),
     AdapterError for one that does not fit the model, and for a `scale` that `set_scale` would
     refuse.
     """
@@ -53,6 +54,11 @@ def load(
         check_name(module, name)
     scale = checked(name, scale)
     source = str(path)
+    if not os.path.exists(path):
+        raise FileNotFoundError(
+            f"{source}: no such file or folder; load reads local ones: download an adapter of the "
+            "Hub first (huggingface_hub.snapshot_download)"
+        )
     file = detect.read(path)
     plan = planned(models, file, any_base)
     if strict and plan.unused:

@@ -196,6 +196,11 @@ def test_one_text_encoder_takes_nothing_of_a_file_for_several(tmp_path: Path) ->
     }  # fmt: skip
 
 
+def test_a_name_of_the_hub_is_no_path() -> None:
+    with pytest.raises(FileNotFoundError, match=r"^org/repo: no such file or folder; .*local ones"):
+        fastlora.load(Pipeline(), "org/repo")
+
+
 def test_a_part_that_is_not_there_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     fastlora.save(adapted(), path, format="diffusers")
