@@ -66,7 +66,7 @@ def load(
     if not plan.applied:
         raise AdapterError(
             f"{source}: nothing in it fits the model"
-            + "".join(f"\n{line}" for line in listed("keys not used", plan.unused))
+            + "".join(f"\n{line}" for line in _problems(file, plan))
         )
     if isinstance(scale, Tensor):  # before the first of several parts is changed
         for slots in plan.slots.values():
@@ -91,11 +91,10 @@ def _refusal(
 ) -> AdapterError | FormatError:
     """Why a strict load is refused: the problem, or a list of them and the ways on."""
     kind = FormatError if plan.bad_file else AdapterError
-    if len(plan.problems) == 1 and not file.unused:
-        return kind(f"{source}: {plan.problems[0]}")
+    if sum(map(len, plan.problems.values())) == 1 and not file.unused:
+        return kind(f"{source}: {next(iter(plan.unused.values()))}")
     lines = [f"{source}: {len(plan.unused)} keys of this {file.format} file do not fit"]
-    lines += listed("modules", dict.fromkeys(plan.problems, ""))
-    lines += listed("keys that mean nothing here", file.unused)
+    lines += _problems(file, plan)
     if len(plan.parts) > 1 and "" in given:
         lines.append(
             f"the file is for {' and '.join(plan.parts)}: give all of them, or the pipeline"
@@ -103,3 +102,14 @@ def _refusal(
     if plan.applied:
         lines.append(f"strict=False loads the {len(plan.applied)} modules that do fit")
     return kind("\n".join(lines))
+
+
+def _problems(file: AdapterFile, plan: Plan) -> list[str]:
+    """Lines about the modules that do not fit, those with one reason together, and the keys."""
+    reasons = []
+    for reason, modules in plan.problems.items():
+        named = [module for module in modules if module]
+        more = f" and {len(named) - 3} more" if len(named) > 3 else ""
+        reasons.append(f"{', '.join(named[:3])}{more}: {reason}" if named else reason)
+    lines = listed("modules that do not fit, by reason", dict.fromkeys(reasons, ""))
+    return lines + listed("keys that mean nothing here", file.unused)

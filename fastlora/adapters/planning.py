@@ -27,13 +27,15 @@ class Plan:
         self.slots: dict[str, dict[str, Slot]] = {}  # by component and path
         self.applied: list[Applied] = []
         self.unused = dict(file.unused)
-        self.problems: list[str] = []  # one for each module that does not fit
+        self.problems: dict[str, list[str]] = {}  # reasons, and the modules that do not fit for one
         self.bad_file = False  # one of them says that the file contradicts itself
         self.missing: list[str] = []
 
-    def refuse(self, target: Target, change: Change, reason: str) -> None:
-        self.problems.append(reason)
-        self.unused |= dict.fromkeys(change.keys or (str(target),), reason)
+    def refuse(self, target: Target, change: Change, reason: str, where: str = "") -> None:
+        """`where`: the module, if the reason does not name it."""
+        self.problems.setdefault(reason, []).append(where)
+        said = f"{where}: {reason}" if where else reason
+        self.unused |= dict.fromkeys(change.keys or (str(target),), said)
 
     def place(self, place: Target, change: Change, slot: Slot) -> None:
         self.slots.setdefault(place.component, {})[place.path] = slot
@@ -67,7 +69,7 @@ def planned(models: Mapping[str, nn.Module], file: AdapterFile, any_base: bool) 
             slot = slot_from(layer, apart(change, seen), any_base)
         except (AdapterError, FormatError) as error:
             plan.bad_file |= isinstance(error, FormatError)
-            plan.refuse(target, change, f"{where}: {error}")
+            plan.refuse(target, change, str(error), where)
             continue
         taken[id(layer)] = where
         plan.place(place, change, slot)

@@ -312,6 +312,22 @@ def test_a_model_of_peft_s_is_told_how_to_get_at_the_layers(tmp_path: Path) -> N
     fastlora.load(model.unload(), tmp_path / "a")
 
 
+def test_one_reason_of_many_layers_is_given_once(tmp_path: Path) -> None:
+    source, meta = nn.Sequential(*[nn.Linear(4, 4) for _ in range(6)]), torch.device("meta")
+    fastlora.inject(source, fastlora.LoRA(rank=2))
+    fastlora.save(source, tmp_path / "a")
+    nowhere = nn.Sequential(*[nn.Linear(4, 4, device=meta) for _ in range(5)], nn.Linear(4, 4))
+    reason = "0, 1, 2 and 2 more: the model is on the meta device"
+    for model, strict in ((nowhere, True), (nowhere[:5], False)):
+        with pytest.raises(fastlora.AdapterError) as error:
+            fastlora.load(model, tmp_path / "a", strict=strict)
+        said = str(error.value)
+        assert said.count("meta device") == 1 and reason in said
+    report = fastlora.load(nowhere, tmp_path / "a", strict=False)
+    assert report.modules == ("5",)
+    assert [report.unused[f"{i}.down"][:2] for i in range(5)] == [f"{i}:" for i in range(5)]
+
+
 def test_a_flat_name_that_two_modules_have_is_refused(tmp_path: Path) -> None:
     model = nn.ModuleDict({"a_b": nn.Linear(4, 4), "a": nn.ModuleDict({"b": nn.Linear(4, 4)})})
     tensors = {
