@@ -21,7 +21,7 @@ from fastlora.adapters.changed_weight import (
     weight_under,
 )
 from fastlora.adapters.folded_weight import fold_layers
-from fastlora.adapters.slots import LoRASlot, in_place
+from fastlora.adapters.slots import LoRASlot, in_place, one_strength
 from fastlora.adapters.specs import AdapterError
 from fastlora.adapters.state import LayerState, in_graph, is_capturing
 from fastlora.adapters.tensors import memory, same_start, same_values
@@ -224,10 +224,7 @@ class Adapted(nn.Module):
         per sample."""
         gate = self.gate(name)
         if gate.dim() == 2:
-            raise AdapterError(
-                f"{self._state.path}: {name!r} ({self.fastlora[name].kind}) changes the weight "
-                "itself, so its strength cannot differ per sample; use a number for its scale"
-            )
+            raise AdapterError(one_strength(self._state.path, name, self.fastlora[name]))
         return gate.reshape(())
 
     def gates(self, offset: int, width: int, per_sample: bool) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlora.adapters.slots import one_strength
 from fastlora.adapters.specs import AdapterError, fits_float32
 
 Scale = float | Tensor
@@ -46,6 +47,7 @@ class Arena:
         self._block = 1  # so many neighbours of each have its value: the gcd of all widths
         self._ratios = torch.empty(0)  # α/r per block
         self._largest: dict[str, float] = {}  # the largest |α/r| of each adapter
+        self._whole: dict[str, str] = {}  # adapters with one strength for all samples, and why
         # Per block, which of `scales` is its; their number where it is nobody's.
         self._owners = torch.empty(0, dtype=torch.long)
         self._index: dict[torch.device, tuple[Tensor, Tensor]] = {}  # owners and ratios there
@@ -72,7 +74,7 @@ class Arena:
         """Gives every layer its entries. Adapters without a layer are forgotten."""
         layers = sorted(self.layers(), key=lambda layer: not layer.fastlora.capacity)
         self._layers = {id(layer): weakref.ref(layer) for layer in layers}
-        self._largest = {}
+        self._largest, self._whole = {}, {}
         spans: list[tuple[int, int, str, float]] = []  # (first entry, width, name, ratio)
         edges: list[int] = []  # a part of the gates begins and ends with a block
         before, total = self._total, 0
@@ -90,6 +92,8 @@ class Arena:
                 edges += [at, slot.width]
                 state.offsets[name] = at
                 self._largest[name] = max(self._largest.get(name, 0.0), abs(slot.ratio))
+                if slot.whole and name not in self._whole:
+                    self._whole[name] = one_strength(state.path, name, slot)
         names = list(dict.fromkeys(name for _, _, name, _ in spans))
         for name in names:
             self.scales.setdefault(name, 1.0)
@@ -135,9 +139,12 @@ class Arena:
         if len(sizes) > 1:
             raise AdapterError(f"per-sample scales: expected one batch size, got {sorted(sizes)}")
 
-    def check_finite(self, scales: Mapping[str, Scale]) -> None:
-        """Raises AdapterError unless the gates of these scales are finite numbers."""
+    def check_each(self, scales: Mapping[str, Scale]) -> None:
+        """Raises AdapterError unless the gates of these scales are finite numbers, and for a scale
+        per sample of an adapter that cannot have one."""
         for name, scale in scales.items():
+            if isinstance(scale, Tensor) and name in self._whole:
+                raise AdapterError(self._whole[name])
             require_finite(name, scale, self._largest.get(name, 1.0))
 
     def set(self, scales: Mapping[str, Scale], enabled: Mapping[str, bool]) -> None:

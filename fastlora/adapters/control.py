@@ -73,7 +73,8 @@ def set_scale(model: nn.Module, scales: Scales) -> None:
     layer alone, bit for bit. A folded model is folded again.
 
     Raises AdapterError, and changes nothing, for unknown names, for a strength per sample where the
-    model is folded, and for strengths that are not finite, by themselves or times α/r. Values of
+    model is folded or the adapter is more than low-rank products somewhere (DoRA, spectral shifts,
+    LoHa, a bias, ...), and for strengths that are not finite, by themselves or times α/r. Values of
     tensors on an accelerator are not looked at, which would wait for the device.
     """
     if not isinstance(scales, Mapping):
@@ -188,7 +189,7 @@ def apply(model: nn.Module, scales: Mapping[str, Any], enabled: Mapping[str, boo
         for arena in walk.arenas
     ]
     for arena, new, _ in changes:
-        arena.check_finite(new)
+        arena.check_each(new)
     write(changes)
 
 

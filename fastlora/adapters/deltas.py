@@ -57,6 +57,16 @@ class DeltaSlot(Slot):
         return self.change.kind
 
     @property
+    def whole(self) -> str:  # type: ignore[override]
+        if "bias" in self._parameters:
+            return (
+                "changes the bias itself"
+                if self.spec.parts is None
+                else ("has a bias beside its update and changes weight and bias themselves")
+            )
+        return "changes the weight itself"
+
+    @property
     def rank(self) -> int | None:  # type: ignore[override]
         return getattr(self.change.weight, "rank", None)
 

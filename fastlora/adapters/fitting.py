@@ -14,6 +14,7 @@ from fastlora.adapters.factorising import full_rank
 from fastlora.adapters.inject import NORMS, parameter_dtype, shift_count, unsuitable
 from fastlora.adapters.slots import LoRASlot, Slot, SpectralSlot, shapes_lora
 from fastlora.adapters.specs import AdapterError, LoRA, Spectral, fits_float32
+from fastlora.adapters.tensors import too_large
 from fastlora.formats.changes import Change, Dense, LowRank, Shift
 from fastlora.formats.files import FormatError
 
@@ -66,6 +67,8 @@ def lora_slot(layer: nn.Module, spec: LoRA, tensors: Mapping[str, Tensor]) -> Lo
     if isinstance(layer, nn.Conv2d) and spec.rank % layer.groups:
         raise AdapterError(f"rank {spec.rank} is not divisible by {layer.groups} groups")
     weight: Any = layer.weight
+    for key, tensor in tensors.items():
+        require_range(key, tensor, fitting_dtype(weight, tensor.dtype))
     at = {key: placed(weight, tensor) for key, tensor in tensors.items()}
     for key, expected in shapes_lora(layer, weight, spec).items():
         require_shape(key, at.get(key), expected)
@@ -88,6 +91,7 @@ def spectral_slot(
     require_floating(tensors)
     require_shifts(layer, spec, tensors.get("shift"))
     weight: Any = layer.weight
+    require_range("shift", tensors["shift"], fitting_dtype(weight, tensors["shift"].dtype))
     got = base_hash(weight)
     if not any_base and not same_base(known, got):
         raise AdapterError(
@@ -109,6 +113,14 @@ def delta_slot(layer: nn.Module, change: Change) -> DeltaSlot:
             raise AdapterError(f"alpha / rank: expected a finite number (float32), got {ratio!r}")
     require_bias(layer, change.bias)
     require_magnitude(layer, change)
+    for key, tensor in tensors_of(change).items():
+        require_range(key, tensor, fitting_dtype(weight, tensor.dtype))
+    # What is added as it is becomes the layer's dtype with the sum.
+    if isinstance(change.weight, Dense):
+        require_range("diff", change.weight.diff, weight.dtype)
+    if change.bias is not None:
+        own = layer._parameters.get("bias")
+        require_range("bias", change.bias, (weight if own is None else own).dtype)
     return DeltaSlot(mapped(change, lambda tensor: placed(weight, tensor)))
 
 
@@ -188,6 +200,16 @@ def require_floating(tensors: Mapping[str, Tensor]) -> None:
     for key, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise FormatError(f"{key}: expected floating values, got {tensor.dtype}")
+
+
+def require_range(key: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Raises AdapterError where a value would be infinite in `dtype`."""
+    largest = too_large(tensor, dtype)
+    if largest is not None:
+        raise AdapterError(
+            f"{key}: expected values of at most {torch.finfo(dtype).max:.6g}, which {dtype} can "
+            f"hold, got {largest:.6g}"
+        )
 
 
 def placed(weight: Tensor, tensor: Tensor) -> Tensor:

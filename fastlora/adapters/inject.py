@@ -1,7 +1,7 @@
 """`inject` and `remove`: adapters go in and out of a model whose layers stay the same objects."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ from fastlora.adapters.slots import (
     Slots,
     SpectralSlot,
     kaiming_uniform,
+    one_strength,
 )
 from fastlora.adapters.specs import AdapterError, AdapterInfo, LoRA, Spectral
 from fastlora.adapters.surgery import (
@@ -49,6 +50,7 @@ from fastlora.adapters.surgery import (
     set_fused_encoders,
     thaw,
 )
+from fastlora.adapters.tensors import too_large
 
 Where = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 PLAIN = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Embedding)
@@ -132,6 +134,9 @@ def attach(
     check_strengths(folded_by(found), new)
     if scale is not None:
         require_finite(name, scale, max(abs(slot.ratio) for slot in slots.values()))
+    kept = (arena.scales.get(name) for arena in found)
+    if any(isinstance(s, Tensor) for s in (scale, *kept)):
+        check_per_sample(name, slots)
     for path, slot in slots.items():
         check_room(path, modules[path], slot)
     undecomposed = {
@@ -169,8 +174,16 @@ def attach(
     return adapters(model)[name]
 
 
+def check_per_sample(name: str, slots: Mapping[str, Slot]) -> None:
+    """Raises AdapterError for the first slot whose strength cannot differ per sample."""
+    for path, slot in slots.items():
+        if slot.whole:
+            raise AdapterError(one_strength(path, name, slot))
+
+
 def check_room(path: str, module: nn.Module, slot: Slot) -> None:
-    """Raises AdapterError where the layer has a reserve and the slot does not fit into it."""
+    """Raises AdapterError where the layer has a reserve and the slot does not fit into it, for its
+    rank or the range of its values."""
     if isinstance(module, Adapted) and module.fastlora.takes(slot):
         holder = module.fastlora
         if slot.width > holder.room():
@@ -178,6 +191,13 @@ def check_room(path: str, module: nn.Module, slot: Slot) -> None:
                 f"{path}: its reserve of rank {holder.capacity} has room for {holder.room()} more "
                 f"and the adapter has rank {slot.width}; reserve more, or remove an adapter"
             )
+        for key in slot.owned:
+            largest = too_large(getattr(slot, key), holder.reserved_down.dtype)
+            if largest is not None:
+                raise AdapterError(
+                    f"{path}: {key}: its reserve is {holder.reserved_down.dtype}, which cannot "
+                    f"hold {largest:.6g}; reserve with dtype=torch.float32"
+                )
 
 
 def remove(model: nn.Module, name: str) -> None:
@@ -282,6 +302,10 @@ def unsuitable(module: nn.Module, spec: LoRA | Spectral | Delta) -> str | None:
     if issubclass(base, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "MultiheadAttention reads this layer's weight and never calls it"
     if adapted_class(base) is None:
+        if is_peft(module):
+            return (
+                f"it is PEFT's ({base.__module__}); merge_and_unload() or unload() its model first"
+            )
         return "this kind of layer is not supported"
     if any(is_lazy(p) for p in module.parameters(recurse=False)):
         return "its weight has no shape yet; run the model once first"
@@ -310,6 +334,10 @@ def unsuitable(module: nn.Module, spec: LoRA | Spectral | Delta) -> str | None:
     if rows and getattr(module, "max_norm", None) is not None:
         return f"{needs} rows that do not change, and max_norm changes them at every look-up"
     return None
+
+
+def is_peft(module: nn.Module) -> bool:
+    return type(module).__module__.partition(".")[0] == "peft"
 
 
 # --- building -------------------------------------------------------------------------------------

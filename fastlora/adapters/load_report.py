@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from fastlora.adapters.specs import AdapterInfo
+from fastlora.adapters.specs import AdapterError, AdapterInfo
 
 
 class Applied(NamedTuple):
@@ -35,7 +35,13 @@ class LoadReport:
 
     @property
     def adapter(self) -> AdapterInfo:
-        """What `fastlora.adapters` says of the one model that was loaded into."""
+        """What `fastlora.adapters` says of the one model that was loaded into. Raises AdapterError
+        where there are several: `adapters` has them by component."""
+        if len(self.adapters) != 1:
+            raise AdapterError(
+                f"adapter: expected one model, got {', '.join(self.adapters)}: see "
+                f"report.adapters[{next(iter(self.adapters), '')!r}]"
+            )
         (info,) = self.adapters.values()
         return info
 

@@ -1,5 +1,6 @@
 """Finding the adapted layers of a model, the arenas of their strengths, and adapters by name."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +50,12 @@ class Walk:
 
 
 def walked(model: nn.Module) -> Walk:
-    """The latest walk over a model if nothing has changed since, else a new one."""
+    """The latest walk over a model if nothing has changed since, else a new one.
+
+    Raises AdapterError for what is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise no_module(model)
     known = vars(model).get(WALK)
     # (A shallow copy of a model has its walk, and may have other children.)
     if known is not None and known.dicts[0] is model._modules and known.holds():
@@ -91,7 +97,10 @@ def layers_of(model: nn.Module) -> list[Adapted]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of torch.compile's and DistributedDataParallel's modules: paths are its."""
+    """The model inside of torch.compile's and DistributedDataParallel's modules: paths are its.
+    Raises AdapterError for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise no_module(model)
     while True:
         if type(model).__name__ == "OptimizedModule" and "_orig_mod" in model._modules:
             model = model._modules["_orig_mod"]  # type: ignore[assignment]
@@ -99,6 +108,24 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             return model
+
+
+def parts_of(model: Any) -> dict[str, nn.Module]:
+    """The modules of a pipeline or a dict by component; none for anything else."""
+    parts = model if isinstance(model, Mapping) else getattr(model, "components", None)
+    if not isinstance(parts, Mapping):
+        return {}
+    return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+
+
+def no_module(model: Any) -> AdapterError:
+    said = f"expected a module, got {type(model).__name__}"
+    whole = "{}[{!r}]" if isinstance(model, Mapping) else "{}.{}"
+    name = "models" if isinstance(model, Mapping) else "pipe"
+    parts = [whole.format(name, part) for part in parts_of(model)]
+    if parts:
+        said += f": call it for each of its parts, {', '.join(parts)}"
+    return AdapterError(said)
 
 
 def arenas(model: nn.Module) -> list[Arena]:

@@ -1,7 +1,7 @@
 """The parameters that adapters add to a layer, kept in the layer's child module `fastlora`.
 
 A slot's protocol: `owned` (names of its parameters), `kind`, `width` (its entries in the arena),
-`ratio` (its gate at scale 1) and `rank`.
+`ratio` (its gate at scale 1), `rank`, and `whole`: why it has one strength for all samples, or "".
 """
 
 import math
@@ -23,6 +23,7 @@ class Slot(nn.Module):
     width: int
     ratio: float
     rank: int | None
+    whole: str = ""
 
     def _load_from_state_dict(
         self,
@@ -73,6 +74,10 @@ class LoRASlot(Slot):
         return "dora" if self.spec.dora else "lora"
 
     @property
+    def whole(self) -> str:  # type: ignore[override]
+        return "has DoRA's norm, which depends on the strength" if self.spec.dora else ""
+
+    @property
     def width(self) -> int:  # type: ignore[override]
         return self.down.shape[0]
 
@@ -96,6 +101,7 @@ class SpectralSlot(Slot):
     width = 1
     ratio = 1.0
     rank = None
+    whole = "changes the weight itself"
 
     def __init__(self, spec: Spectral, shift: Tensor) -> None:
         super().__init__()
@@ -104,6 +110,16 @@ class SpectralSlot(Slot):
 
     def extra_repr(self) -> str:
         return f"shifts={self.shift.numel()}, norms={self.spec.norms}"
+
+
+def one_strength(path: str, name: str, slot: Slot) -> str:
+    """Why the strength of an adapter cannot differ per sample, for errors; "" where it can."""
+    if not slot.whole:
+        return ""
+    return (
+        f"{path or 'the layer'}: {name!r} ({slot.kind}) {slot.whole}, so its strength cannot "
+        "differ per sample; use a number for its scale"
+    )
 
 
 # Of each adapter: the parameters of its slot by name, D, its address, U, its address.

@@ -24,6 +24,14 @@ def same_values(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
+def too_large(t: Tensor, dtype: torch.dtype) -> float | None:
+    """The largest magnitude of a tensor where `dtype` would make it infinite."""
+    if not t.numel() or torch.finfo(t.dtype).max <= torch.finfo(dtype).max:
+        return None
+    largest = torch.stack(torch.aminmax(t.detach())).abs().max()
+    return None if largest.to(dtype).isfinite() else largest.item()
+
+
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """Without autocast: what is computed about weights is not for one forward pass alone."""
     if torch._C._is_any_autocast_enabled():

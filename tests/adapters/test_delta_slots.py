@@ -193,8 +193,11 @@ def test_folding_for_good_does_not_write_a_shared_bias() -> None:
 
 def test_strengths_per_sample_are_refused() -> None:
     model, _, _, x = model_of(*ALL)
-    fastlora.set_scale(model, {"d": torch.ones(5)})
-    message = r"0: 'd' \(loha\) changes the weight itself, so its strength cannot differ per sample"
+    y, message = model(x), r"0: 'd' \(loha\) changes the weight itself, so its strength cannot"
+    with pytest.raises(AdapterError, match=message):
+        fastlora.set_scale(model, {"d": torch.ones(5)})
+    assert same_bits(model(x), y) and fastlora.adapters(model)["d"].scale == 1.0
+    model[0]._state.arena.set({"d": torch.ones(5)}, {})
     with pytest.raises(AdapterError, match=message):
         model(x)
     with pytest.raises(AdapterError, match="differs per sample"):

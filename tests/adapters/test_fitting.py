@@ -227,6 +227,46 @@ def test_what_does_not_fit_is_refused(layer: nn.Module, change: Change, message:
         slot_from(layer, change)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_values_that_the_layer_s_dtype_cannot_hold_are_refused(dtype: torch.dtype) -> None:
+    """A difference is added in the layer's dtype; of factors only the product is."""
+    half = nn.Linear(12, 8, dtype=torch.float16)
+    large, most = torch.full((8, 12), -66000.0, dtype=dtype), 65504.0
+    for change in (Change(Dense(large)), Change(None, bias=large[:, 0].clone())):
+        with pytest.raises(AdapterError, match="at most 65504, which torch.float16 can hold, got"):
+            slot_from(half, change)
+        assert slot_from(nn.Linear(12, 8), change).kind == change.kind
+    if dtype != torch.bfloat16:  # which would round it up
+        slot = slot_from(half, Change(Dense(torch.full((8, 12), most, dtype=dtype))))
+        assert slot.diff.to(torch.float16).isfinite().all()
+    factors = LowRank(torch.full((1, 12), 1e6, dtype=dtype), torch.full((8, 1), 1e-6, dtype=dtype))
+    slot = slot_from(half, Change(factors))
+    attach(half, {"": slot}, "a")
+    assert half(torch.ones(2, 12, dtype=torch.float16)).isfinite().all()
+
+
+def test_values_beyond_float32_are_refused() -> None:
+    large = torch.full((8, 12), 1e39, dtype=F64)
+    for layer, change, key in (
+        (LINEAR, Change(Dense(large)), "diff"),
+        (LINEAR, Change(LowRank(large[:1], large[:, :1])), "down"),
+        (nn.LayerNorm(8), Change(Shift(large[:, 0].clone(), "elementwise", None)), "shift"),
+    ):
+        with pytest.raises(AdapterError, match=rf"{key}: expected values of at most 3.40282e\+38"):
+            slot_from(layer, change, any_base=True)
+
+
+def test_a_reserve_that_cannot_hold_the_values_refuses_them() -> None:
+    layer = nn.ModuleDict({"a": nn.Linear(12, 8, dtype=torch.float16)})
+    fastlora.reserve(layer, 4)
+    slot = slot_from(layer["a"], Change(LowRank(torch.full((1, 12), 1e6), torch.ones(8, 1))))
+    with pytest.raises(AdapterError, match="a: down: its reserve is torch.float16, which cannot"):
+        attach(layer, {"a": slot}, "x")
+    fastlora.reserve(layer, 4, dtype=torch.float32)
+    attach(layer, {"a": slot}, "x")
+    assert layer["a"].fastlora["x"].down.isfinite().all()
+
+
 def test_integers_are_no_values() -> None:
     with pytest.raises(FormatError, match=r"diff: expected floating values, got torch\.int64"):
         slot_from(LINEAR, Change(Dense(torch.ones(8, 12, dtype=torch.long))))

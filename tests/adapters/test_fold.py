@@ -194,7 +194,7 @@ def test_strengths_per_sample_are_refused_while_folded_and_nothing_changes() -> 
     y = model(x)
     for call in (
         lambda: fastlora.set_scale(model, {"d": 2.0, "a": torch.ones(5)}),
-        lambda: fastlora.scaled(model, torch.ones(5)).__enter__(),
+        lambda: fastlora.scaled(model, {"a": torch.ones(5)}).__enter__(),
     ):
         with pytest.raises(fastlora.AdapterError, match="differs per sample"):
             call()

@@ -157,6 +157,7 @@ def test_strengths_and_other_adapters_are_not_in_the_file(tmp_path: Path) -> Non
 def test_loading_into_folded_and_adapted_models(tmp_path: Path) -> None:
     source, x = adapted(SPECS["dora"])
     fastlora.save(source, tmp_path / "a")
+    fastlora.save(adapted(SPECS["rslora"])[0], tmp_path / "b")
     model, _ = adapted(SPECS["lora"])
     twin = copy.deepcopy(model)
     fastlora.fold(model)
@@ -165,14 +166,14 @@ def test_loading_into_folded_and_adapted_models(tmp_path: Path) -> None:
     torch.testing.assert_close(model(x), twin(x), rtol=1e-4, atol=1e-4)
     before, y = snapshot(model), model(x)
     with pytest.raises(fastlora.AdapterError, match="differs per sample"):
-        fastlora.load(model, tmp_path / "a", name="c", scale=torch.ones(5))
+        fastlora.load(model, tmp_path / "b", name="c", scale=torch.ones(5))
     assert_unchanged(model, before)
     assert same_bits(model(x), y)
     fastlora.unfold(model)
-    fastlora.set_scale(model, {"b": torch.ones(5)})
+    fastlora.set_scale(model, {"style": torch.ones(5)})
     before = snapshot(model)
     with pytest.raises(fastlora.AdapterError, match="one batch size"):
-        fastlora.load(model, tmp_path / "a", name="c", scale=torch.ones(4))
+        fastlora.load(model, tmp_path / "b", name="c", scale=torch.ones(4))
     assert_unchanged(model, before)
     assert "c" not in fastlora.adapters(model)
 

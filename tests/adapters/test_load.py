@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fastlora
-from fastlora.adapters import adapted_layers, loading
-from tests.adapters.oracles import randomise, same_bits
+from fastlora.adapters import adapted_layers, loading, planning
+from fastlora.adapters.deltas import tensors_of
+from fastlora.adapters.fitting import slot_from
+from fastlora.formats import detect
+from tests.adapters.oracles import assert_unchanged, randomise, same_bits, snapshot
 
 ALL = ["fastlora", "peft", "diffusers", "kohya", "lycoris"]
 
@@ -143,6 +147,60 @@ def test_one_model_of_a_file_for_several_is_refused_and_the_way_on_is_named(tmp_
     assert len(report.unused) == 6  # down, up, alpha of two modules
 
 
+@pytest.mark.parametrize("format", ["fastlora", "peft", "diffusers", "lycoris"])
+def test_the_file_s_tensors_are_freed_one_by_one(
+    tmp_path: Path, monkeypatch: Any, format: str
+) -> None:
+    """Where the model has its own copies: 16 bits become float32 beside float32 weights."""
+    source, other = (nn.Sequential(*[nn.Linear(8, 8) for _ in range(6)]) for _ in range(2))
+    fastlora.inject(source.half(), fastlora.LoRA(rank=2), dtype=torch.float16)
+    fastlora.save(source, tmp_path / "a", format=format)
+    read, refs, alive = detect.read, [], []
+
+    def reading(path: Any) -> Any:
+        file = read(path)
+        refs.extend(weakref.ref(t) for c in file.changes.values() for t in tensors_of(c).values())
+        return file
+
+    def fitting(*args: Any) -> Any:
+        alive.append(sum(ref() is not None for ref in refs))
+        return slot_from(*args)
+
+    monkeypatch.setattr(detect, "read", reading)
+    monkeypatch.setattr(planning, "slot_from", fitting)
+    fastlora.load(other, tmp_path / "a")
+    assert alive == [12, 10, 8, 6, 4, 2] and not any(ref() is not None for ref in refs)
+    assert {p.dtype for p in fastlora.parameters(other)} == {torch.float32}
+
+
+def test_one_text_encoder_takes_nothing_of_a_file_for_several(tmp_path: Path) -> None:
+    """Also not the layers that only one of them has: half of an adapter is none."""
+    path, name = tmp_path / "a.safetensors", "text_model_encoder_layers_0_self_attn"
+    tensors = {}
+    for i, module in enumerate(("te1_{}_q_proj", "te2_{}_q_proj", "te2_{}_k_proj")):
+        for part, shape in (("down", (1, 8)), ("up", (8, 1))):
+            key = f"lora_{module.format(name)}.lora_{part}.weight"
+            tensors[key] = torch.full(shape, float(i + 1))
+    save_file(tensors, path)
+    model = TextEncoder()
+    said = "give models by component, {'text_encoder': ..., 'text_encoder_2': ...}"
+    for strict in (True, False):
+        with pytest.raises(fastlora.AdapterError, match="for text_encoder and text_encoder_2") as e:
+            fastlora.load(model, path, strict=strict)
+        assert said in str(e.value) and "same layer" not in str(e.value)
+    assert not fastlora.adapters(model)
+    fastlora.load({"text_encoder_2": model}, path, strict=False)
+    taken = {p: layer.fastlora["default"].up for p, layer in adapted_layers(model).items()}
+    assert {p: up[0, 0].item() for p, up in taken.items()} == {
+        Q_PROJ: 2.0, Q_PROJ.replace("q_proj", "k_proj"): 3.0
+    }  # fmt: skip
+
+
+def test_a_name_of_the_hub_is_no_path() -> None:
+    with pytest.raises(FileNotFoundError, match=r"^org/repo: no such file or folder; .*local ones"):
+        fastlora.load(Pipeline(), "org/repo")
+
+
 def test_a_part_that_is_not_there_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     fastlora.save(adapted(), path, format="diffusers")
@@ -171,6 +229,62 @@ def test_the_second_model_s_failure_leaves_the_first_as_it_was(tmp_path: Path, m
     assert after.keys() == before.keys() and all(same_bits(after[k], before[k]) for k in before)
 
 
+CALLS: dict[str, Any] = {
+    "adapters": fastlora.adapters,
+    "parameters": fastlora.parameters,
+    "set_scale": lambda m: fastlora.set_scale(m, {"style": 0.5}),
+    "set_scale of all": lambda m: fastlora.set_scale(m, 0.5),
+    "scaled": lambda m: fastlora.scaled(m, {"style": 0.5}).__enter__(),
+    "enable": fastlora.enable,
+    "disable": fastlora.disable,
+    "fold": fastlora.fold,
+    "fold for good": lambda m: fastlora.fold(m, permanent=True),
+    "unfold": fastlora.unfold,
+    "remove": lambda m: fastlora.remove(m, "style"),
+    "inject": lambda m: fastlora.inject(m, fastlora.LoRA(rank=2)),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_calls_for_one_model_name_the_parts_of_a_pipeline(call: Any) -> None:
+    pipe = adapted()
+    for whole, parts in (
+        (pipe, "Pipeline: call it for each of its parts, pipe.unet, pipe.text_encoder"),
+        (
+            pipe.components,
+            r"dict: call it for each of its parts, models\['unet'\], models\['text_enc",
+        ),
+        (3, "int$"),
+        ({}, "dict$"),
+    ):
+        with pytest.raises(fastlora.AdapterError, match=f"expected a module, got {parts}"):
+            call(whole)
+    assert all(
+        fastlora.adapters(part)["style"].scale == 1.0 for part in (pipe.unet, pipe.text_encoder)
+    )
+
+
+def test_the_report_of_several_parts_has_no_one_adapter(tmp_path: Path) -> None:
+    fastlora.save(adapted(), tmp_path / "a.safetensors", format="diffusers")
+    report = fastlora.load(Pipeline(), tmp_path / "a.safetensors")
+    with pytest.raises(fastlora.AdapterError, match=r"see report.adapters\['text_encoder'\]"):
+        _ = report.adapter
+    assert report.adapters["unet"].rank == 4
+
+
+def test_strengths_per_sample_that_a_part_cannot_have_are_refused_first(tmp_path: Path) -> None:
+    source, other = Pipeline(), Pipeline()
+    fastlora.inject(source.unet, fastlora.LoRA(rank=2))
+    fastlora.inject(source.text_encoder, fastlora.LoRA(rank=2, dora=True))
+    fastlora.save(source, tmp_path / "a.safetensors", format="diffusers")
+    before = [snapshot(other.unet), snapshot(other.text_encoder)]
+    with pytest.raises(fastlora.AdapterError, match=r"_proj: 'default' \(dora\) has DoRA's norm"):
+        fastlora.load(other, tmp_path / "a.safetensors", scale=torch.ones(3))
+    assert_unchanged(other.unet, before[0])
+    assert_unchanged(other.text_encoder, before[1])
+    fastlora.load(other.unet, tmp_path / "a.safetensors", scale=torch.ones(3), strict=False)
+
+
 def test_a_shape_that_does_not_fit_names_module_expected_and_got(tmp_path: Path) -> None:
     path, other = tmp_path / "a.safetensors", Pipeline()
     fastlora.save(adapted(), path, format="diffusers")
@@ -184,6 +298,34 @@ def test_a_shape_that_does_not_fit_names_module_expected_and_got(tmp_path: Path)
         fastlora.load(other, path)
     report = fastlora.load(other, path, strict=False)
     assert set(report.unused) == {key, key.replace("lora_B", "lora_A")}
+
+
+def test_a_model_of_peft_s_is_told_how_to_get_at_the_layers(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    fastlora.save(adapted().unet, tmp_path / "a")
+    model = peft.get_peft_model(Pipeline().unet, peft.LoraConfig(target_modules=["to_q", "to_k"]))
+    with pytest.raises(fastlora.AdapterError, match=r"the PeftModel has no module .*unload\(\)"):
+        fastlora.load(model, tmp_path / "a")
+    said = r"to_q: a Linear cannot take it: it is PEFT's \(peft.tuners.lora.layer\)"
+    with pytest.raises(fastlora.AdapterError, match=said):
+        fastlora.load(model.get_base_model(), tmp_path / "a")
+    fastlora.load(model.unload(), tmp_path / "a")
+
+
+def test_one_reason_of_many_layers_is_given_once(tmp_path: Path) -> None:
+    source, meta = nn.Sequential(*[nn.Linear(4, 4) for _ in range(6)]), torch.device("meta")
+    fastlora.inject(source, fastlora.LoRA(rank=2))
+    fastlora.save(source, tmp_path / "a")
+    nowhere = nn.Sequential(*[nn.Linear(4, 4, device=meta) for _ in range(5)], nn.Linear(4, 4))
+    reason = "0, 1, 2 and 2 more: the model is on the meta device"
+    for model, strict in ((nowhere, True), (nowhere[:5], False)):
+        with pytest.raises(fastlora.AdapterError) as error:
+            fastlora.load(model, tmp_path / "a", strict=strict)
+        said = str(error.value)
+        assert said.count("meta device") == 1 and reason in said
+    report = fastlora.load(nowhere, tmp_path / "a", strict=False)
+    assert report.modules == ("5",)
+    assert [report.unused[f"{i}.down"][:2] for i in range(5)] == [f"{i}:" for i in range(5)]
 
 
 def test_a_flat_name_that_two_modules_have_is_refused(tmp_path: Path) -> None:

@@ -63,6 +63,28 @@ def test_a_number_beside_strengths_per_sample() -> None:
     assert model.conv(torch.randn(3, 4, 4, 4)).shape == (3, 8, 4, 4)
 
 
+def test_one_layer_that_needs_one_strength_refuses_before_anything_changes() -> None:
+    model, x = net("a")
+    fastlora.inject(model.inner, fastlora.Spectral(), where=["0"], name="a2")
+    fastlora.inject(model.conv, fastlora.LoRA(rank=2), name="a2")
+    fastlora.inject(model, fastlora.LoRA(rank=2), where=["inner.2"], name="b")
+    y = model(x)
+    with pytest.raises(fastlora.AdapterError, match=r"0: 'a2' \(spectral\) changes the weight"):
+        fastlora.set_scale(model, {"b": torch.ones(5), "a": torch.zeros(5), "a2": torch.ones(5)})
+    with (
+        pytest.raises(fastlora.AdapterError, match="so its strength cannot differ per sample"),
+        fastlora.scaled(model, {"a": torch.zeros(5), "a2": torch.ones(5)}),
+    ):
+        pass
+    assert {n: a.scale for n, a in fastlora.adapters(model).items()} == {"a": 1, "a2": 1, "b": 1}
+    assert torch.equal(model(x), y)
+    fastlora.remove(model.inner, "a2")  # which is what could not
+    fastlora.set_scale(model, {"a2": torch.ones(5)})
+    with pytest.raises(fastlora.AdapterError, match=r"0: 'a2' \(dora\) has DoRA's norm"):
+        fastlora.inject(model.inner, fastlora.LoRA(rank=2, dora=True), where=["0"], name="a2")
+    assert model(x).isfinite().all()
+
+
 @pytest.mark.parametrize("rows", [1, 4, 6, 10])
 def test_another_batch_size_is_an_error_in_every_layer(rows: int) -> None:
     layers = nn.ModuleDict(

@@ -271,9 +271,9 @@ def test_a_weight_without_a_decomposition_leaves_the_model_unchanged() -> None:
 def test_a_strength_per_sample_is_refused_with_words() -> None:
     layer = nn.Linear(4, 4)
     fastlora.inject(layer, fastlora.Spectral(), name="s")
-    fastlora.set_scale(layer, {"s": torch.ones(2)})
     with pytest.raises(fastlora.AdapterError, match="changes the weight itself"):
-        layer(torch.randn(2, 4))
+        fastlora.set_scale(layer, {"s": torch.ones(2)})
+    layer(torch.randn(2, 4))
 
 
 def test_parameter_count_is_the_sum_of_the_smaller_sides() -> None:
