@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastlora.commands import CommandError
 from fastlora.commands.approximating import Losses
+from fastlora.commands.naming import add_family_argument, choice, family_for
 from fastlora.commands.outputs import (
     DTYPES,
     FORMATS,
@@ -56,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compare one part of a pipeline: unet, transformer, text_encoder, ...",
     )
     add("--component", metavar="PART", help="what a model by itself is: unet, text_encoder_2, ...")
+    add_family_argument(parser)
     add("--force", action="store_true", help="replace the output if it is there")
     add("--all", action="store_true", help=f"show the error of all layers, not of {SHOWN}")
     add("--json", action="store_true", help="print JSON, with the error of every layer")
@@ -78,13 +80,15 @@ def run(options: argparse.Namespace) -> int:
         pairs = paired(base, tuned, options)
         for one, other in pairs:
             require_alike(one, other)
+        family = family_for(options.to, options.family, modules_of(base, options))
         found = Extraction(options)
         found.read(pairs)
     if not found.changes:
         some = ", ".join(found.left_out[:3])
         left = f" but in what {options.to} has not: {some}" if some else ""
         raise CommandError(f"{options.base} and {options.tuned} do not differ{left}")
-    packed = writing.pack(found.changes, options.to)
+    name = family and family.name
+    packed = writing.pack(found.changes, options.to, name)
     writing.write(options.out, packed)
     large = [t for t in packed.tensors.values() if t.numel() > 1]  # no alphas
     report = {
@@ -92,6 +96,8 @@ def run(options: argparse.Namespace) -> int:
         "tuned": str(options.tuned),
         "output": str(options.out),
         "to": options.to,
+        "family": name,
+        "notes": choice(family),
         "modules": len(found.changes),
         "unchanged": found.unchanged,
         "left_out": found.left_out,
@@ -132,6 +138,17 @@ def paired(
     return [(sides[0][component], sides[1][component]) for component in sides[0]]
 
 
+def modules_of(base: Checkpoint, options: argparse.Namespace) -> list[Target]:
+    """All modules that there are, as those that are not compared tell the family as well."""
+    return [named(target, options) for w in base.weights() for target in w.modules]
+
+
+def named(target: Target, options: argparse.Namespace) -> Target:
+    """The target with the component that a model by itself is said to be."""
+    stated = options.component if not target.component else None
+    return target._replace(component=stated) if stated else target
+
+
 class Extraction:
     """The changes that are found, module by module, and what they say of themselves."""
 
@@ -162,9 +179,7 @@ class Extraction:
         if found.weight is None and not found.vectors:
             self.unchanged += 1
             return
-        target = found.target
-        if self.options.component and not target.component:
-            target = target._replace(component=self.options.component)
+        target = named(found.target, self.options)
         kohya = self.options.to in ("kohya", "lycoris")
         if found.weight is not None and kohya and is_embedding(target.path):
             self.leave_out(target, "weight", found.weight)
@@ -194,6 +209,7 @@ def lines(report: Mapping[str, Any], every: bool) -> list[str]:
         f"{report['output']}: {report['to']}, {plural(report['modules'], 'module')}, "
         f"{', '.join(report['dtypes'])}, {size(report['bytes'])}"
     ]
+    said += [f"  {line}" for line in report["notes"]]
     if report["unchanged"]:
         said.append(f"  {plural(report['unchanged'], 'module')} did not change")
     if left := report["left_out"]:

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastlora.commands import CommandError
+from fastlora.commands.naming import add_family_argument, choice
 
 if TYPE_CHECKING:
     import torch
 
     from fastlora.formats.changes import AdapterFile, Change, Target
+    from fastlora.formats.families import Family
 
 DTYPES = ("float32", "bfloat16", "float16")
 FORMATS = {
@@ -52,6 +54,7 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PART",
         help="what the model is where a file does not say it (fastlora, peft): unet, ...",
     )
+    add_family_argument(parser)
     add("--force", action="store_true", help="replace the output if it is there")
     add("--json", action="store_true", help="print JSON")
 
@@ -181,6 +184,7 @@ def finish(
     out: Path,
     format: str,
     options: argparse.Namespace,
+    family: Family | None,
 ) -> int:
     """Writes the changes, made of those of `files`, and says so, beside what `report` has.
 
@@ -201,11 +205,12 @@ def finish(
     if format in ("diffusers-lora", "diffusers-old"):
         changes = {target: without_alpha(change) for target, change in changes.items()}
     known = dtypes(change for file in files for change in file.changes.values())
-    notes = []
+    notes = choice(family)
     if not options.dtype and dtypes(changes.values()) - known:
         names = " or ".join(sorted(known))
-        notes = [f"float32 where {names} would lose digits; --dtype {min(known)} rounds"]
-    packed = writing.pack(cast(changes, options.dtype), format)
+        notes += [f"float32 where {names} would lose digits; --dtype {min(known)} rounds"]
+    name = family and family.name
+    packed = writing.pack(cast(changes, options.dtype), format, name)
     packed = packed._replace(metadata={**carried(files), **packed.metadata})
     large = [t for t in packed.tensors.values() if t.numel() > 1]  # no alphas
     writing.write(out, packed)
@@ -213,6 +218,7 @@ def finish(
         **report,
         "output": str(out),
         "to": format,
+        "family": name,
         "modules": len(changes),
         "bytes": sum(t.numel() * t.itemsize for t in packed.tensors.values()),
         "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in large}),

@@ -12,6 +12,7 @@ from fastlora.formats._kohya_fused import Share, join
 from fastlora.formats._kohya_parts import parts_of
 from fastlora.formats._kohya_shapes import dims
 from fastlora.formats.changes import Change, Dense, LowRank, Packed, Shift, Target
+from fastlora.formats.families import family_of, keys_of
 from fastlora.formats.files import FormatError
 
 _CONVOLUTION = re.compile(r"(.*[._])?conv\w*")
@@ -28,7 +29,7 @@ def write(changes: Mapping[Target, Change], family: str | None, network: str) ->
         _refuse(target, change)
     named = [target for target in changes if target.component]
     if family is None and named:
-        family = names.family(named)
+        family = family_of(named, keys_of(changes.values())).name
     tensors: dict[str, Tensor] = {}
     written: dict[str, Change] = {}
     for name, shares in _by_name(changes, family or "").items():

@@ -12,7 +12,7 @@ __all__ = ["pack", "unpack"]
 
 
 def pack(changes: Mapping[Target, Change], family: str | None = None) -> Packed:
-    """The file for a "sd", "sdxl" or "flux" model; None: as the targets tell.
+    """The file for a "sd", "sdxl" or "flux" model; None: as `family_of` tells.
 
     Targets without a component need no family: they get the names of a model by itself. Raises
     FormatError naming the target that such a file cannot have, and the way out.
