@@ -27,6 +27,11 @@ def pack(changes: Mapping[Target, Change], format: str, family: str | None = Non
     """
     if not changes:
         raise FormatError("expected at least one change to write, got none")
+    if format != "fastlora" and any(not target.path for target in changes):
+        raise FormatError(
+            f"the model is itself the layer that is adapted, and {format} has no name for that;"
+            ' expected format "fastlora"'
+        )
     if format in NAMED:
         return NAMED[format](changes, family)
     if family is not None:

@@ -46,3 +46,14 @@ def test_a_family_that_is_not_told_is_asked_for(tmp_path: Path) -> None:
     assert not path.exists()
     fastlora.save(models, path, format="kohya", family="sdxl")
     assert all(key.startswith("lora_unet_middle_block_1") for key in load_file(path))
+
+
+@pytest.mark.parametrize("format", ["peft", "diffusers", "diffusers-lora", "kohya", "lycoris"])
+def test_a_layer_by_itself_has_a_name_in_fastloras_format_only(tmp_path: Path, format) -> None:
+    layer, path = nn.Linear(4, 8), tmp_path / "a.safetensors"
+    fastlora.inject(layer, fastlora.LoRA(rank=2), name="style")
+    with pytest.raises(FormatError, match=f"save: 'style': the model is itself .*{format} has no"):
+        fastlora.save(layer, path, format=format)
+    assert not path.exists()
+    fastlora.save(layer, path)
+    assert fastlora.load(nn.Linear(4, 8), path).adapter is not None
