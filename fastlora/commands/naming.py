@@ -50,7 +50,8 @@ def family_for(
     try:
         return family_of(targets, keys, [file.metadata for file in files])
     except FormatError as error:
-        raise CommandError(str(error).replace("say which: family ", "say which: --family ")) from None
+        asked = str(error).replace("say which: family ", "say which: --family ")
+        raise CommandError(asked) from None
 
 
 def choice(family: Family | None) -> list[str]:

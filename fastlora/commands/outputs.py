@@ -92,17 +92,23 @@ def read(path: Path, options: argparse.Namespace) -> AdapterFile:
     from fastlora.formats import detect
 
     file = detect.read(path)
-    changes = file.changes
     if options.component:
         changes = {
             (t._replace(component=options.component) if not t.component else t): c
-            for t, c in changes.items()
+            for t, c in file.changes.items()
         }
-    if options.only:
-        parts = sorted({target.component for target in changes})
-        changes = {t: c for t, c in changes.items() if t.component == options.only}
-        if not changes:
-            raise CommandError(f"--only {options.only}: {path} has {', '.join(parts) or 'nothing'}")
+        file = dataclasses.replace(file, changes=changes)
+    return only_part(path, file, options.only)
+
+
+def only_part(path: Path, file: AdapterFile, part: str | None) -> AdapterFile:
+    """The file with one part of the pipeline; None: all. Raises CommandError without it."""
+    if part is None:
+        return file
+    changes = {t: c for t, c in file.changes.items() if t.component == part}
+    if not changes:
+        parts = ", ".join(sorted({t.component or "a model by itself" for t in file.changes}))
+        raise CommandError(f"--only {part}: {path} has {parts or 'nothing'}")
     return dataclasses.replace(file, changes=changes)
 
 
