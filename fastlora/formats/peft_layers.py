@@ -77,7 +77,8 @@ def change_of(target: Target, parts: Parts, settings: Settings) -> Change:
     change = READERS[family](target, own, alpha, settings)
     if own:
         raise FormatError(f"{target}: unexpected {', '.join(sorted(own))}")
-    return replace(change, keys=tuple(key for key, _ in parts.values()))
+    weight = _without_alpha_zero(change.weight)
+    return replace(change, weight=weight, keys=tuple(key for key, _ in parts.values()))
 
 
 def layers_of(changes: Mapping[Target, Change], format: str) -> dict[Target, Layer]:
@@ -213,6 +214,14 @@ def _kronecker(
     rank = settings.rank_at(target.path)
     ratio = 1.0 if alpha is None or rank is None else alpha / rank
     return Change(replace(weight, alpha=None, w1=_scaled(weight.w1, ratio)))
+
+
+def _without_alpha_zero(weight: Any) -> Any:
+    """alpha 0, which is no effect in PEFT and the rank in kohya's files, as a factor of zeros."""
+    if weight.ratio:
+        return weight
+    field = "up" if isinstance(weight, LowRank) else "w1_b" if weight.w1_b is not None else "w1"
+    return replace(weight, alpha=None, **{field: torch.zeros_like(getattr(weight, field))})
 
 
 READERS = {"lora": _low_rank, "hada": _hadamard, "lokr": _kronecker}
