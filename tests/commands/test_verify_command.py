@@ -251,3 +251,11 @@ def test_a_wrong_decomposition_is_found(unet, tmp_path, capsys, monkeypatch):
     code, report = run(capsys, file, "--model", unet)
     wrong = {row["path"] for row in report["rows"] if not row["passed"]}
     assert code == 1 and wrong == {"mid_block.resnets.0.conv1"}
+
+
+@pytest.mark.parametrize("strength", ["0", "nan", "inf", "much"])
+def test_a_strength_that_checks_nothing_is_refused_at_once(capsys, strength):
+    with pytest.raises(SystemExit) as stop:
+        main(["verify", "no.safetensors", "--model", "digits", "--strength", strength])
+    assert stop.value.code == 2
+    assert f"expected a finite number that is not 0, got {strength}" in capsys.readouterr().err
