@@ -219,14 +219,15 @@ def lines(report: Mapping[str, Any], every: bool) -> list[str]:
             f"{number(report['left_out_norm'])} (Frobenius) together, as {clean(left[0])}{way}"
         )
     if errors := report["error"]:
+        layers = sorted(errors["modules"].items(), key=lambda item: -item[1])
+        layers = [(module, error) for module, error in layers if error]
         said.append(
             f"  rank {errors['rank']}: relative error (Frobenius) {percent(errors['total'])} in"
-            " total, by layer:"
+            f" total{', by layer:' if layers else ''}"
         )
-        layers = sorted(errors["modules"].items(), key=lambda item: -item[1])
         shown = layers if every else layers[:SHOWN]
-        rows = table([(percent(error), clean(module)) for module, error in shown], right=(0,))
-        said += [f"    {row}" for row in rows]
+        rows = [(percent(error), clean(module)) for module, error in shown]
+        said += [f"    {row}" for row in table(rows, right=(0,))]
         if len(layers) > len(shown):
             said.append(f"    and {plural(len(layers) - len(shown), 'layer')} with less: --all")
     return said

@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastlora.commands import CommandError
-from fastlora.commands.outputs import file_and_strength, only_part
+from fastlora.commands.outputs import file_and_strength, filled, only_part
 from fastlora.commands.resolving import require, resolve
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ STALE = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".onnx_data
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description = textwrap.fill(DESCRIPTION, 78)
+    parser.description = filled(DESCRIPTION)
     parser.epilog = EXAMPLES.strip("\n")
     add = parser.add_argument
     add(

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import math
 import os
+import shutil
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -37,8 +38,13 @@ def explain(parser: argparse.ArgumentParser, *examples: str) -> None:
     formats = [f"  {name:14}  {content}" for name, content in FORMATS.items()]
     lines = ["formats:", *formats, "", "examples:", *(f"  {example}" for example in examples)]
     parser.epilog = "\n".join(lines)
-    parser.description = textwrap.fill(parser.description or "", 78)
+    parser.description = filled(parser.description or "")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+
+
+def filled(text: str) -> str:
+    """A paragraph in lines as long as argparse makes its own, whose raw formatter leaves it."""
+    return textwrap.fill(text, shutil.get_terminal_size().columns - 2)
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,19 +67,26 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 def file_and_strength(text: str) -> tuple[Path, float]:
     """argparse's type of "FILE=0.8" and of "FILE", even if the name has an = in it."""
-    path, mark, strength = text.rpartition("=")
+    path, mark, number = text.rpartition("=")
     if not mark or Path(text).exists():
         return Path(text), 1.0
-    if not _is_number(strength) or float(strength) == 0:
-        raise argparse.ArgumentTypeError(f"expected FILE=STRENGTH with a number not 0, got {text}")
-    return Path(path), float(strength)
-
-
-def _is_number(text: str) -> bool:
     try:
-        return math.isfinite(float(text))
+        return Path(path), strength(number)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"expected FILE=STRENGTH with a number not 0, got {text}"
+        ) from None
+
+
+def strength(text: str) -> float:
+    """argparse's type of a strength: with 0 there is nothing to do, and nothing to check."""
+    try:
+        value = float(text)
     except ValueError:
-        return False
+        value = 0.0
+    if not math.isfinite(value) or value == 0:
+        raise argparse.ArgumentTypeError(f"expected a finite number that is not 0, got {text}")
+    return value
 
 
 def whole(text: str) -> int:

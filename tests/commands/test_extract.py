@@ -240,3 +240,13 @@ def test_a_text_encoder_alone_has_the_names_of_sd_and_says_so(tmp_path, capsys):
     assert main(["extract", *map(str, arguments), "--out", str(out)]) == 0
     assert "names of sd, as nothing tells the family" in capsys.readouterr().out
     assert all(key.startswith("lora_te_text_model") for key in load_file(out))
+
+
+def test_layers_without_an_error_are_not_listed(tmp_path, capsys):
+    base, tuned = tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
+    save_file({"a.weight": torch.zeros(1, 4), "b.weight": torch.zeros(6, 6)}, base)
+    save_file({"a.weight": torch.ones(1, 4), "b.weight": torch.randn(6, 6)}, tuned)
+    out = tmp_path / "out.safetensors"
+    assert main(["extract", str(base), str(tuned), "--rank", "2", "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert " %  b" in said and " %  a" not in said

@@ -223,3 +223,13 @@ def test_nan_is_named(tmp_path, capsys):
     assert cli.main(["inspect", str(path)]) == 2
     assert f"{name}.lora_down.weight" in capsys.readouterr().err
     assert cli.main(["inspect", str(path), "--no-norms"]) == 0
+
+
+def test_bars_stay_readable_on_a_wide_terminal(tmp_path, capsys, monkeypatch):
+    path = kohya(tmp_path / "a.safetensors", metadata={"author": "me"})
+    lines = text(path, capsys, monkeypatch, 200)
+    assert max(line.count("█") for line in lines) == 60
+    assert "  metadata" in lines  # nothing is shortened
+    narrow = kohya(tmp_path / "a.safetensors", metadata={"author": "me " * 100})
+    assert "  metadata (long values: --metadata)" in text(narrow, capsys, monkeypatch, 80)
+    assert "  metadata" in text(narrow, capsys, monkeypatch, 80, "--metadata")
