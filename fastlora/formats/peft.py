@@ -52,8 +52,9 @@ def unpack(
     """
     if config is None:
         raise FormatError(
-            "PEFT's keys need the adapter_config.json that belongs beside them: it has alpha; "
-            'without it, pass config={"peft_type": "LORA", "r": ..., "lora_alpha": ...}'
+            "PEFT's keys need the adapter_config.json that belongs beside the file: it has alpha; "
+            "where it is lost, write one there with what the training had: "
+            '{"peft_type": "LORA", "r": ..., "lora_alpha": ...}'
         )
     settings = read_settings(config)
     modules, others = gather(tensors, entry_of)

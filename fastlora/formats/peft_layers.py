@@ -262,11 +262,19 @@ def _scaled(factor: Tensor, ratio: float) -> Tensor:
 
 def _refusal(target: Target, change: Change) -> str | None:
     """Why a LoRA of PEFT cannot be this change, and what can; None where it can."""
-    if target.flat or not target.path:
-        return "expected the path of a module; find it in the model first"
+    if not target.path:
+        return "the model is itself the layer, which has no name there"
+    if target.flat:
+        return (
+            "expected the path of a module, whose dots this name does not tell; load it into the "
+            "model, and save that"
+        )
     low = change.weight
     if not isinstance(low, LowRank):
-        return f"expected a low rank update, got {change.kind}; approximate it by a LoRA first"
+        return (
+            f"expected a low rank update, got {change.kind}; write a lycoris file, of which "
+            "fastlora convert --rank makes LoRAs"
+        )
     if change.magnitude is not None and change.axis != ("in" if low.embedding else "out"):
         return "its magnitudes are of inputs; keep LyCORIS' format"
     if change.bias is not None and (change.magnitude is not None or low.embedding):

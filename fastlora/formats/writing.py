@@ -14,7 +14,7 @@ from fastlora.formats.changes import Change, Packed, Target
 from fastlora.formats.detect import CONFIG
 from fastlora.formats.files import FormatError
 
-STYLES = {"diffusers": "peft", "diffusers-lora": "lora", "diffusers-old": "old"}
+STYLES = {name: style for style, name in diffusers.NAMES.items()}
 NAMED = {"kohya": kohya.pack, "lycoris": lycoris.pack}
 WEIGHTS = "adapter_model.safetensors"
 
@@ -37,7 +37,7 @@ def pack(changes: Mapping[Target, Change], format: str, family: str | None = Non
     if family is not None:
         raise FormatError(f"family {family}: only {' and '.join(NAMED)} have names by family")
     if format in STYLES:
-        return diffusers.pack(changes, style=STYLES[format])  # type: ignore[arg-type]
+        return diffusers.pack(changes, style=STYLES[format])
     writers = {
         "fastlora": native.pack_changes,
         "peft": peft.pack,

@@ -213,6 +213,18 @@ def test_what_cannot_be_verified_is_an_error_in_one_line(unet, tmp_path, capsys)
         assert expected in said
 
 
+def test_what_does_not_fit_is_said_without_options_that_verify_has_not(unet, tmp_path, capsys):
+    tensors = {f"{Q}.lora_down.weight": torch.ones(2, 16), f"{Q}.lora_up.weight": torch.ones(16, 2)}
+    for part in ("down", "up"):
+        wide = torch.ones(2, 5) if part == "down" else torch.ones(7, 2)
+        tensors[f"{Q.replace('to_q', 'to_k')}.lora_{part}.weight"] = wide
+        tensors[f"{Q.replace('to_q', 'to_v')}.lora_{part}.weight"] = wide.clone()
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert main(["verify", str(tmp_path / "a.safetensors"), "--model", str(unet)]) == 2
+    said = capsys.readouterr().err
+    assert "to_k" in said and "do not fit" in said and "strict=False" not in said
+
+
 LAYERS = {
     "linear": (nn.Linear(6, 5), 6, 5),
     "convolution": (nn.Conv2d(6, 5, 3, stride=2, padding=1, padding_mode="reflect"), 6, 5),

@@ -197,8 +197,8 @@ A, B = Target("unet", "a"), Target("unet", "b")
 NOT_WRITTEN = {
     "two components": ({A: lora(), Target("vae", "a"): lora()}, "write each of .*unet.*vae"),
     "nothing": ({}, "at least one change"),
-    "a flat name": ({Target("", "a_b", True): lora()}, "a_b: .*find it in the model"),
-    "full": ({A: Change(Dense(torch.ones(4, 3)))}, "unet.a: .*got full; approximate it"),
+    "a flat name": ({Target("", "a_b", True): lora()}, "a_b: .*load it into the model"),
+    "full": ({A: Change(Dense(torch.ones(4, 3)))}, "unet.a: .*got full; write a lycoris file"),
     "some DoRA": ({A: lora(magnitude=torch.ones(4)), B: lora()}, "unet.b: .*two files"),
     "norms of inputs": (
         {A: lora(magnitude=torch.ones(3), axis="in")},
