@@ -56,7 +56,10 @@ def unpack(
             "where it is lost, write one there with what the training had: "
             '{"peft_type": "LORA", "r": ..., "lora_alpha": ...}'
         )
-    settings = read_settings(config)
+    try:
+        settings = read_settings(config)
+    except FormatError as error:
+        raise FormatError(f"adapter_config.json: {error}") from None
     modules, others = gather(tensors, entry_of)
     if not modules:
         raise FormatError(f"expected PEFT's keys, got {others[:3] or 'no keys'}")

@@ -331,3 +331,11 @@ def test_alpha_zero_is_no_effect_also_in_other_formats(kind: str) -> None:
     packed = lycoris.pack({target: change})
     (written,) = lycoris.unpack(packed.tensors, packed.metadata).changes.values()
     assert not written.delta((6, 4)).any()
+
+
+def test_errors_about_the_settings_name_their_file(tmp_path: Path) -> None:
+    tensors = {f"{peft.PREFIX}a.lora_A.weight": torch.ones(2, 3)}
+    files.write(tmp_path / "adapter_model.safetensors", tensors, {})
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "OFT"}')
+    with pytest.raises(FormatError, match="adapter_config.json: peft_type: expected LORA"):
+        detect.read(tmp_path)
