@@ -16,6 +16,7 @@ from fastlora.commands.outputs import (
     FORMATS,
     check_output,
     explain,
+    size_of,
     torch_dtype,
     whole,
 )
@@ -102,7 +103,7 @@ def run(options: argparse.Namespace) -> int:
         "unchanged": found.unchanged,
         "left_out": found.left_out,
         "left_out_norm": found.left_out_norm,
-        "bytes": sum(t.numel() * t.itemsize for t in packed.tensors.values()),
+        "bytes": size_of(options.out),
         "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in large}),
         "error": found.losses.report(options.rank),
     }

@@ -239,7 +239,7 @@ def finish(
         "to": format,
         "family": name,
         "modules": len(changes),
-        "bytes": sum(t.numel() * t.itemsize for t in packed.tensors.values()),
+        "bytes": size_of(out),
         "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in large}),
         "notes": notes,
     }
@@ -248,6 +248,13 @@ def finish(
     else:
         print("\n".join(_lines(report)))
     return 1 if any(report["unused"].values()) else 0
+
+
+def size_of(out: Path) -> int:
+    """Bytes of the safetensors file that was written, as `inspect` and the disk have them."""
+    from fastlora.formats.writing import WEIGHTS
+
+    return (out / WEIGHTS if out.is_dir() else out).stat().st_size
 
 
 def dtypes(changes: Iterable[Change]) -> set[str]:

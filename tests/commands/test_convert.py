@@ -304,3 +304,12 @@ def test_the_family_is_asked_for_before_anything_is_computed(tmp_path, capsys, m
     out = tmp_path / "out.safetensors"
     assert convert(middle, out, "--to", "kohya", "--rank", 2) == 2
     assert "say which: --family sd, sdxl, flux" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("format", ["kohya", "peft"])
+def test_the_size_is_that_of_the_file(tmp_path, capsys, format):
+    source = kohya(tmp_path / "in.safetensors", text_encoder={})
+    out = place(tmp_path, format)
+    assert convert(source, out, "--to", format, "--json") == 0
+    written = out / "adapter_model.safetensors" if format == "peft" else out
+    assert json.loads(capsys.readouterr().out)["bytes"] == written.stat().st_size
