@@ -11,6 +11,7 @@ from torch import nn
 import fastlora
 from fastlora.cli import main
 from fastlora.commands import verifying
+from fastlora.commands.models import load_models
 from fastlora.formats.changes import Change, LowRank
 
 diffusers = pytest.importorskip("diffusers")
@@ -271,3 +272,15 @@ def test_a_strength_that_checks_nothing_is_refused_at_once(capsys, strength):
         main(["verify", "no.safetensors", "--model", "digits", "--strength", strength])
     assert stop.value.code == 2
     assert f"expected a finite number that is not 0, got {strength}" in capsys.readouterr().err
+
+
+def test_loading_a_text_encoder_writes_nothing_onto_stderr(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.CLIPTextConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2,
+    )  # fmt: skip
+    transformers.CLIPTextModel(config).save_pretrained(tmp_path / "encoder")
+    capsys.readouterr()
+    load_models(str(tmp_path / "encoder"), [""], torch.device("cpu"), torch.float32)
+    assert capsys.readouterr().err == ""
