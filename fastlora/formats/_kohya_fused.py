@@ -10,11 +10,11 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from fastlora.formats._kohya_shapes import Weight, rows
 from fastlora.formats.changes import Change, Dense, LowRank, Target
 from fastlora.formats.files import FormatError
 from fastlora.formats.measures import shape_of, working_dtype
 from fastlora.formats.names import Place
+from fastlora.formats.part_shapes import Weight, rows
 
 
 def split(change: Change, places: Sequence[Place]) -> dict[Target, Change] | str:

@@ -11,10 +11,10 @@ from torch import Tensor
 from fastlora.formats import names
 from fastlora.formats._kohya_fused import Share, dense, join
 from fastlora.formats._kohya_parts import parts_of
-from fastlora.formats._kohya_shapes import dims
 from fastlora.formats.changes import Change, Dense, LowRank, Packed, Shift, Target
 from fastlora.formats.families import family_of, keys_of
 from fastlora.formats.files import FormatError
+from fastlora.formats.part_shapes import dims
 
 _CONVOLUTION = re.compile(r"(.*[._])?conv\w*")
 _EITHER = re.compile(r"(.*[._])?proj_(in|out)")  # a convolution in SD 1, a Linear in SD 2

@@ -9,9 +9,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlora.formats._kohya_shapes import check
 from fastlora.formats.changes import Change, Hadamard, Kronecker, LowRank, Target
 from fastlora.formats.files import FormatError
+from fastlora.formats.part_shapes import check
 from fastlora.formats.peft_config import Settings
 
 
