@@ -21,7 +21,11 @@ FORMATS = ("fastlora", "peft", *writing.STYLES, "kohya", "lycoris")
 
 
 def save(
-    model: Models, path: str | os.PathLike[str], name: str | None = None, format: str = "fastlora"
+    model: Models,
+    path: str | os.PathLike[str],
+    name: str | None = None,
+    format: str = "fastlora",
+    family: str | None = None,
 ) -> None:
     """Writes one adapter to a file, atomically, in the dtype it has.
 
@@ -34,7 +38,9 @@ def save(
     - "diffusers" for `load_lora_weights`, and its older styles "diffusers-lora" and
       "diffusers-old", which have no alphas: they go into `up`.
     - "kohya": LoRA and DoRA; "lycoris": LoHa, LoKr and whole differences as well. Both need the
-      component, so a dict or a pipeline, in their names.
+      component, so a dict or a pipeline, in their names, and these differ by `family`: "sd",
+      "sdxl" or "flux". It can be left out where the modules tell it, and for a text encoder alone,
+      which is "sd" then.
 
     A symbolic link stays one, and its target is replaced. Raises, before anything is written,
     AdapterError where the adapter has NaN or infinite values, is unknown or of kinds that no file
@@ -58,7 +64,7 @@ def save(
     if format in ("diffusers-lora", "diffusers-old"):
         changes = {target: without_alpha(change) for target, change in changes.items()}
     try:
-        packed = writing.pack(changes, format)
+        packed = writing.pack(changes, format, family)
     except FormatError as error:
         raise FormatError(f"save: {name!r}: {error}") from None
     writing.write(path, packed)

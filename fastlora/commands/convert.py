@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from fastlora.commands.approximating import approximated, refuse_others
+from fastlora.commands.naming import family_for
 from fastlora.commands.outputs import (
     FORMATS,
     add_output_arguments,
@@ -51,6 +52,7 @@ def run(options: argparse.Namespace) -> int:
     """0, or 1 for unused keys. Raises CommandError, FormatError, OSError; nothing is left then."""
     check_output(options.output, options.to, options.force, [options.input])
     file = read(options.input, options)
+    family = family_for(options.to, options.family, file.changes, [file])
     changes, error = file.changes, None
     if options.rank is not None:
         changes, losses = approximated(
@@ -65,4 +67,4 @@ def run(options: argparse.Namespace) -> int:
         "error": error,
         "unused": {str(options.input): file.unused} if file.unused else {},
     }
-    return finish(changes, [file], report, options.output, options.to, options)
+    return finish(changes, [file], report, options.output, options.to, options, family)

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from fastlora.commands import CommandError
 from fastlora.commands.approximating import Losses
+from fastlora.commands.naming import add_family_argument, choice, family_for
 from fastlora.commands.outputs import (
     DTYPES,
     FORMATS,
     check_output,
     explain,
+    size_of,
     torch_dtype,
     whole,
 )
@@ -56,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compare one part of a pipeline: unet, transformer, text_encoder, ...",
     )
     add("--component", metavar="PART", help="what a model by itself is: unet, text_encoder_2, ...")
+    add_family_argument(parser)
     add("--force", action="store_true", help="replace the output if it is there")
     add("--all", action="store_true", help=f"show the error of all layers, not of {SHOWN}")
     add("--json", action="store_true", help="print JSON, with the error of every layer")
@@ -78,13 +81,15 @@ def run(options: argparse.Namespace) -> int:
         pairs = paired(base, tuned, options)
         for one, other in pairs:
             require_alike(one, other)
+        family = family_for(options.to, options.family, modules_of(base, options))
         found = Extraction(options)
         found.read(pairs)
     if not found.changes:
         some = ", ".join(found.left_out[:3])
         left = f" but in what {options.to} has not: {some}" if some else ""
         raise CommandError(f"{options.base} and {options.tuned} do not differ{left}")
-    packed = writing.pack(found.changes, options.to)
+    name = family and family.name
+    packed = writing.pack(found.changes, options.to, name)
     writing.write(options.out, packed)
     large = [t for t in packed.tensors.values() if t.numel() > 1]  # no alphas
     report = {
@@ -92,11 +97,13 @@ def run(options: argparse.Namespace) -> int:
         "tuned": str(options.tuned),
         "output": str(options.out),
         "to": options.to,
+        "family": name,
+        "notes": choice(family),
         "modules": len(found.changes),
         "unchanged": found.unchanged,
         "left_out": found.left_out,
         "left_out_norm": found.left_out_norm,
-        "bytes": sum(t.numel() * t.itemsize for t in packed.tensors.values()),
+        "bytes": size_of(options.out),
         "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in large}),
         "error": found.losses.report(options.rank),
     }
@@ -132,6 +139,17 @@ def paired(
     return [(sides[0][component], sides[1][component]) for component in sides[0]]
 
 
+def modules_of(base: Checkpoint, options: argparse.Namespace) -> list[Target]:
+    """All modules that there are, as those that are not compared tell the family as well."""
+    return [named(target, options) for w in base.weights() for target in w.modules]
+
+
+def named(target: Target, options: argparse.Namespace) -> Target:
+    """The target with the component that a model by itself is said to be."""
+    stated = options.component if not target.component else None
+    return target._replace(component=stated) if stated else target
+
+
 class Extraction:
     """The changes that are found, module by module, and what they say of themselves."""
 
@@ -162,9 +180,7 @@ class Extraction:
         if found.weight is None and not found.vectors:
             self.unchanged += 1
             return
-        target = found.target
-        if self.options.component and not target.component:
-            target = target._replace(component=self.options.component)
+        target = named(found.target, self.options)
         kohya = self.options.to in ("kohya", "lycoris")
         if found.weight is not None and kohya and is_embedding(target.path):
             self.leave_out(target, "weight", found.weight)
@@ -194,6 +210,7 @@ def lines(report: Mapping[str, Any], every: bool) -> list[str]:
         f"{report['output']}: {report['to']}, {plural(report['modules'], 'module')}, "
         f"{', '.join(report['dtypes'])}, {size(report['bytes'])}"
     ]
+    said += [f"  {line}" for line in report["notes"]]
     if report["unchanged"]:
         said.append(f"  {plural(report['unchanged'], 'module')} did not change")
     if left := report["left_out"]:
@@ -203,14 +220,15 @@ def lines(report: Mapping[str, Any], every: bool) -> list[str]:
             f"{number(report['left_out_norm'])} (Frobenius) together, as {clean(left[0])}{way}"
         )
     if errors := report["error"]:
+        layers = sorted(errors["modules"].items(), key=lambda item: -item[1])
+        layers = [(module, error) for module, error in layers if error]
         said.append(
             f"  rank {errors['rank']}: relative error (Frobenius) {percent(errors['total'])} in"
-            " total, by layer:"
+            f" total{', by layer:' if layers else ''}"
         )
-        layers = sorted(errors["modules"].items(), key=lambda item: -item[1])
         shown = layers if every else layers[:SHOWN]
-        rows = table([(percent(error), clean(module)) for module, error in shown], right=(0,))
-        said += [f"    {row}" for row in rows]
+        rows = [(percent(error), clean(module)) for module, error in shown]
+        said += [f"    {row}" for row in table(rows, right=(0,))]
         if len(layers) > len(shown):
             said.append(f"    and {plural(len(layers) - len(shown), 'layer')} with less: --all")
     return said

@@ -5,21 +5,20 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastlora.commands import CommandError
-from fastlora.commands.outputs import file_and_strength
+from fastlora.commands.outputs import file_and_strength, filled, only_part
+from fastlora.commands.resolving import require, resolve
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fastlora.formats.changes import AdapterFile, Change, Target
+    from fastlora.formats.changes import Change, Target
     from fastlora.formats.checkpoints import Checkpoint, Weights
-    from fastlora.formats.names import Index
-    from fastlora.formats.rewriting import Edit, Written
+    from fastlora.formats.rewriting import Written
 
 HELP = "adapters into a model's files"
 DESCRIPTION = (
@@ -40,13 +39,14 @@ examples:
   fastlora fold style.safetensors=0.8 --into sd15/ --out sd15-style/
   fastlora fold a.safetensors b.safetensors=-1 --into sdxl.safetensors --out new.safetensors
 """
+MOST = 2.0**24  # digits of float32
 # Weights that would stay what they were, and be taken for the others.
 STALE = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".onnx_data", ".gguf")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description = textwrap.fill(DESCRIPTION, 78)
+    parser.description = filled(DESCRIPTION)
     parser.epilog = EXAMPLES.strip("\n")
     add = parser.add_argument
     add(
@@ -58,12 +58,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--into", type=Path, required=True, metavar="MODEL", help="safetensors file or folder")
     add("--out", type=Path, required=True, help="what to write: a file or a folder, as MODEL is")
+    add(
+        "--only",
+        metavar="PART",
+        help="fold one part of the adapters: unet, transformer, text_encoder, ...",
+    )
     add("--force", action="store_true", help="replace OUT if it is there")
     add(
         "--no-strict",
         dest="strict",
         action="store_false",
-        help="leave out what the model has no weight for (default: an error)",
+        help="leave out what does not fit the model (default: an error)",
     )
     add("--json", action="store_true", help="print JSON")
 
@@ -78,10 +83,13 @@ def run(options: argparse.Namespace) -> int:
     from fastlora.formats.rewriting import overwrite, rewritten, touched
 
     check_places(options)
-    found = [(path, strength, detect.read(path)) for path, strength in options.files]
+    found = [
+        (path, strength, only_part(path, detect.read(path), options.only))
+        for path, strength in options.files
+    ]
     with Checkpoint(options.into) as checkpoint:
-        edits, unused = resolve(found, checkpoint.indices())
-        require(edits, unused, options)
+        edits, unused, misfits = resolve(found, checkpoint)
+        require(edits, misfits, options)
         work = [(w, touched(w, edits)) for w in checkpoint.weights()]
         stale = stale_files(checkpoint, [w for w, keys in work if keys])
         written: dict[str, list[Written]] = {}
@@ -97,6 +105,8 @@ def run(options: argparse.Namespace) -> int:
                 component = places[0][0].component
                 written.setdefault(component, []).append(done)
                 dtypes.setdefault(component, set()).add(str(tensor.dtype).removeprefix("torch."))
+            components = {c: summary(written[c], dtypes[c]) for c in sorted(written)}
+            require_sane(components)
     report = {
         "model": str(options.into),
         "output": str(options.out),
@@ -105,7 +115,7 @@ def run(options: argparse.Namespace) -> int:
             for path, strength, file in found
         ],
         "modules": len(edits),
-        "components": {c: summary(written[c], dtypes[c]) for c in sorted(written)},
+        "components": components,
         "unused": {path: keys for path, keys in unused.items() if keys},
         "not_copied": sorted(str(path) for path in stale),
     }
@@ -140,48 +150,16 @@ def check_places(options: argparse.Namespace) -> None:
         raise CommandError(f"{out}: expected {kinds[model.is_dir()]}, got {kinds[out.is_dir()]}")
 
 
-def resolve(
-    found: Sequence[tuple[Path, float, AdapterFile]], indices: Mapping[str, Index]
-) -> tuple[dict[Target, list[Edit]], dict[str, dict[str, str]]]:
-    """The changes of each of the checkpoint's modules; for each file, the keys without a module
-    and why. Raises CommandError where two names of a file mean the same module."""
-    from fastlora.formats.names import find
-    from fastlora.formats.rewriting import Edit
-
-    edits: dict[Target, list[Edit]] = {}
-    unused: dict[str, dict[str, str]] = {}
-    for path, strength, file in found:
-        reasons = unused.setdefault(str(path), {})
-        reasons.update(file.unused)
-        taken: dict[Target, Target] = {}
-        for target, change in file.changes.items():
-            places = find(target, indices)
-            if len(places) != 1:
-                reason = f"may be {' or '.join(map(str, places))}" if places else absent(target)
-                reasons.update(dict.fromkeys(change.keys or (str(target),), reason))
-                continue
-            (place,) = places
-            if place in taken:
-                raise CommandError(f"{path}: {target} and {taken[place]} are the same layer")
-            taken[place] = target
-            edits.setdefault(place, []).append(Edit(change, strength))
-    return edits, unused
-
-
-def absent(target: Target) -> str:
-    return f"the model has no {target}"
-
-
-def require(
-    edits: Mapping[Target, Any], unused: Mapping[str, dict[str, str]], options: argparse.Namespace
-) -> None:
-    """Raises CommandError where nothing fits, and where something does not and it has to."""
-    left = [f"{p}: {k}: {why}" for p, keys in unused.items() for k, why in keys.items()]
-    some = "; ".join(left[:3]) + (f"; and {len(left) - 3} more keys" if len(left) > 3 else "")
-    if not edits:
-        raise CommandError(f"nothing fits {options.into}: {some}")
-    if left and options.strict:
-        raise CommandError(f"{some} (--no-strict folds the rest)")
+def require_sane(components: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises CommandError for changes beside which nothing is left of the weights in float32."""
+    for component, own in components.items():
+        change = own["change"]
+        if change is not None and not change < MOST:
+            raise CommandError(
+                f"{component or 'the model'}: expected changes smaller than {MOST:.2g} times the"
+                f" weights, of which nothing is left otherwise, got {change:.2g} times: give a"
+                " smaller strength"
+            )
 
 
 def check_base(target: Target, change: Change, weight: Tensor) -> None:

@@ -19,6 +19,7 @@ from fastlora.commands.terminal import (
 
 MOST_SETTINGS = 8  # rows for a part; trained ranks differ in few ways, extracted ones in many
 MOST_UNUSED = 10
+WIDEST_BAR = 60
 
 
 def lines(report: Mapping[str, Any], all_metadata: bool) -> list[str]:
@@ -70,7 +71,7 @@ def picture(blocks: Sequence[Mapping[str, Any]]) -> list[str]:
     largest = max((row["norm"] for row in blocks), default=0.0)
     names = [clean(row["block"]) for row in blocks]
     label = max([len(name) for name in names], default=0)
-    columns = max(width() - label - 2 * 4 - 9 - 1, 10)
+    columns = min(max(width() - label - 2 * 4 - 9 - 1, 10), WIDEST_BAR)
     said = ["  norms of the updates at strength 1"]
     part = None
     for row, name in zip(blocks, names, strict=True):
@@ -101,8 +102,10 @@ def unused(keys: Mapping[str, str]) -> list[str]:
 def metadata(values: Mapping[str, str], in_full: bool) -> list[str]:
     names = {key: clean(key) for key in sorted(values)}
     label = min(max(map(len, names.values())), 32)
-    said = ["  metadata" + ("" if in_full else " (long values: --metadata)")]
+    said, is_short = [], False
     for key, name in names.items():
         start, value = f"    {name.ljust(label)}  ", clean(values[key])
-        said.append(start + (value if in_full else shortened(value, width() - len(start))))
-    return said
+        shown = value if in_full else shortened(value, width() - len(start))
+        is_short = is_short or shown != value
+        said.append(start + shown)
+    return ["  metadata" + (" (long values: --metadata)" if is_short else ""), *said]

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from fastlora.commands.approximating import approximated, refuse_others
+from fastlora.commands.naming import family_for
 from fastlora.commands.outputs import (
     FORMATS,
     add_output_arguments,
@@ -67,6 +68,7 @@ def run(options: argparse.Namespace) -> int:
     format = options.to or found[0].format
     check_output(options.out, format, options.force, paths)
     shares = shares_of([f.changes for f in found], [strength for _, strength in options.files])
+    family = family_for(format, options.family, shares, found)
     parts = progress(shares.items(), "adding", len(shares))
     changes = {target: combined(target, own) for target, own in parts}
     error = None
@@ -83,4 +85,4 @@ def run(options: argparse.Namespace) -> int:
         "error": error,
         "unused": {str(p): f.unused for p, f in zip(paths, found, strict=True) if f.unused},
     }
-    return finish(changes, found, report, options.out, format, options)
+    return finish(changes, found, report, options.out, format, options, family)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,22 @@ def _load(folder: Path, library: Any, kind: Any, dtype: torch.dtype) -> nn.Modul
     if not hasattr(module, str(kind)):
         raise CommandError(f"--model: {folder}: this {library} has no {kind}")
     try:
-        return getattr(module, kind).from_pretrained(
-            folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True
-        )
+        with without_bars(library):
+            return getattr(module, kind).from_pretrained(
+                folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True
+            )
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise CommandError(f"--model: {folder}: {' '.join(str(error).split())}") from error
+
+
+@contextmanager
+def without_bars(library: str) -> Iterator[None]:
+    """Without the progress bars that diffusers and transformers put onto stderr."""
+    logging = importlib.import_module(f"{library}.utils.logging")
+    before = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            logging.enable_progress_bar()

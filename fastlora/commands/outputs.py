@@ -6,17 +6,20 @@ import argparse
 import dataclasses
 import math
 import os
+import shutil
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastlora.commands import CommandError
+from fastlora.commands.naming import add_family_argument, choice
 
 if TYPE_CHECKING:
     import torch
 
     from fastlora.formats.changes import AdapterFile, Change, Target
+    from fastlora.formats.families import Family
 
 DTYPES = ("float32", "bfloat16", "float16")
 FORMATS = {
@@ -35,8 +38,13 @@ def explain(parser: argparse.ArgumentParser, *examples: str) -> None:
     formats = [f"  {name:14}  {content}" for name, content in FORMATS.items()]
     lines = ["formats:", *formats, "", "examples:", *(f"  {example}" for example in examples)]
     parser.epilog = "\n".join(lines)
-    parser.description = textwrap.fill(parser.description or "", 78)
+    parser.description = filled(parser.description or "")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+
+
+def filled(text: str) -> str:
+    """A paragraph in lines as long as argparse makes its own, whose raw formatter leaves it."""
+    return textwrap.fill(text, shutil.get_terminal_size().columns - 2)
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,25 +60,33 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PART",
         help="what the model is where a file does not say it (fastlora, peft): unet, ...",
     )
+    add_family_argument(parser)
     add("--force", action="store_true", help="replace the output if it is there")
     add("--json", action="store_true", help="print JSON")
 
 
 def file_and_strength(text: str) -> tuple[Path, float]:
     """argparse's type of "FILE=0.8" and of "FILE", even if the name has an = in it."""
-    path, mark, strength = text.rpartition("=")
+    path, mark, number = text.rpartition("=")
     if not mark or Path(text).exists():
         return Path(text), 1.0
-    if not _is_number(strength) or float(strength) == 0:
-        raise argparse.ArgumentTypeError(f"expected FILE=STRENGTH with a number not 0, got {text}")
-    return Path(path), float(strength)
-
-
-def _is_number(text: str) -> bool:
     try:
-        return math.isfinite(float(text))
+        return Path(path), strength(number)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"expected FILE=STRENGTH with a number not 0, got {text}"
+        ) from None
+
+
+def strength(text: str) -> float:
+    """argparse's type of a strength: with 0 there is nothing to do, and nothing to check."""
+    try:
+        value = float(text)
     except ValueError:
-        return False
+        value = 0.0
+    if not math.isfinite(value) or value == 0:
+        raise argparse.ArgumentTypeError(f"expected a finite number that is not 0, got {text}")
+    return value
 
 
 def whole(text: str) -> int:
@@ -89,17 +105,23 @@ def read(path: Path, options: argparse.Namespace) -> AdapterFile:
     from fastlora.formats import detect
 
     file = detect.read(path)
-    changes = file.changes
     if options.component:
         changes = {
             (t._replace(component=options.component) if not t.component else t): c
-            for t, c in changes.items()
+            for t, c in file.changes.items()
         }
-    if options.only:
-        parts = sorted({target.component for target in changes})
-        changes = {t: c for t, c in changes.items() if t.component == options.only}
-        if not changes:
-            raise CommandError(f"--only {options.only}: {path} has {', '.join(parts) or 'nothing'}")
+        file = dataclasses.replace(file, changes=changes)
+    return only_part(path, file, options.only)
+
+
+def only_part(path: Path, file: AdapterFile, part: str | None) -> AdapterFile:
+    """The file with one part of the pipeline; None: all. Raises CommandError without it."""
+    if part is None:
+        return file
+    changes = {t: c for t, c in file.changes.items() if t.component == part}
+    if not changes:
+        parts = ", ".join(sorted({t.component or "a model by itself" for t in file.changes}))
+        raise CommandError(f"--only {part}: {path} has {parts or 'nothing'}")
     return dataclasses.replace(file, changes=changes)
 
 
@@ -181,6 +203,7 @@ def finish(
     out: Path,
     format: str,
     options: argparse.Namespace,
+    family: Family | None,
 ) -> int:
     """Writes the changes, made of those of `files`, and says so, beside what `report` has.
 
@@ -201,11 +224,12 @@ def finish(
     if format in ("diffusers-lora", "diffusers-old"):
         changes = {target: without_alpha(change) for target, change in changes.items()}
     known = dtypes(change for file in files for change in file.changes.values())
-    notes = []
+    notes = choice(family)
     if not options.dtype and dtypes(changes.values()) - known:
         names = " or ".join(sorted(known))
-        notes = [f"float32 where {names} would lose digits; --dtype {min(known)} rounds"]
-    packed = writing.pack(cast(changes, options.dtype), format)
+        notes += [f"float32 where {names} would lose digits; --dtype {min(known)} rounds"]
+    name = family and family.name
+    packed = writing.pack(cast(changes, options.dtype), format, name)
     packed = packed._replace(metadata={**carried(files), **packed.metadata})
     large = [t for t in packed.tensors.values() if t.numel() > 1]  # no alphas
     writing.write(out, packed)
@@ -213,8 +237,9 @@ def finish(
         **report,
         "output": str(out),
         "to": format,
+        "family": name,
         "modules": len(changes),
-        "bytes": sum(t.numel() * t.itemsize for t in packed.tensors.values()),
+        "bytes": size_of(out),
         "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in large}),
         "notes": notes,
     }
@@ -223,6 +248,13 @@ def finish(
     else:
         print("\n".join(_lines(report)))
     return 1 if any(report["unused"].values()) else 0
+
+
+def size_of(out: Path) -> int:
+    """Bytes of the safetensors file that was written, as `inspect` and the disk have them."""
+    from fastlora.formats.writing import WEIGHTS
+
+    return (out / WEIGHTS if out.is_dir() else out).stat().st_size
 
 
 def dtypes(changes: Iterable[Change]) -> set[str]:

@@ -99,8 +99,9 @@ def aligned(value: float) -> str:
 
 
 def percent(value: float) -> str:
-    """Two digits, however small."""
-    return f"{100 * value:.2g} %"
+    """Two digits, however small, and all those before the point."""
+    share = 100 * value
+    return f"{share:.0f} %" if 99.5 <= abs(share) < 1e6 else f"{share:.2g} %"
 
 
 def plural(count: int, one: str, many: str | None = None) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastlora.commands import CommandError
+from fastlora.commands.outputs import strength
 
 if TYPE_CHECKING:
     from fastlora.commands.verifying import Row
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="digits (fastlora's own), or a folder of a pipeline or a component of diffusers",
     )
-    add("--strength", type=float, default=1.0, metavar="S", help="of the adapter (default: 1)")
+    add("--strength", type=strength, default=1.0, metavar="S", help="of the adapter (default: 1)")
     add(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),

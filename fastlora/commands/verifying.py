@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora.adapters.adapted import Adapted
+from fastlora.adapters.specs import AdapterError
 from fastlora.commands import CommandError
 from fastlora.formats.changes import AdapterFile, Change, Shift
+from fastlora.formats.files import FormatError
 from fastlora.formats.names import Index, find
 from fastlora.formats.rewriting import Edit, folded, folded_bias
 from fastlora.verify import roundings, worst
@@ -75,8 +77,13 @@ def adapted_changes(
 
 
 def load(models: Mapping[str, nn.Module], path: Any, strength: float) -> None:
-    """The file into the models, strictly."""
-    fastlora.load(models.get("", models), path, name=NAME, scale=strength)
+    """The file into the models, strictly. Raises what `fastlora.load` does, without its advice to
+    leave something out, which would not be verified then."""
+    try:
+        fastlora.load(models.get("", models), path, name=NAME, scale=strength)
+    except (AdapterError, FormatError) as error:
+        said = [line for line in str(error).splitlines() if not line.startswith("strict=False")]
+        raise type(error)("\n".join(said)) from None
 
 
 def _copy(parameter: Tensor | None) -> Tensor | None:

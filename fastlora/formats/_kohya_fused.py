@@ -10,10 +10,11 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from fastlora.formats._kohya_shapes import Weight, rows
 from fastlora.formats.changes import Change, Dense, LowRank, Target
 from fastlora.formats.files import FormatError
+from fastlora.formats.measures import shape_of, working_dtype
 from fastlora.formats.names import Place
+from fastlora.formats.part_shapes import Weight, rows
 
 
 def split(change: Change, places: Sequence[Place]) -> dict[Target, Change] | str:
@@ -47,8 +48,8 @@ def join(name: str, shares: Sequence[Share]) -> Change:
     """The Change of the fused module `name`; rows that no share has do not change.
 
     `shares` count rows in equal parts, as a Place does. Low-rank updates with the same `down` stay
-    one, others become blocks whose ranks add up. Raises FormatError where that would not be the
-    same.
+    one, others become blocks whose ranks add up. Shares of other updates, where they are no longer
+    those of one, become a full difference. Raises FormatError where that would not be the same.
     """
     shares = _in_rows(name, [s._replace(change=_without_rows(s.change)) for s in shares])
     weights = [s.change.weight for s in shares]
@@ -129,12 +130,12 @@ def _magnitude(name: str, shares: Sequence[Share]) -> Tensor | None:
     if any(share.change.axis == "in" for share in shares):
         raise FormatError(
             f"{name}: DoRA's norms along the inputs of {_named(shares)} are not those of all rows; "
-            "merge the adapter into the model and extract a LoRA instead"
+            "fold the adapter into the model and extract a LoRA instead"
         )
     if len(magnitudes) < len(shares) or not _complete(shares):
         raise FormatError(
             f"{name}: expected a DoRA magnitude of all its parts or none, got only some among "
-            f"{_named(shares)}; merge the adapter into the model and extract a LoRA instead"
+            f"{_named(shares)}; fold the adapter into the model and extract a LoRA instead"
         )
     return _stacked(name, shares, magnitudes)
 
@@ -166,21 +167,30 @@ def _low_rank(name: str, shares: Sequence[Share]) -> LowRank:
 
 
 def _whole(name: str, shares: Sequence[Share]) -> Weight:
-    """The update of which the shares have the rows, where they are all that was split."""
+    """The update of which the shares have the rows, where they are all that was split; else what
+    they are together, dense."""
     first = shares[0].change.weight
-    for share in shares:
-        change = share.change
-        if change.rows != (share.first, share.last, share.total) or not _same(change.weight, first):
-            raise FormatError(
-                f"{name}: expected shares of one {shares[0].change.kind} update, got others of "
-                f"{_named(shares)}; extract them as LoRA, or write them as full updates"
-            )
-    if not _complete(shares):
+    split = all(
+        s.change.rows == (s.first, s.last, s.total) and _same(s.change.weight, first)
+        for s in shares
+    )
+    if split and _complete(shares):
+        return cast(Weight, first)
+    updates = [None if s.change.weight is None else dense(s.target, s.change) for s in shares]
+    return Dense(cast(Tensor, _stacked(name, shares, [u and u.diff for u in updates])))
+
+
+def dense(target: Target, change: Change) -> Dense:
+    """The update of a module's own rows, in float32 at least. Raises FormatError for DoRA."""
+    weight = change.weight
+    assert weight is not None
+    if change.magnitude is not None:
         raise FormatError(
-            f"{name}: only {_named(shares)} of its parts have an update, which changes the others' "
-            "rows too; extract them as LoRA, or write them as full updates"
+            f"{target}: LyCORIS has DoRA of factors only, and this {change.kind}, of some rows of a"
+            " fused module, has none of its own; fold the adapter into the model and extract what "
+            "has changed"
         )
-    return cast(Weight, first)
+    return Dense(change.delta(shape_of(change), working_dtype(*weight.tensors().values())))
 
 
 def _same(weight: object, other: object) -> bool:

@@ -19,9 +19,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastlora.formats._kohya_shapes import Weight, check, has_inputs, rows
 from fastlora.formats.changes import Change, Dense, Hadamard, Kronecker, LowRank
 from fastlora.formats.files import FormatError
+from fastlora.formats.part_shapes import Weight, check, has_inputs, rows
 
 FIELDS: dict[type[Weight], dict[str, str]] = {
     LowRank: {"lora_down.weight": "down", "lora_up.weight": "up", "lora_mid.weight": "mid"},

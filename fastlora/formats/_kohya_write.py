@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
 from fastlora.formats import names
-from fastlora.formats._kohya_fused import Share, join
+from fastlora.formats._kohya_fused import Share, dense, join
 from fastlora.formats._kohya_parts import parts_of
-from fastlora.formats._kohya_shapes import dims
 from fastlora.formats.changes import Change, Dense, LowRank, Packed, Shift, Target
+from fastlora.formats.families import family_of, keys_of
 from fastlora.formats.files import FormatError
+from fastlora.formats.part_shapes import dims
 
 _CONVOLUTION = re.compile(r"(.*[._])?conv\w*")
 _EITHER = re.compile(r"(.*[._])?proj_(in|out)")  # a convolution in SD 1, a Linear in SD 2
@@ -28,7 +30,7 @@ def write(changes: Mapping[Target, Change], family: str | None, network: str) ->
         _refuse(target, change)
     named = [target for target in changes if target.component]
     if family is None and named:
-        family = names.family(named)
+        family = family_of(named, keys_of(changes.values())).name
     tensors: dict[str, Tensor] = {}
     written: dict[str, Change] = {}
     for name, shares in _by_name(changes, family or "").items():
@@ -47,7 +49,7 @@ def _refuse(target: Target, change: Change) -> None:
         )
     if change.magnitude is not None and (weight is None or isinstance(weight, Dense)):
         raise FormatError(
-            f"{target}: LyCORIS has DoRA of factors only, got {change.kind}; merge the adapter "
+            f"{target}: LyCORIS has DoRA of factors only, got {change.kind}; fold the adapter "
             "into the model and extract what has changed"
         )
     if isinstance(weight, LowRank) and weight.embedding:
@@ -72,11 +74,8 @@ def _by_name(changes: Mapping[Target, Change], family: str) -> dict[str, list[Sh
                 Share(target, change, first, last, total)
             )
             continue
-        if change.rows is not None:
-            raise FormatError(
-                f"{target}: has rows of an update of several modules, which family {family!r} does "
-                "not have as one; extract it as LoRA, or write a full update"
-            )
+        if change.rows is not None:  # of a module that is not fused under this name
+            change = replace(change, weight=dense(target, change), rows=None)
         prefix, flat = _name(target, family)
         modules.setdefault(f"{prefix}_{flat}", []).append(Share(target, change, 0, 1, 1))
     for name, shares in modules.items():

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastlora.formats import diffusers, files, kohya, native, peft
+from fastlora.formats import diffusers, files, kohya, native, original, peft
 from fastlora.formats.changes import AdapterFile
 from fastlora.formats.files import FormatError
 
@@ -20,6 +20,7 @@ FORMATS = {
     "peft": "base_model.model.….lora_A.weight beside adapter_config.json",
     "diffusers": "unet.….lora_A.weight, ….lora.down.weight, ….processor.to_q_lora.down.weight",
     "kohya": "lora_unet_….lora_down.weight; LyCORIS: lycoris_….hada_w1_a, .lokr_w1, .diff",
+    "original": "diffusion_model.double_blocks.….lora_A.weight, as ComfyUI and ai-toolkit write",
 }
 CONFIG = "adapter_config.json"
 FOLDER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
@@ -62,13 +63,16 @@ def unpack(
             return diffusers.unpack(tensors, metadata)
         if name == "kohya":
             return kohya.unpack(tensors, metadata)
+        if name == "original":
+            return original.unpack(tensors, metadata)
     except FormatError as error:
         raise FormatError(f"{source}: {error}") from None
     return native.adapter_file(dict(tensors), dict(metadata), source)
 
 
 def detect(keys: Iterable[str], metadata: Mapping[str, str]) -> str:
-    """ "fastlora", "peft", "diffusers" or "kohya" (LyCORIS too): what explains most of the keys.
+    """ "fastlora", "peft", "diffusers", "kohya" (LyCORIS too) or "original": what explains most of
+    the keys.
 
     Raises FormatError where nothing explains any.
     """
@@ -90,6 +94,8 @@ def format_of(key: str) -> str | None:
         return "kohya"
     if key.startswith(peft.PREFIX):
         return "peft"
+    if original.KEY.fullmatch(key):
+        return "original"
     return "diffusers" if diffusers.entry_of(key) else None
 
 

@@ -35,6 +35,7 @@ from fastlora.formats.peft_layers import (
 )
 
 Style = Literal["peft", "lora", "old"]
+NAMES: dict[Style, str] = {"peft": "diffusers", "lora": "diffusers-lora", "old": "diffusers-old"}
 SETTINGS = "lora_adapter_metadata"
 COMPONENTS = frozenset(
     "unet transformer transformer_2 transformer_ref connectors text_conditioner "
@@ -179,13 +180,13 @@ def folded(target: Target, layer: Layer, style: Style) -> dict[str, Tensor]:
     low, path = layer.weight, str(target)
     if layer.bias is not None or low.embedding:
         what = "embedding" if low.embedding else "bias"
-        raise FormatError(f'{target}: style "{style}" has no {what}; use style "peft"')
+        raise FormatError(f"{target}: {NAMES[style]} has no {what}; write {NAMES['peft']}")
     if style == "old":
         match = OLD_ATTENTION.fullmatch(path)
         if match is None or target.component not in ("", "unet"):
             raise FormatError(
-                f'{target}: style "old" has only to_q, to_k, to_v and to_out.0 of a UNet; use style'
-                ' "lora" or "peft"'
+                f"{target}: {NAMES[style]} has only to_q, to_k, to_v and to_out.0 of a UNet; write "
+                f"{NAMES['peft']} or {NAMES['lora']}"
             )
         path = f"{match['attention']}.processor.{match['layer']}"
         name = f"{path}_lora"

@@ -48,12 +48,17 @@ class SafetensorsFile:
     to the file. A file that is replaced (by `write`) while this one is open is still the old one
     here.
 
-    Raises FileNotFoundError, or FormatError for a pickle, a truncated or foreign file.
+    Raises FileNotFoundError, or FormatError for what is no regular file, a pickle, a truncated or
+    foreign file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         if not self.path.is_file():
+            if self.path.exists():
+                raise FormatError(
+                    f"{path}: expected a regular file, got {kind_of(self.path.resolve())}"
+                )
             raise FileNotFoundError(f"{path}: no such file")
         self._file = self.path.open("rb")
         try:

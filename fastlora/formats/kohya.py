@@ -18,6 +18,7 @@ from fastlora.formats._kohya_fused import split
 from fastlora.formats._kohya_parts import KNOWN, LYCORIS, change_of, foreign
 from fastlora.formats._kohya_write import write
 from fastlora.formats.changes import AdapterFile, Change, LowRank, Packed, Shift, Target
+from fastlora.formats.families import family_of, keys_of
 from fastlora.formats.files import FormatError
 from fastlora.formats.names import Place
 
@@ -56,7 +57,7 @@ def unpack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Adapte
 
 
 def pack(changes: Mapping[Target, Change], family: str | None = None) -> Packed:
-    """The file for LoRA and DoRA of a "sd", "sdxl" or "flux" model; None: as the targets tell.
+    """The file for LoRA and DoRA of a "sd", "sdxl" or "flux" model; None: as `family_of` tells.
 
     Raises FormatError naming the target that such a file cannot have, and the way out.
     """
@@ -66,7 +67,8 @@ def pack(changes: Mapping[Target, Change], family: str | None = None) -> Packed:
             raise FormatError(
                 f"{target}: expected LoRA, got {change.kind}{also}; write a LyCORIS file instead"
             )
-    family = names.family(changes) if family is None else family
+    if family is None:
+        family = family_of(changes, keys_of(changes.values())).name
     return write(changes, family, "networks.lora_flux" if family == "flux" else "networks.lora")
 
 

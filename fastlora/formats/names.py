@@ -12,7 +12,7 @@ from fastlora.formats.files import FormatError
 from fastlora.formats.names_flux import fused
 from fastlora.formats.names_grammar import dotted
 
-__all__ = ["Index", "Place", "dotted", "family", "find", "flat_name", "fused", "places"]
+__all__ = ["Index", "Place", "dotted", "evidence", "family", "find", "flat_name", "fused", "places"]
 
 _TEXT_ENCODERS = {
     "lora_te": "text_encoder",
@@ -121,9 +121,7 @@ def family(targets: Iterable[Target]) -> str:
     Raises FormatError where the paths do not tell: text encoders and some layers are alike.
     """
     modules = [_spelled_out(target) for target in targets]
-    found = {f for f, only in _EVIDENCE.items() if any(only.match(str(m)) for m in modules)}
-    if {"unet", "text_encoder_2"} <= {module.component for module in modules}:
-        found.add("sdxl")
+    found = evidence(modules)
     if len(found) != 1:
         some = ", ".join(map(str, modules[:3])) + (", ..." if len(modules) > 3 else "")
         raise FormatError(
@@ -131,6 +129,15 @@ def family(targets: Iterable[Target]) -> str:
             f"{' and '.join(sorted(found)) or 'none of them'} alone would have: {some or 'none'}"
         )
     return found.pop()
+
+
+def evidence(targets: Iterable[Target]) -> set[str]:
+    """Every family that has some of these modules and that no other one has."""
+    modules = [_spelled_out(target) for target in targets]
+    found = {f for f, only in _EVIDENCE.items() if any(only.match(str(m)) for m in modules)}
+    if {"unet", "text_encoder_2"} <= {module.component for module in modules}:
+        found.add("sdxl")
+    return found
 
 
 class Index:

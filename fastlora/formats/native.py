@@ -171,7 +171,8 @@ def pack_changes(changes: Mapping[Target, Change]) -> Packed:
     for target, change in changes.items():
         if target.flat:
             raise FormatError(
-                f"{target}: expected the path of a module; find it in the model first"
+                f"{target}: expected the path of a module, whose dots this name does not tell; load"
+                " it into the model, and save that"
             )
         kind, modules[target.path], settings[target.path] = _written(target, change)
         kinds.setdefault(kind, target)
@@ -248,9 +249,10 @@ def _written(target: Target, change: Change) -> tuple[str, dict[str, Tensor], di
     if isinstance(weight, Shift):
         return "spectral", {"shift": weight.shift}, {"norms": weight.norms}
     if not isinstance(weight, LowRank) or change.bias is not None:
+        also = " with a bias" if weight is not None and change.bias is not None else ""
         raise FormatError(
             f"{target}: a fastlora file has LoRAs without bias and spectral shifts, got "
-            f"{change.kind}; a {holder(change)} file can hold it, or approximate it by a LoRA first"
+            f"{change.kind}{also}; a {holder(change)} file can hold it"
         )
     if change.magnitude is not None and change.axis != ("in" if weight.embedding else "out"):
         raise FormatError(f"{target}: a fastlora file has magnitudes of outputs, not of inputs")

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ from fastlora.formats.measures import norm
 class Outline(NamedTuple):
     path: Path  # of the safetensors file, in a folder or not
     tensors: dict[str, Tensor]  # by key, on the meta device but for scalars
-    file: AdapterFile  # whose changes have these tensors, or views of them
+    file: AdapterFile  # whose changes have these tensors, views of them, or what is made of them
+    config: dict[str, Any] | None = None  # PEFT's
 
 
 def outline(path: str | os.PathLike[str]) -> Outline:
@@ -32,7 +33,7 @@ def outline(path: str | os.PathLike[str]) -> Outline:
     with SafetensorsFile(found) as file:
         tensors, metadata = file.outline(), file.metadata
     config = detect.config_beside(found, tensors, metadata)
-    return Outline(found, tensors, detect.unpack(tensors, metadata, config, str(found)))
+    return Outline(found, tensors, detect.unpack(tensors, metadata, config, str(found)), config)
 
 
 def norms(found: Outline, threads: int | None = None) -> Iterator[tuple[Target, float]]:
@@ -46,7 +47,7 @@ def norms(found: Outline, threads: int | None = None) -> Iterator[tuple[Target, 
     before = torch.get_num_threads()
 
     def measured(item: tuple[Target, Change]) -> tuple[Target, float]:
-        return item[0], norm(_filled(item[1], keys, reader))
+        return item[0], norm(_filled(found, item[0], keys, reader))
 
     # One thread of PyTorch in each of ours: products of thin matrices are too small to share.
     with ThreadPoolExecutor(
@@ -79,14 +80,19 @@ class _Reader:
             file.__exit__()
 
 
-def _filled(change: Change, keys: Mapping[int, str], reader: _Reader) -> Change:
-    """The change with its weight's values: every part is a tensor of the outline or a view."""
+def _filled(found: Outline, target: Target, keys: Mapping[int, str], reader: _Reader) -> Change:
+    """The change with its weight's values, views as they are in the outline."""
+    change = found.file.changes[target]
     if change.weight is None:
         return change
     parts = {}
     for name, part in change.weight.tensors().items():
         if part.is_meta:
             whole = part if part._base is None else part._base
+            if id(whole) not in keys:  # made of a tensor: a factor that PEFT's alpha is in
+                own = {key: reader.tensor(key) for key in change.keys}
+                metadata = found.file.metadata
+                return detect.unpack(own, metadata, found.config, str(found.path)).changes[target]
             values = reader.tensor(keys[id(whole)])
             parts[name] = values.as_strided(part.shape, part.stride(), part.storage_offset())
     return dataclasses.replace(change, weight=dataclasses.replace(change.weight, **parts))

@@ -52,10 +52,14 @@ def unpack(
     """
     if config is None:
         raise FormatError(
-            "PEFT's keys need the adapter_config.json that belongs beside them: it has alpha; "
-            'without it, pass config={"peft_type": "LORA", "r": ..., "lora_alpha": ...}'
+            "PEFT's keys need the adapter_config.json that belongs beside the file: it has alpha; "
+            "where it is lost, write one there with what the training had: "
+            '{"peft_type": "LORA", "r": ..., "lora_alpha": ...}'
         )
-    settings = read_settings(config)
+    try:
+        settings = read_settings(config)
+    except FormatError as error:
+        raise FormatError(f"adapter_config.json: {error}") from None
     modules, others = gather(tensors, entry_of)
     if not modules:
         raise FormatError(f"expected PEFT's keys, got {others[:3] or 'no keys'}")

@@ -9,9 +9,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlora.formats._kohya_shapes import check
 from fastlora.formats.changes import Change, Hadamard, Kronecker, LowRank, Target
 from fastlora.formats.files import FormatError
+from fastlora.formats.part_shapes import check
 from fastlora.formats.peft_config import Settings
 
 
@@ -77,7 +77,8 @@ def change_of(target: Target, parts: Parts, settings: Settings) -> Change:
     change = READERS[family](target, own, alpha, settings)
     if own:
         raise FormatError(f"{target}: unexpected {', '.join(sorted(own))}")
-    return replace(change, keys=tuple(key for key, _ in parts.values()))
+    weight = _without_alpha_zero(change.weight)
+    return replace(change, weight=weight, keys=tuple(key for key, _ in parts.values()))
 
 
 def layers_of(changes: Mapping[Target, Change], format: str) -> dict[Target, Layer]:
@@ -215,6 +216,14 @@ def _kronecker(
     return Change(replace(weight, alpha=None, w1=_scaled(weight.w1, ratio)))
 
 
+def _without_alpha_zero(weight: Any) -> Any:
+    """alpha 0, which is no effect in PEFT and the rank in kohya's files, as a factor of zeros."""
+    if weight.ratio:
+        return weight
+    field = "up" if isinstance(weight, LowRank) else "w1_b" if weight.w1_b is not None else "w1"
+    return replace(weight, alpha=None, **{field: torch.zeros_like(getattr(weight, field))})
+
+
 READERS = {"lora": _low_rank, "hada": _hadamard, "lokr": _kronecker}
 KINDS = {"lora": "LORA", "hada": "LOHA", "lokr": "LOKR"}  # PEFT's names of them
 
@@ -253,11 +262,19 @@ def _scaled(factor: Tensor, ratio: float) -> Tensor:
 
 def _refusal(target: Target, change: Change) -> str | None:
     """Why a LoRA of PEFT cannot be this change, and what can; None where it can."""
-    if target.flat or not target.path:
-        return "expected the path of a module; find it in the model first"
+    if not target.path:
+        return "the model is itself the layer, which has no name there"
+    if target.flat:
+        return (
+            "expected the path of a module, whose dots this name does not tell; load it into the "
+            "model, and save that"
+        )
     low = change.weight
     if not isinstance(low, LowRank):
-        return f"expected a low rank update, got {change.kind}; approximate it by a LoRA first"
+        return (
+            f"expected a low rank update, got {change.kind}; write a lycoris file, of which "
+            "fastlora convert --rank makes LoRAs"
+        )
     if change.magnitude is not None and change.axis != ("in" if low.embedding else "out"):
         return "its magnitudes are of inputs; keep LyCORIS' format"
     if change.bias is not None and (change.magnitude is not None or low.embedding):

@@ -14,22 +14,33 @@ from fastlora.formats.changes import Change, Packed, Target
 from fastlora.formats.detect import CONFIG
 from fastlora.formats.files import FormatError
 
-STYLES = {"diffusers": "peft", "diffusers-lora": "lora", "diffusers-old": "old"}
+STYLES = {name: style for style, name in diffusers.NAMES.items()}
+NAMED = {"kohya": kohya.pack, "lycoris": lycoris.pack}
 WEIGHTS = "adapter_model.safetensors"
 
 
-def pack(changes: Mapping[Target, Change], format: str) -> Packed:
+def pack(changes: Mapping[Target, Change], format: str, family: str | None = None) -> Packed:
     """The changes as "fastlora", "peft", "diffusers", "diffusers-lora", "diffusers-old", "kohya" or
-    "lycoris". Raises FormatError naming what the format cannot hold."""
+    "lycoris"; `family`: whose names the last two have, None: as `family_of` tells.
+
+    Raises FormatError naming what the format cannot hold.
+    """
     if not changes:
         raise FormatError("expected at least one change to write, got none")
+    if format != "fastlora" and any(not target.path for target in changes):
+        raise FormatError(
+            f"the model is itself the layer that is adapted, and {format} has no name for that;"
+            ' expected format "fastlora"'
+        )
+    if format in NAMED:
+        return NAMED[format](changes, family)
+    if family is not None:
+        raise FormatError(f"family {family}: only {' and '.join(NAMED)} have names by family")
     if format in STYLES:
-        return diffusers.pack(changes, style=STYLES[format])  # type: ignore[arg-type]
+        return diffusers.pack(changes, style=STYLES[format])
     writers = {
         "fastlora": native.pack_changes,
         "peft": peft.pack,
-        "kohya": kohya.pack,
-        "lycoris": lycoris.pack,
     }
     return writers[format](changes)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastlora import cli
@@ -261,3 +262,54 @@ def test_vectors_of_norms_are_for_lycoris_alone(tmp_path, capsys):
         "down_blocks.0.resnets.0.norm1": "full",
         "down_blocks.0.attentions.0.proj_in": "lora",
     }
+
+
+def text_encoder(path: Path, prefix: str = "lora_te", metadata: dict | None = None) -> Path:
+    name = f"{prefix}_text_model_encoder_layers_0_mlp_fc1"
+    down, up = torch.randn(2, 4), torch.randn(8, 2)
+    save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}, path, metadata)
+    return path
+
+
+@pytest.mark.parametrize("prefix", ["lora_te", "lora_te1"])
+def test_a_text_encoder_keeps_its_prefix(tmp_path, capsys, prefix):
+    source = text_encoder(tmp_path / "in.safetensors", prefix)
+    for format in ("kohya", "lycoris"):
+        out = tmp_path / f"{format}.safetensors"
+        assert convert(source, out, "--to", format) == 0
+        assert "--family" not in capsys.readouterr().out
+        assert all(key.startswith(f"{prefix}_text_model") for key in load_file(out))
+
+
+def test_the_family_is_what_is_said_or_a_choice_that_is_said(tmp_path, capsys):
+    source, peft = text_encoder(tmp_path / "in.safetensors"), tmp_path / "peft"
+    assert convert(source, peft, "--to", "peft") == 0
+    out = tmp_path / "out.safetensors"
+    assert convert(peft, out, "--to", "kohya", "--component", "text_encoder") == 0
+    assert "names of sd, as nothing tells the family" in capsys.readouterr().out
+    assert all(key.startswith("lora_te_") for key in load_file(out))
+    arguments = ("--component", "text_encoder", "--family", "sdxl", "--force")
+    assert convert(peft, out, "--to", "kohya", *arguments) == 0
+    assert all(key.startswith("lora_te1_") for key in load_file(out))
+    assert convert(source, out, "--to", "diffusers", "--family", "sd", "--force") == 2
+    assert "--family: only kohya and lycoris have one" in capsys.readouterr().err
+
+
+def test_the_family_is_asked_for_before_anything_is_computed(tmp_path, capsys, monkeypatch):
+    source = lycoris(tmp_path / "loha.safetensors")
+    middle = tmp_path / "middle.safetensors"
+    names = {k: v for k, v in load_file(source).items() if "mid_block" in k}
+    save_file(names, middle)
+    monkeypatch.setattr("fastlora.commands.convert.approximated", None)  # fails if it is called
+    out = tmp_path / "out.safetensors"
+    assert convert(middle, out, "--to", "kohya", "--rank", 2) == 2
+    assert "say which: --family sd, sdxl, flux" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("format", ["kohya", "peft"])
+def test_the_size_is_that_of_the_file(tmp_path, capsys, format):
+    source = kohya(tmp_path / "in.safetensors", text_encoder={})
+    out = place(tmp_path, format)
+    assert convert(source, out, "--to", format, "--json") == 0
+    written = out / "adapter_model.safetensors" if format == "peft" else out
+    assert json.loads(capsys.readouterr().out)["bytes"] == written.stat().st_size

@@ -214,3 +214,39 @@ def test_truncated_svd_in_float64():
     u, s, v, _ = truncated_svd(matrix, 6)
     torch.testing.assert_close((u * s) @ v, matrix)
     assert s.dtype == torch.float64
+
+
+def test_the_family_is_asked_for_before_anything_is_decomposed(tmp_path, capsys, monkeypatch):
+    path = "mid_block.attentions.0.proj_in.weight"  # of SD and SDXL
+    base, tuned = tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
+    save_file({path: torch.randn(6, 6)}, base)
+    save_file({path: torch.randn(6, 6)}, tuned)
+    arguments = (base, tuned, "--rank", 2, "--component", "unet", "--to", "kohya")
+    arguments = (*arguments, "--out", tmp_path / "out.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setattr("fastlora.formats.extraction.extract", None)  # fails if it is called
+        assert "say which: --family" in refused(capsys, *arguments)
+    assert run(capsys, *arguments, "--family", "sdxl")["family"] == "sdxl"
+    assert all("middle_block_1_proj_in" in key for key in load_file(arguments[-1]))
+
+
+def test_a_text_encoder_alone_has_the_names_of_sd_and_says_so(tmp_path, capsys):
+    path = "text_model.encoder.layers.0.mlp.fc1.weight"
+    base, tuned = tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
+    save_file({path: torch.randn(6, 6)}, base)
+    save_file({path: torch.randn(6, 6)}, tuned)
+    out = tmp_path / "out.safetensors"
+    arguments = (base, tuned, "--rank", 2, "--component", "text_encoder", "--to", "kohya")
+    assert main(["extract", *map(str, arguments), "--out", str(out)]) == 0
+    assert "names of sd, as nothing tells the family" in capsys.readouterr().out
+    assert all(key.startswith("lora_te_text_model") for key in load_file(out))
+
+
+def test_layers_without_an_error_are_not_listed(tmp_path, capsys):
+    base, tuned = tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
+    save_file({"a.weight": torch.zeros(1, 4), "b.weight": torch.zeros(6, 6)}, base)
+    save_file({"a.weight": torch.ones(1, 4), "b.weight": torch.randn(6, 6)}, tuned)
+    out = tmp_path / "out.safetensors"
+    assert main(["extract", str(base), str(tuned), "--rank", "2", "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert " %  b" in said and " %  a" not in said

@@ -312,6 +312,70 @@ def test_what_the_model_has_not_is_an_error(place, capsys):
     assert report["modules"] == 1 and len(*report["unused"].values()) == 2
 
 
+def test_what_does_not_fit_is_named_with_its_file_and_may_be_left_out(place, capsys):
+    """Of other shapes than the model's, or for a bias that it has not."""
+    adapter = place / "adapter.safetensors"
+    good = load_file(adapter)
+    cases = {
+        "expected an update of [6, 6]": {f"{flat(TO_Q)}.diff": torch.ones(5, 6)},
+        "expected a bias in the checkpoint": {f"{flat(TO_Q)}.diff_b": torch.ones(6)},
+        "expected a magnitude of 6": {
+            f"{flat(TO_Q)}.lora_down.weight": torch.ones(2, 9),
+            f"{flat(TO_Q)}.lora_up.weight": torch.ones(4, 2),
+            f"{flat(TO_Q)}.dora_scale": torch.ones(4, 1),
+        },
+    }
+    for expected, wrong in cases.items():
+        other = place / "other.safetensors"
+        save_file(wrong, other)
+        arguments = [adapter, other, "--into", place / "base.safetensors"]
+        arguments += ["--out", place / "out.safetensors"]
+        said = refused(capsys, *arguments)
+        assert f"{other}: unet.{TO_Q}: " in said or f"{other}: {TO_Q}: " in said
+        report = run(capsys, *arguments, "--no-strict", code=1)
+        assert report["modules"] == 1 and report["unused"].keys() == {str(other)}
+        (place / "out.safetensors").unlink()
+        if expected != "expected a magnitude of 6":  # where the update does not fit either
+            assert expected in said
+    assert load_file(adapter).keys() == good.keys()
+
+
+def test_an_error_has_a_module_once(place, capsys):
+    adapter = load_file(place / "adapter.safetensors")
+    others = [f"mid_block.attentions.{i}.proj_in" for i in range(3)]
+    for path in others:
+        for part, value in (("lora_down.weight", b), ("lora_up.weight", a)):
+            adapter[f"{flat(path)}.{part}"] = value.clone()
+        adapter[f"{flat(path)}.alpha"] = torch.tensor(2.0)
+    save_file(adapter, place / "adapter.safetensors")
+    arguments = [place / "adapter.safetensors", "--into", place / "base.safetensors"]
+    said = refused(capsys, *arguments, "--out", place / "out.safetensors")
+    assert all(said.count(path) == 1 for path in others) and "more" not in said
+
+
+def test_a_change_that_leaves_nothing_of_the_weights_is_refused(place, capsys):
+    before = everything(place)
+    arguments = ["--into", place / "base.safetensors", "--out", place / "out.safetensors"]
+    for strength in ("1e30", "-1e12"):
+        said = refused(capsys, f"{place / 'adapter.safetensors'}={strength}", *arguments)
+        assert "smaller strength" in said
+    assert everything(place) == before
+
+
+def test_one_part_of_a_file(place, capsys):
+    adapter = load_file(place / "adapter.safetensors")
+    for part, value in (("down", b), ("up", a)):
+        adapter[f"{flat(Q_PROJ, 'lora_te')}.lora_{part}.weight"] = value
+    save_file(adapter, place / "adapter.safetensors")
+    arguments = [place / "adapter.safetensors", "--into", place / "base.safetensors"]
+    arguments += ["--out", place / "out.safetensors"]
+    assert "the model has no text_encoder" in refused(capsys, *arguments)
+    report = run(capsys, *arguments, "--only", "unet")
+    assert report["modules"] == 1 and not report["unused"]
+    said = refused(capsys, *arguments, "--only", "vae", "--force")
+    assert "--only vae" in said and "has text_encoder, unet" in said
+
+
 def test_outputs_that_are_there(place, capsys):
     arguments = [place / "adapter.safetensors", "--into", place / "base.safetensors", "--out"]
     out = place / "out.safetensors"

@@ -223,3 +223,39 @@ def test_nan_is_named(tmp_path, capsys):
     assert cli.main(["inspect", str(path)]) == 2
     assert f"{name}.lora_down.weight" in capsys.readouterr().err
     assert cli.main(["inspect", str(path), "--no-norms"]) == 0
+
+
+def test_bars_stay_readable_on_a_wide_terminal(tmp_path, capsys, monkeypatch):
+    path = kohya(tmp_path / "a.safetensors", metadata={"author": "me"})
+    lines = text(path, capsys, monkeypatch, 200)
+    assert max(line.count("█") for line in lines) == 60
+    assert "  metadata" in lines  # nothing is shortened
+    narrow = kohya(tmp_path / "a.safetensors", metadata={"author": "me " * 100})
+    assert "  metadata (long values: --metadata)" in text(narrow, capsys, monkeypatch, 80)
+    assert "  metadata" in text(narrow, capsys, monkeypatch, 80, "--metadata")
+
+
+@pytest.mark.parametrize(("alpha", "expected"), [(0, 0.0), (3, 1.5)])
+def test_norms_of_factors_that_the_reader_makes(tmp_path, capsys, alpha, expected):
+    """PEFT's alpha of two whole factors, and its alpha 0, are in the factors."""
+    w1, w2 = torch.randn(3, 2), torch.randn(2, 2)
+    name = "base_model.model.proj"
+    save_file({f"{name}.lokr_w1": w1, f"{name}.lokr_w2": w2}, tmp_path / "a.safetensors")
+    config = {"peft_type": "LOKR", "r": 2, "alpha": alpha}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (module,) = report(capsys, tmp_path / "a.safetensors")["modules"]
+    exact = expected * float(torch.kron(w1, w2).norm())
+    assert module["norm"] == pytest.approx(exact, rel=1e-5)
+
+
+def test_norms_of_a_lora_with_alpha_zero(tmp_path, capsys):
+    name = "base_model.model.proj"
+    tensors = {
+        f"{name}.lora_A.weight": torch.randn(2, 4),
+        f"{name}.lora_B.weight": torch.ones(6, 2),
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 0}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (module,) = report(capsys, tmp_path / "a.safetensors")["modules"]
+    assert module["norm"] == 0

@@ -193,3 +193,13 @@ def test_a_strength_that_is_none(capsys, strength):
     with pytest.raises(SystemExit) as stop:
         merge(f"a.safetensors={strength}", "--out", "b.safetensors")
     assert stop.value.code == 2 and "FILE=STRENGTH" in capsys.readouterr().err
+
+
+def test_a_text_encoder_keeps_its_prefix(tmp_path):
+    source, out = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    name = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    down, up = torch.randn(2, 4), torch.randn(8, 2)
+    save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}, source)
+    assert merge(source, f"{source}=0.5", "--out", out) == 0
+    with safe_open(out, "pt") as file:
+        assert all(key.startswith(name) for key in file.keys())

@@ -11,6 +11,7 @@ from torch import nn
 import fastlora
 from fastlora.cli import main
 from fastlora.commands import verifying
+from fastlora.commands.models import load_models
 from fastlora.formats.changes import Change, LowRank
 
 diffusers = pytest.importorskip("diffusers")
@@ -213,6 +214,18 @@ def test_what_cannot_be_verified_is_an_error_in_one_line(unet, tmp_path, capsys)
         assert expected in said
 
 
+def test_what_does_not_fit_is_said_without_options_that_verify_has_not(unet, tmp_path, capsys):
+    tensors = {f"{Q}.lora_down.weight": torch.ones(2, 16), f"{Q}.lora_up.weight": torch.ones(16, 2)}
+    for part in ("down", "up"):
+        wide = torch.ones(2, 5) if part == "down" else torch.ones(7, 2)
+        tensors[f"{Q.replace('to_q', 'to_k')}.lora_{part}.weight"] = wide
+        tensors[f"{Q.replace('to_q', 'to_v')}.lora_{part}.weight"] = wide.clone()
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert main(["verify", str(tmp_path / "a.safetensors"), "--model", str(unet)]) == 2
+    said = capsys.readouterr().err
+    assert "to_k" in said and "do not fit" in said and "strict=False" not in said
+
+
 LAYERS = {
     "linear": (nn.Linear(6, 5), 6, 5),
     "convolution": (nn.Conv2d(6, 5, 3, stride=2, padding=1, padding_mode="reflect"), 6, 5),
@@ -251,3 +264,23 @@ def test_a_wrong_decomposition_is_found(unet, tmp_path, capsys, monkeypatch):
     code, report = run(capsys, file, "--model", unet)
     wrong = {row["path"] for row in report["rows"] if not row["passed"]}
     assert code == 1 and wrong == {"mid_block.resnets.0.conv1"}
+
+
+@pytest.mark.parametrize("strength", ["0", "nan", "inf", "much"])
+def test_a_strength_that_checks_nothing_is_refused_at_once(capsys, strength):
+    with pytest.raises(SystemExit) as stop:
+        main(["verify", "no.safetensors", "--model", "digits", "--strength", strength])
+    assert stop.value.code == 2
+    assert f"expected a finite number that is not 0, got {strength}" in capsys.readouterr().err
+
+
+def test_loading_a_text_encoder_writes_nothing_onto_stderr(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.CLIPTextConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2,
+    )  # fmt: skip
+    transformers.CLIPTextModel(config).save_pretrained(tmp_path / "encoder")
+    capsys.readouterr()
+    load_models(str(tmp_path / "encoder"), [""], torch.device("cpu"), torch.float32)
+    assert capsys.readouterr().err == ""

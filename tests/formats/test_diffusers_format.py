@@ -275,9 +275,9 @@ Q, FF = Target("unet", "a.attn1.to_q"), Target("unet", "a.ff")
 NOT_WRITTEN: dict[str, tuple[dict[Target, Change], str, str]] = {
     "a style": ({Q: lora()}, "kohya", "style: expected one of .'peft', 'lora', 'old'., got"),
     "some components": ({Q: lora(), Target("", "a"): lora()}, "peft", "for all modules or"),
-    "old, not attention": ({FF: lora()}, "old", "unet.a.ff: style \"old\" has only"),
-    "old, text": ({Target("text_encoder", "a.to_q"): lora()}, "old", 'text_encoder.a.to_q: .* use'),
-    "lora, bias": ({FF: lora(bias=torch.ones(4))}, "lora", 'unet.a.ff: style "lora" has no bias'),
+    "old, not attention": ({FF: lora()}, "old", "unet.a.ff: diffusers-old has only"),
+    "old, text": ({Target("text_encoder", "a.to_q"): lora()}, "old", "a.to_q: .* write diffusers"),
+    "lora, bias": ({FF: lora(bias=torch.ones(4))}, "lora", "unet.a.ff: diffusers-lora has no bias"),
     "some DoRA": ({Q: lora(magnitude=torch.ones(4)), FF: lora()}, "peft", "unet.a.ff: .*two files"),
 }  # fmt: skip
 

@@ -142,8 +142,10 @@ def test_values_that_are_not_finite(tmp_path: Path, value: float, dtype: torch.d
 def test_missing_files_and_folders(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nothing.safetensors: no such file"):
         files.read(tmp_path / "nothing.safetensors")
-    with pytest.raises(FileNotFoundError, match="no such file"):
+    with pytest.raises(FormatError, match="expected a regular file, got a directory"):
         files.read(tmp_path)
+    with pytest.raises(FormatError, match="/dev/null: expected a regular file, got a device"):
+        files.read("/dev/null")
     with pytest.raises(FileNotFoundError, match="its directory does not exist"):
         files.write(tmp_path / "no" / "a.safetensors", tensors(), {})
     (tmp_path / "file").write_text("")

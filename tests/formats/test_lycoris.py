@@ -217,6 +217,58 @@ def test_full_updates_of_some_parts_are_joined_with_zeros() -> None:
     assert tensors[f"{FUSED}.diff_b"].tolist() == [0.0] * 4 + [1.0] * 4 + [0.0] * 4
 
 
+def loha(rows: tuple[int, int, int] | None = None) -> Change:
+    """Of factors that no other one has."""
+    return Change(hadamard(), torch.randn(2 if rows else 6), rows=rows)
+
+
+@pytest.mark.parametrize(
+    "case", ["trained", "lokr", "rows of one", "whole modules", "one alone", "kinds", "float64"]
+)
+def test_shares_that_are_no_longer_of_one_are_a_full_difference(case: str) -> None:
+    """What training, or another program, makes of a fused module's parts."""
+    lora = Change(LowRank(torch.randn(2, 4), torch.randn(6, 2), 1.0))
+    rows = [(2 * i, 2 * i + 2, 6) for i in range(3)]
+    changes = {
+        "trained": dict(zip(PARTS, map(loha, rows), strict=True)),
+        "lokr": {
+            p: Change(Kronecker(w1=torch.randn(3, 2), w2=torch.randn(2, 2)), rows=r)
+            for p, r in zip(PARTS, rows, strict=True)
+        },
+        "rows of one": {PARTS[0]: loha(rows[0])},
+        "whole modules": {p: loha() for p in PARTS},
+        "one alone": {PARTS[2]: loha()},
+        "kinds": {PARTS[0]: lora, PARTS[1]: loha(), PARTS[2]: Change(Dense(torch.randn(6, 4)))},
+        "float64": {PARTS[1]: Change(Dense(torch.randn(6, 4).double())), PARTS[0]: loha()},
+    }[case]
+    packed = lycoris.pack(changes, "flux")
+    height = 6 if any(change.rows is None for change in changes.values()) else 2
+    whole, bias = torch.zeros(3 * height, 4, dtype=torch.float64), torch.zeros(3 * height)
+    for i, part in enumerate(PARTS):
+        if (change := changes.get(part)) is not None:
+            own = slice(i * height, (i + 1) * height)
+            whole[own] = change.delta((height, 4), torch.float64)
+            bias[own] = 0 if change.bias is None else change.bias
+    diff = packed.tensors[f"{FUSED}.diff"]
+    assert diff.dtype == (torch.float64 if case == "float64" else torch.float32)
+    torch.testing.assert_close(diff.double(), whole, rtol=1e-6, atol=1e-6)
+    if bias.any():
+        assert torch.equal(packed.tensors[f"{FUSED}.diff_b"], bias)
+    read_back = lycoris.unpack(packed.tensors, packed.metadata).changes
+    for target, change in changes.items():
+        found = read_back[target].delta((height, 4), torch.float64)
+        wanted = change.delta((height, 4), torch.float64)
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_rows_of_a_fused_module_are_written_for_a_model_that_has_not_fused_it() -> None:
+    change, alone = loha((2, 4, 6)), Target("", PARTS[1].path)
+    tensors = lycoris.pack({alone: change}).tensors
+    (key,) = (key for key in tensors if key.endswith(".diff"))
+    wanted = change.delta((2, 4), torch.float64)
+    torch.testing.assert_close(tensors[key].double(), wanted, rtol=1e-6, atol=1e-6)
+
+
 # Writing
 
 
@@ -311,19 +363,16 @@ def test_a_magnitude_is_written_in_the_dimensions_of_the_weight() -> None:
             "proj_in.*whether its weight is a matrix",
         ),
         ({Target("", "a.b"): Change(hadamard(), magnitude=torch.ones(6))}, "a.b.*is a matrix"),
-        ({QUERY: Change(hadamard(), rows=(0, 2, 6))}, "to_q.*rows.*extract"),
-        ({PARTS[0]: Change(hadamard())}, "expected shares of one loha.*to_q.*extract"),
-        ({PARTS[0]: Change(hadamard(), rows=(0, 2, 6))}, "only transformer.*to_q.*extract"),
         (
-            {p: Change(hadamard(), rows=(2 * i, 2 * i + 2, 6)) for i, p in enumerate(PARTS)},
-            "expected shares of one loha.*extract",
+            {QUERY: Change(hadamard(), magnitude=torch.ones(2), rows=(0, 2, 6))},
+            "to_q.*DoRA of factors.*fold",
         ),
         (
             {
-                PARTS[0]: Change(LowRank(torch.ones(2, 4), torch.ones(4, 2))),
-                PARTS[1]: Change(Dense(torch.ones(4, 4))),
+                p: Change(hadamard(), magnitude=torch.ones(2), rows=(2 * i, 2 * i + 2, 6))
+                for i, p in enumerate(PARTS)
             },
-            "expected shares of one lora.*extract",
+            "to_q.*DoRA of factors.*fold",
         ),
         (
             {PARTS[0]: Change(Dense(torch.ones(4, 4))), PARTS[1]: Change(Dense(torch.ones(4, 5)))},

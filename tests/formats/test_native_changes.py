@@ -86,12 +86,12 @@ NOT_WRITTEN = {
     "two components": ({A: lora(), Target("vae", "a"): lora()}, "write each of .*unet.*vae"),
     "nothing": ({}, "got no changes"),
     "two kinds": ({A: lora(), B: Change(Shift(torch.ones(2)))}, "LoRAs or spectral shifts, got"),
-    "a flat name": ({Target("", "a_b", True): lora()}, "a_b: .*find it in the model"),
+    "a flat name": ({Target("", "a_b", True): lora()}, "a_b: .*load it into the model"),
     "full": (
         {A: Change(Dense(torch.ones(4, 3)))},
         "unet.a: .*got full; a lycoris file can hold it",
     ),
-    "a bias": ({A: lora(bias=torch.ones(4))}, "unet.a: .*LoRAs without bias"),
+    "a bias": ({A: lora(bias=torch.ones(4))}, "got lora with a bias; a peft file can"),
     "norms of inputs": ({A: lora(magnitude=torch.ones(3), axis="in")}, "unet.a: .*not of inputs"),
 }
 

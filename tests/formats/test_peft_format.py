@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastlora.formats import detect, files, peft
+from fastlora.formats import detect, files, lycoris, peft
 from fastlora.formats.changes import (
     Change,
     Dense,
@@ -197,8 +197,8 @@ A, B = Target("unet", "a"), Target("unet", "b")
 NOT_WRITTEN = {
     "two components": ({A: lora(), Target("vae", "a"): lora()}, "write each of .*unet.*vae"),
     "nothing": ({}, "at least one change"),
-    "a flat name": ({Target("", "a_b", True): lora()}, "a_b: .*find it in the model"),
-    "full": ({A: Change(Dense(torch.ones(4, 3)))}, "unet.a: .*got full; approximate it"),
+    "a flat name": ({Target("", "a_b", True): lora()}, "a_b: .*load it into the model"),
+    "full": ({A: Change(Dense(torch.ones(4, 3)))}, "unet.a: .*got full; write a lycoris file"),
     "some DoRA": ({A: lora(magnitude=torch.ones(4)), B: lora()}, "unet.b: .*two files"),
     "norms of inputs": (
         {A: lora(magnitude=torch.ones(3), axis="in")},
@@ -313,3 +313,29 @@ def test_peft_changes_the_base_for_what_is_refused(tmp_path: Path, start: str) -
     assert (weight - base.proj.weight).abs().max() > 1e-3
     with pytest.raises(FormatError, match="meant for changed weights"):
         detect.read(folder)
+
+
+@pytest.mark.parametrize("kind", ["LORA", "LOHA", "LOKR"])
+def test_alpha_zero_is_no_effect_also_in_other_formats(kind: str) -> None:
+    """In PEFT it multiplies by 0, in kohya's files it would be the rank."""
+    low = {"lora_A.weight": (2, 4), "lora_B.weight": (6, 2)}
+    loha = {"hada_w1_a": (6, 2), "hada_w1_b": (2, 4), "hada_w2_a": (6, 2), "hada_w2_b": (2, 4)}
+    lokr = {"lokr_w1": (3, 2), "lokr_w2_a": (2, 2), "lokr_w2_b": (2, 2)}
+    shapes = {"LORA": low, "LOHA": loha, "LOKR": lokr}[kind]
+    tensors = {f"{peft.PREFIX}proj.{k}": torch.randn(shape) for k, shape in shapes.items()}
+    config = {"peft_type": kind, "r": 2, "lora_alpha": 0, "alpha": 0}
+    (change,) = peft.unpack(tensors, {}, config).changes.values()
+    assert change.weight.alpha is None
+    assert not change.delta((6, 4)).any()
+    target = Target("", "proj")
+    packed = lycoris.pack({target: change})
+    (written,) = lycoris.unpack(packed.tensors, packed.metadata).changes.values()
+    assert not written.delta((6, 4)).any()
+
+
+def test_errors_about_the_settings_name_their_file(tmp_path: Path) -> None:
+    tensors = {f"{peft.PREFIX}a.lora_A.weight": torch.ones(2, 3)}
+    files.write(tmp_path / "adapter_model.safetensors", tensors, {})
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "OFT"}')
+    with pytest.raises(FormatError, match="adapter_config.json: peft_type: expected LORA"):
+        detect.read(tmp_path)
