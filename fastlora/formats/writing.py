@@ -14,7 +14,7 @@ from fastlora.formats.changes import Change, Packed, Target
 from fastlora.formats.detect import CONFIG
 from fastlora.formats.files import FormatError
 
-STYLES = {name: style for style, name in diffusers.NAMES.items()}
+STYLES: dict[str, diffusers.Style] = {name: style for style, name in diffusers.NAMES.items()}
 NAMED = {"kohya": kohya.pack, "lycoris": lycoris.pack}
 WEIGHTS = "adapter_model.safetensors"
 

@@ -339,3 +339,14 @@ def test_errors_about_the_settings_name_their_file(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "OFT"}')
     with pytest.raises(FormatError, match="adapter_config.json: peft_type: expected LORA"):
         detect.read(tmp_path)
+
+
+def test_the_way_on_without_the_settings_can_be_gone(tmp_path: Path) -> None:
+    low = {"a.lora_A.weight": torch.ones(2, 3), "a.lora_B.weight": torch.ones(4, 2)}
+    path = tmp_path / "adapter_model.safetensors"
+    files.write(path, {peft.PREFIX + key: tensor for key, tensor in low.items()}, {})
+    with pytest.raises(FormatError, match="write one there with .*peft_type"):
+        detect.read(path)
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 1}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    assert detect.read(path).changes[Target("", "a")].weight.ratio == 0.5
