@@ -44,11 +44,16 @@ def adapters(model: nn.Module) -> dict[str, AdapterInfo]:
                 kind="+".join(dict.fromkeys(s.kind for s in slots.values())),
                 modules=tuple(slots),
                 rank=max(ranks) if ranks else None,
-                parameters=sum(p.numel() for s in slots.values() for p in s.parameters()),
+                parameters=sum(map(numbers_of, slots.values())),
                 scale=scale,
                 enabled=arena.enabled[name],
             )
     return result
+
+
+def numbers_of(slot: nn.Module) -> int:
+    """How many numbers a slot has; its parameters are all its own."""
+    return sum(p.numel() for p in slot._parameters.values() if p is not None)
 
 
 def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:

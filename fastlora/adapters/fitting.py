@@ -18,6 +18,8 @@ from fastlora.adapters.tensors import too_large
 from fastlora.formats.changes import Change, Dense, LowRank, Shift
 from fastlora.formats.files import FormatError
 
+ANY_LORA = LoRA()
+
 
 def slot_from(layer: nn.Module, change: Change, any_base: bool = False) -> Slot:
     """The slot that computes a Change in the layer at its best: a LoRASlot where its ΔW is a
@@ -38,7 +40,7 @@ def slot_from(layer: nn.Module, change: Change, any_base: bool = False) -> Slot:
     if change.rows is not None:
         change = own_rows(layer, change)
     if isinstance(change.weight, LowRank):
-        refuse_unsuitable(layer, LoRA())
+        refuse_unsuitable(layer, ANY_LORA)
         if is_lora(layer, change):
             return lora_slot_of(layer, change, change.weight)
     return delta_slot(layer, change)

@@ -10,7 +10,7 @@ from fastlora.adapters.adapted import Adapted, adapted_class, base_class
 from fastlora.adapters.arena import Arena, Scale
 from fastlora.adapters.folded_weight import fold_layers
 from fastlora.adapters.layers import AdaptedLinearLike
-from fastlora.adapters.lookup import adapted_layers, arenas, layers_of, unwrapped
+from fastlora.adapters.lookup import adapted_layers, arenas, layers_of, unwrapped, walked
 from fastlora.adapters.specs import AdapterError
 from fastlora.adapters.surgery import remove_all
 
@@ -76,8 +76,9 @@ def refolding(model: nn.Module) -> Iterator[None]:
     """Adapters that come or go inside show up in folded weights, which are folded again after."""
     folded = is_folded(model)
     yield
-    layers = [layer for layer in layers_of(model) if len(layer.fastlora)]
-    again = {id(m): m for m in (*folded_by(arenas(model)), *(layers if folded else ()))}
+    found = walked(model)
+    layers = [layer for layer in found.layers if len(layer.fastlora)] if folded else []
+    again = {id(m): m for m in (*folded_by(found.arenas), *layers)}
     fold_layers(again.values())
 
 

@@ -146,7 +146,7 @@ def attach(
     }
     cache = FactorCache(folder_of(True), writes=False)
     tasks = factorise(undecomposed, None, cache, "inject")
-    if is_folded(model):
+    if found and is_folded(model):
         if isinstance(scale, Tensor):
             raise differs_per_sample(name)
         for path in slots:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from fastlora.adapters.deltas import mapped
+from fastlora.adapters.deltas import mapped, tensors_of
 from fastlora.adapters.fitting import slot_from
 from fastlora.adapters.inject import is_peft
 from fastlora.adapters.load_report import Applied
@@ -125,6 +125,11 @@ def unambiguous(
 def apart(change: Change, seen: set[int]) -> Change:
     """Modules that were one in the file have factors in common, which train apart: tensors that
     are in `seen`, where all come in, are copied."""
+
+    places = [tensor.data_ptr() for tensor in tensors_of(change).values()]
+    if len(set(places)) == len(places) and seen.isdisjoint(places):
+        seen.update(places)
+        return change
 
     def own(tensor: Tensor) -> Tensor:
         first = tensor.data_ptr() not in seen

@@ -138,6 +138,11 @@ class Packed(NamedTuple):
         return self.down.shape[0]
 
 
+BUFFERS = (
+    "svd_u", "svd_s", "svd_vh", "folded_weight", "folded_bias", "reserved_down", "reserved_up",
+)  # fmt: skip
+
+
 class Slots(nn.ModuleDict):
     """The slots of a layer by adapter name, with what they share, never part of a state dict:
     the singular value decomposition of the base weight, what is folded, and the reserve.
@@ -162,11 +167,9 @@ class Slots(nn.ModuleDict):
 
     def __init__(self) -> None:
         super().__init__()
-        for name in (
-            "svd_u", "svd_s", "svd_vh", "folded_weight", "folded_bias", "reserved_down",
-            "reserved_up",
-        ):  # fmt: skip
-            self.register_buffer(name, None, persistent=False)
+        # What register_buffer(name, None, persistent=False) does: a model has hundreds of these.
+        self._buffers.update(dict.fromkeys(BUFFERS))
+        self._non_persistent_buffers_set.update(BUFFERS)
         self.reserved_rows: dict[str, int] = {}  # the first row of each adapter in the reserve
         self.drops = False  # one of them has dropout
         self.pins: Pins = ()  # their parameters and where those are
