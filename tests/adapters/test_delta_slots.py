@@ -207,7 +207,7 @@ def test_strengths_per_sample_are_refused() -> None:
 def test_saving_names_the_formats_that_can_hold_it(tmp_path: Path) -> None:
     for kinds, message in (
         (ALL, "got (full|loha|lokr).*; a lycoris file can hold it"),
-        (("lora_bias",), "got lora; a peft file can hold it"),
+        (("lora_bias",), "got lora with a bias; a peft file can hold it"),
     ):
         model, *_ = model_of(*kinds)
         with pytest.raises(fastlora.FormatError, match=message):
