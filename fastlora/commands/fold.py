@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastlora.commands import CommandError
-from fastlora.commands.outputs import file_and_strength, filled, only_part
+from fastlora.commands.outputs import add_files, filled, only_part
 from fastlora.commands.resolving import require, resolve
 
 if TYPE_CHECKING:
@@ -49,13 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = filled(DESCRIPTION)
     parser.epilog = EXAMPLES.strip("\n")
     add = parser.add_argument
-    add(
-        "files",
-        nargs="+",
-        metavar="FILE=STRENGTH",
-        type=file_and_strength,
-        help="adapter files of any format; the strength is 1 without =STRENGTH",
-    )
+    add_files(parser)
     add("--into", type=Path, required=True, metavar="MODEL", help="safetensors file or folder")
     add("--out", type=Path, required=True, help="what to write: a file or a folder, as MODEL is")
     add(

@@ -9,10 +9,10 @@ from fastlora.commands.approximating import approximated, refuse_others
 from fastlora.commands.naming import family_for
 from fastlora.commands.outputs import (
     FORMATS,
+    add_files,
     add_output_arguments,
     check_output,
     explain,
-    file_and_strength,
     finish,
     read,
     torch_dtype,
@@ -30,13 +30,7 @@ DESCRIPTION = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "files",
-        nargs="+",
-        metavar="FILE=STRENGTH",
-        type=file_and_strength,
-        help="adapter files of any format; the strength is 1 without =STRENGTH",
-    )
+    add_files(parser)
     add("--out", type=Path, required=True, help="file to write (.safetensors); peft: folder")
     add(
         "--to",

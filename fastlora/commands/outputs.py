@@ -65,6 +65,17 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print JSON")
 
 
+def add_files(parser: argparse.ArgumentParser) -> None:
+    """Adapter files with strengths: `options.files` is a list of (path, strength)."""
+    parser.add_argument(
+        "files",
+        nargs="+",
+        metavar="FILE=STRENGTH",
+        type=file_and_strength,
+        help="adapter files of any format; the strength is 1 without =STRENGTH",
+    )
+
+
 def file_and_strength(text: str) -> tuple[Path, float]:
     """argparse's type of "FILE=0.8" and of "FILE", even if the name has an = in it."""
     path, mark, number = text.rpartition("=")

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from fastlora.formats import checkpoint_names
 from fastlora.formats.changes import Target
 from fastlora.formats.diffusers import COMPONENTS
-from fastlora.formats.files import FormatError, Info, SafetensorsFile
+from fastlora.formats.files import FormatError, Info, SafetensorsFile, read_json
 from fastlora.formats.names import Index
 
 PIPELINE = "model_index.json"
@@ -173,16 +171,6 @@ def shards_of(index: Path) -> list[Path]:
     if outside:
         raise FormatError(f"{index}: expected files beside it, got {outside[0]!r}")
     return [index.parent / name for name in files]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: expected JSON, got {error}") from None
-    if not isinstance(content, dict):
-        raise FormatError(f"{path}: expected an object, got {type(content).__name__}")
-    return content
 
 
 def _weight_files(folder: Path) -> Iterable[Path]:

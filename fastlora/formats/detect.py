@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -128,10 +127,4 @@ def config_beside(
     bare = name == "diffusers" and any(peft.split(key) for key in tensors)  # without the prefix
     if name != "peft" and not bare:
         return None
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: expected JSON, got {error}") from None
-    if not isinstance(config, dict):
-        raise FormatError(f"{path}: expected an object of settings, got {type(config).__name__}")
-    return config
+    return files.read_json(path)

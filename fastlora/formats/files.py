@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -181,6 +182,17 @@ def write(
         raise OSError(f"{path}: {error}") from None
     except ValueError as error:
         raise FormatError(f"{path}: {error}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file beside the tensors: settings, an index of shards."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: expected JSON, got {error}") from None
+    if not isinstance(content, dict):
+        raise FormatError(f"{path}: expected an object, got {type(content).__name__}")
+    return content
 
 
 def kind_of(path: Path) -> str:

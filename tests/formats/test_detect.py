@@ -155,7 +155,7 @@ def test_keys_without_pefts_prefix_take_the_alpha_beside(tmp_path: Path) -> None
     [
         ("{", "adapter_config.json: expected JSON"),
         ("[" * 100_000, "adapter_config.json: expected JSON"),
-        ("[]", "adapter_config.json: expected an object of settings, got list"),
+        ("[]", "adapter_config.json: expected an object, got list"),
         ('{"peft_type": "PROMPT_TUNING"}', "peft_type: .*got 'PROMPT_TUNING'"),
     ],
 )
