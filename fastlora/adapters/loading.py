@@ -1,7 +1,10 @@
 """`load`: an adapter file of any format into a model, its parts, or a pipeline, strictly."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,11 +13,12 @@ from fastlora.adapters.arena import checked
 from fastlora.adapters.components import Models, components_of
 from fastlora.adapters.inject import attach, check_name, check_per_sample, remove
 from fastlora.adapters.load_report import LoadReport, listed
-from fastlora.adapters.planning import Plan, planned
 from fastlora.adapters.specs import AdapterError
-from fastlora.formats import detect
-from fastlora.formats.changes import AdapterFile
 from fastlora.formats.files import FormatError
+
+if TYPE_CHECKING:
+    from fastlora.adapters.planning import Plan
+    from fastlora.formats.changes import AdapterFile
 
 
 # What is made under inference mode has to serve training later.
@@ -49,6 +53,10 @@ def load(
     AdapterError for one that does not fit the model, and for a `scale` that `set_scale` would
     refuse.
     """
+    # The formats are imported where a file is read: `import fastlora` stays light.
+    from fastlora.adapters.planning import planned
+    from fastlora.formats import detect
+
     models = components_of(model, "load")
     for module in models.values():
         check_name(module, name)

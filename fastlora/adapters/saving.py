@@ -12,12 +12,12 @@ from fastlora.adapters.deltas import DeltaSlot
 from fastlora.adapters.lookup import adapted_layers, known_names
 from fastlora.adapters.slots import LoRASlot, Slot, SpectralSlot
 from fastlora.adapters.specs import AdapterError
-from fastlora.formats import writing
 from fastlora.formats.changes import Change, LowRank, Shift, Target
-from fastlora.formats.combining import without_alpha
 from fastlora.formats.files import FormatError
 
-FORMATS = ("fastlora", "peft", *writing.STYLES, "kohya", "lycoris")
+FORMATS = (
+    "fastlora", "peft", "diffusers", "diffusers-lora", "diffusers-old", "kohya", "lycoris",
+)  # fmt: skip
 
 
 def save(
@@ -47,6 +47,10 @@ def save(
     has together, FormatError for what the format cannot hold; OSError where `path` cannot be
     written or is there already and no regular file.
     """
+    # The formats are imported where a file is written: `import fastlora` stays light.
+    from fastlora.formats import writing
+    from fastlora.formats.combining import without_alpha
+
     if format not in FORMATS:
         raise AdapterError(f"save: format: expected one of {', '.join(FORMATS)}, got {format!r}")
     models = components_of(model, "save")
