@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -66,19 +66,17 @@ class LowRank(Parts):
         alpha = self.rank if self.alpha is None else self.alpha
         return alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
-    def without_mid(self) -> LowRank:
-        """The same update with `down [rank, in, kh, kw]` and no mid; parts keep their dtype."""
+    def without_mid(self, dtype: torch.dtype | None = None) -> LowRank:
+        """The same update with `down [rank, in, kh, kw]`, of that dtype or its own, and no mid."""
         if self.mid is None:
             return self
-        wide = torch.promote_types(self.down.dtype, torch.float32)
+        wide = dtype or torch.promote_types(self.down.dtype, torch.float32)
         mid, down = self.mid.to(wide), self.down.to(wide).flatten(1)
-        down = torch.einsum("rs...,si->ri...", mid, down).to(self.down.dtype)
-        return LowRank(
-            down, self.up, self.alpha, self.rank_stabilized, None, self.embedding, self.dropout
-        )
+        down = torch.einsum("rs...,si->ri...", mid, down).to(dtype or self.down.dtype)
+        return replace(self, down=down, mid=None)
 
     def delta(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        whole = self if self.mid is None else self._wide(dtype)
+        whole = self.without_mid(dtype)
         down, up = whole.down.to(dtype), whole.up.to(dtype)
         width = up.flatten(1).shape[1]  # rank / groups
         groups = down.shape[0] // width if width else 0
@@ -87,11 +85,6 @@ class LowRank(Parts):
         pairs = zip(up.flatten(1).chunk(groups), down.flatten(1).chunk(groups), strict=True)
         product = torch.cat([u @ d for u, d in pairs])
         return _shaped((product.t() if self.embedding else product) * self.ratio, shape)
-
-    def _wide(self, dtype: torch.dtype) -> LowRank:
-        assert self.mid is not None
-        mid, down = self.mid.to(dtype), self.down.to(dtype).flatten(1)
-        return LowRank(torch.einsum("rs...,si->ri...", mid, down), self.up)
 
 
 @dataclass(frozen=True)

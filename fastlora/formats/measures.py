@@ -90,7 +90,7 @@ def widened(weight: LowRank) -> LowRank:
     if weight.mid is None:
         return weight
     dtype = working_dtype(*weight.tensors().values())
-    return dataclasses.replace(weight, down=weight.down.to(dtype)).without_mid()
+    return weight.without_mid(dtype)
 
 
 def product_norm(up: Tensor, down: Tensor) -> float:
