@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from fastlora.adapters.tensors import too_large
 from fastlora.formats.changes import Change, Dense, LowRank, Shift
 from fastlora.formats.files import FormatError
 
-ANY_LORA = LoRA()
+ANY_LORA, DORA = LoRA(), LoRA(dora=True)
 
 
 def slot_from(layer: nn.Module, change: Change, any_base: bool = False) -> Slot:
@@ -40,43 +41,38 @@ def slot_from(layer: nn.Module, change: Change, any_base: bool = False) -> Slot:
     if change.rows is not None:
         change = own_rows(layer, change)
     if isinstance(change.weight, LowRank):
-        refuse_unsuitable(layer, ANY_LORA)
+        dora = change.magnitude is not None
+        refuse_unsuitable(layer, DORA if dora and is_lora(layer, change) else ANY_LORA)
         if is_lora(layer, change):
-            return lora_slot_of(layer, change, change.weight)
+            return lora_slot(layer, change, change.weight)
     return delta_slot(layer, change)
 
 
-def lora_slot_of(layer: nn.Module, change: Change, part: LowRank) -> LoRASlot:
-    """The LoRASlot of a low-rank Change."""
+def lora_slot(layer: nn.Module, change: Change, part: LowRank) -> LoRASlot:
+    """The LoRASlot of a low-rank Change. Raises AdapterError where it does not fit the layer."""
     weight: Any = layer.weight
     if part.mid is not None:
         require_update(change, tuple(weight.shape))
     part = oriented(layer, part.without_mid())
+    if isinstance(layer, nn.Conv2d) and part.rank % layer.groups:
+        raise AdapterError(f"rank {part.rank} is not divisible by {layer.groups} groups")
     dora = change.magnitude is not None
-    spec = LoRA(part.rank, part.alpha, part.rank_stabilized, part.dropout, dora)
+    spec = lora_of(part.rank, part.alpha, part.rank_stabilized, part.dropout, dora)
     tensors = {"down": part.down, "up": part.up}
     if change.magnitude is not None:
         tensors["magnitude"] = change.magnitude
-    shapes = shapes_lora(layer, weight, spec)
-    return lora_slot(layer, spec, {k: reshaped(t, shapes[k]) for k, t in tensors.items()})
-
-
-def lora_slot(layer: nn.Module, spec: LoRA, tensors: Mapping[str, Tensor]) -> LoRASlot:
-    """A LoRASlot with `down`, `up` and, with DoRA, `magnitude`. Raises AdapterError where they do
-    not fit the layer, FormatError where one is missing, too much or not floating."""
-    refuse_unsuitable(layer, spec)
-    require_floating(tensors)
-    if isinstance(layer, nn.Conv2d) and spec.rank % layer.groups:
-        raise AdapterError(f"rank {spec.rank} is not divisible by {layer.groups} groups")
-    weight: Any = layer.weight
+    shapes, at = shapes_lora(layer, weight, spec), {}
     for key, tensor in tensors.items():
         require_range(key, tensor, fitting_dtype(weight, tensor.dtype))
-    at = {key: placed(weight, tensor) for key, tensor in tensors.items()}
-    for key, expected in shapes_lora(layer, weight, spec).items():
-        require_shape(key, at.get(key), expected)
-    if not spec.dora and "magnitude" in at:
-        raise FormatError("magnitude: expected none for a LoRA without dora")
+        at[key] = reshaped(placed(weight, tensor), shapes[key])
+        require_shape(key, at[key], shapes[key])
     return LoRASlot(spec, at["down"], at["up"], at.get("magnitude"))
+
+
+@lru_cache(typed=True)
+def lora_of(*settings: Any) -> LoRA:
+    """`LoRA(*settings)`, whose checks take longer than all else about a layer."""
+    return LoRA(*settings)
 
 
 def spectral_slot(
@@ -181,6 +177,8 @@ def own_rows(layer: nn.Module, change: Change) -> Change:
 
 def reshaped(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A matrix may stand for a convolution's weight, and the reverse."""
+    if tensor.shape == shape:
+        return tensor
     same = tensor.shape[:1] == shape[:1] and tensor.numel() == math.prod(shape)
     return tensor.reshape(shape) if same else tensor
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -151,22 +152,22 @@ def attach(
             raise differs_per_sample(name)
         for path in slots:
             check_plain(path, modules[path])
-    with refolding(model):
+    with refolding(model) if found else nullcontext():
         arena = merge(found) if found else Arena()
         if freeze:
             freeze_base(model)
             arena.froze.add(name)
         for path, slot in slots.items():
             layer = adapt(modules[path], path, arena)
-            found = tasks[path].found if path in tasks else None
-            if found is not None:
-                holder = layer.fastlora
-                holder.svd_u, holder.svd_s, holder.svd_vh = found[:3]
+            holder = layer.fastlora
+            factors = tasks[path].found if path in tasks else None
+            if factors is not None:
+                holder.svd_u, holder.svd_s, holder.svd_vh = factors[:3]
                 vars(layer).pop(HELD, None)
-            layer.fastlora[name] = slot
-            if layer.fastlora.takes(slot):
-                layer.fastlora.enter(name)
-            layer.fastlora.train(layer.training)
+            holder[name] = slot
+            if holder.takes(slot):
+                holder.enter(name)
+            slot.train(layer.training)
         arena.scales |= new
         arena.layout()
     set_fused_encoders(model)
@@ -307,7 +308,7 @@ def unsuitable(module: nn.Module, spec: LoRA | Spectral | Delta) -> str | None:
                 f"it is PEFT's ({base.__module__}); merge_and_unload() or unload() its model first"
             )
         return "this kind of layer is not supported"
-    if any(is_lazy(p) for p in module.parameters(recurse=False)):
+    if any(map(is_lazy, module._parameters.values())):
         return "its weight has no shape yet; run the model once first"
     if base in NORMS:
         if isinstance(spec, LoRA):

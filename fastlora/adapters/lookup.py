@@ -1,6 +1,6 @@
 """Finding the adapted layers of a model, the arenas of their strengths, and adapters by name."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,26 @@ from fastlora.ops._define import kernels
 WALK = "_fastlora_walk"  # in a model's __dict__: its latest walk
 
 
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`model.named_modules()` without what adapters have brought."""
+    seen: set[int] = set()
+    stack: list[tuple[str, nn.Module]] = [("", model)]
+    while stack:
+        path, module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield path, module
+        own = isinstance(module, Adapted)
+        prefix = path and f"{path}."
+        for name, child in reversed(module._modules.items()):
+            if child is not None and not (own and name == "fastlora"):
+                stack.append((prefix + name, child))
+
+
 def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
     """The adapted layers of a model by path."""
-    return {p: m for p, m in unwrapped(model).named_modules() if isinstance(m, Adapted)}
+    return {p: m for p, m in base_modules(unwrapped(model)) if isinstance(m, Adapted)}
 
 
 @dataclass(frozen=True)

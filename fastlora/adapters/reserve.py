@@ -89,7 +89,6 @@ def reserve(
     for path, module in chosen.items():
         layer = adapt(module, path, arena)
         layer.fastlora.set_reserve(*buffers[path])
-        layer.fastlora.train(layer.training)
         if not len(layer.fastlora) and rank == 0:
             restore(layer)
     arena.layout()

@@ -54,6 +54,8 @@ class LoRASlot(Slot):
     [out, rank/groups, 1, 1]; embeddings [rank, vocabulary], [dim, rank]. DoRA adds magnitude [out].
     """
 
+    down: nn.Parameter
+    up: nn.Parameter
     magnitude: nn.Parameter | None
 
     def __init__(
@@ -61,9 +63,11 @@ class LoRASlot(Slot):
     ) -> None:
         super().__init__()
         self.spec = spec
-        self.down = nn.Parameter(down)
-        self.up = nn.Parameter(up)
-        self.register_parameter("magnitude", None if magnitude is None else nn.Parameter(magnitude))
+        # What assigning them does, without its questions: a model has hundreds of these.
+        tensors = {"down": down, "up": up, "magnitude": magnitude}
+        self._parameters.update(
+            {k: t if t is None else nn.Parameter(t) for k, t in tensors.items()}
+        )
 
     @property
     def owned(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -167,7 +171,7 @@ class Slots(nn.ModuleDict):
 
     def __init__(self) -> None:
         super().__init__()
-        # What register_buffer(name, None, persistent=False) does: a model has hundreds of these.
+        # What register_buffer(name, None, persistent=False) does.
         self._buffers.update(dict.fromkeys(BUFFERS))
         self._non_persistent_buffers_set.update(BUFFERS)
         self.reserved_rows: dict[str, int] = {}  # the first row of each adapter in the reserve

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastlora.adapters.adapted import Adapted, adapted_class, base_class
 from fastlora.adapters.arena import Arena, Scale
-from fastlora.adapters.lookup import WALK, adapted_layers, arenas, layers_of
+from fastlora.adapters.lookup import WALK, adapted_layers, arenas, base_modules, layers_of
 from fastlora.adapters.slots import Slots
 from fastlora.adapters.specs import AdapterError
 from fastlora.adapters.state import LayerState
@@ -27,7 +27,7 @@ def adapt(module: nn.Module, path: str, arena: Arena) -> Adapted:
         assert adapted is not None
         module.__class__ = adapted
         module.__dict__["_state"] = LayerState(arena, path)
-        module.add_module("fastlora", Slots())
+        module._modules["fastlora"] = Slots().train(module.training)
         arena.join(module)
     assert isinstance(module, Adapted)
     return module
@@ -54,11 +54,10 @@ def remove_all(model: nn.Module) -> None:
 
 def freeze_base(model: nn.Module) -> None:
     """Stops gradients of all that is not an adapter's; each module remembers which it had."""
-    slots = {id(s) for m in adapted_layers(model).values() for s in m.fastlora.modules()}
     count = 0
-    for module in model.modules():
+    for _, module in base_modules(model):
         for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.requires_grad and id(module) not in slots:
+            if parameter is not None and parameter.requires_grad:
                 parameter.requires_grad_(False)
                 module.__dict__[FROZEN] = (*vars(module).get(FROZEN, ()), name)
                 count += 1
@@ -68,12 +67,12 @@ def freeze_base(model: nn.Module) -> None:
 
 def thaw(model: nn.Module, found: list[Arena]) -> None:
     """Gives back what was frozen, where nobody asks for a frozen base any more."""
-    if not adapted_layers(model) or not any(a.froze or a.reserve_froze for a in found):
+    if not layers_of(model) or not any(a.froze or a.reserve_froze for a in found):
         unfreeze_base(model)
 
 
 def unfreeze_base(model: nn.Module) -> None:
-    for module in model.modules():
+    for _, module in base_modules(model):
         for name in vars(module).pop(FROZEN, ()):
             parameter = module._parameters.get(name)
             if parameter is not None:
@@ -82,7 +81,7 @@ def unfreeze_base(model: nn.Module) -> None:
 
 def forget_walks(model: nn.Module) -> None:
     """Parts of a model that somebody has asked about keep what was found."""
-    for module in model.modules():
+    for _, module in base_modules(model):
         vars(module).pop(WALK, None)
 
 
@@ -123,7 +122,7 @@ def merge(found: list[Arena]) -> Arena:
 def set_fused_encoders(model: nn.Module) -> None:
     """The inference path of nn.TransformerEncoderLayer reads the weights of its layers and never
     calls them. Where layers are adapted it is switched off, and on again where none is left."""
-    for module in model.modules():
+    for _, module in base_modules(model):
         if isinstance(module, nn.TransformerEncoderLayer):
             switch = "activation_relu_or_gelu"
         elif isinstance(module, nn.TransformerEncoder):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from fastlora.formats import header
 
+TOGETHER = 2**22  # bytes of small tensors that are read at once
+READERS = 2  # threads
 PIECE = 2**17  # elements whose values are looked at together
 # The exponent's bits, which are all ones in NaN and infinity.
 EXPONENTS: dict[torch.dtype, tuple[Any, int]] = {
@@ -89,21 +92,67 @@ class SafetensorsFile:
 
     def tensor(self, key: str) -> Tensor:
         """The tensor on the CPU, the only copy. Raises FormatError for NaN and infinite values."""
-        entry = self._entries[key]
-        data = torch.empty(entry.stop - entry.start, dtype=torch.uint8, device="cpu")
-        self._file.seek(self._begin + entry.start)
-        if self._file.readinto(data.numpy().data) != len(data):
-            raise FormatError(f"{self.path}: {key}: the file became shorter while it was read")
-        values = data.view(entry.dtype)
-        pieces = (values,) if len(values) <= PIECE else values.split(PIECE)
-        if not all(map(is_sound, pieces)):
-            problem = (
-                "booleans of 0 or 1, got other bytes"
-                if entry.dtype == torch.bool
-                else "finite values, got NaN or infinity"
-            )
-            raise FormatError(f"{self.path}: {key}: expected {problem}")
-        return values.view(entry.shape)
+        return self._together([key])[key]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors, as `tensor` gives them, in the order of the header.
+
+        Small ones that are neighbours in the file lie in memory of at most `TOGETHER` bytes, which
+        is given back with the last of them.
+        """
+        found: dict[str, Tensor] = {}
+        with ThreadPoolExecutor(READERS) as pool:  # most of it is the system clearing memory
+            for part in pool.map(self._together, self._neighbours()):
+                found |= part
+        return {key: found[key] for key in self._entries}
+
+    def _neighbours(self) -> Iterator[list[str]]:
+        """The keys in pieces to read at once: of one dtype, one after another in the file."""
+        entries = self._entries
+        keys: list[str] = []
+        for key in sorted(entries, key=lambda key: entries[key][2:]):
+            entry = entries[key]
+            if keys and (
+                entry.dtype != entries[keys[0]].dtype
+                or entry.stop - entries[keys[0]].start > TOGETHER
+            ):
+                yield keys
+                keys = []
+            keys.append(key)
+        if keys:
+            yield keys
+
+    def _together(self, keys: Sequence[str]) -> dict[str, Tensor]:
+        """Tensors that are neighbours."""
+        first, last = self._entries[keys[0]], self._entries[keys[-1]]
+        data = torch.empty(last.stop - first.start, dtype=torch.uint8, device="cpu")
+        if not self._fill(data.numpy().data, self._begin + first.start):
+            raise FormatError(f"{self.path}: {keys[0]}: the file became shorter while it was read")
+        values = data.view(first.dtype)
+        whole = is_sound(values)
+        found, size = {}, first.dtype.itemsize
+        for key in keys:
+            _, shape, start, stop = self._entries[key]
+            flat = values[(start - first.start) // size : (stop - first.start) // size]
+            if not whole and not is_sound(flat):
+                problem = (
+                    "booleans of 0 or 1, got other bytes"
+                    if first.dtype == torch.bool
+                    else "finite values, got NaN or infinity"
+                )
+                raise FormatError(f"{self.path}: {key}: expected {problem}")
+            found[key] = flat.view(shape)
+        return found
+
+    def _fill(self, memory: memoryview, offset: int) -> bool:
+        """Reads the file from `offset` on into all of the memory, if it has as much."""
+        done = 0
+        while done < len(memory):  # one call reads at most 2 GB
+            got = os.preadv(self._file.fileno(), [memory[done:]], offset + done)
+            if not got:
+                return False
+            done += got
+        return True
 
     def outline(self) -> dict[str, Tensor]:
         """All tensors, without values on the meta device, but for those of at most one element."""
@@ -138,8 +187,13 @@ class SafetensorsFile:
             ) from None
 
 
-def is_sound(piece: Tensor) -> bool:
+def is_sound(values: Tensor) -> bool:
     """No NaN and no infinity in a vector; no byte in a boolean that is none."""
+    pieces = (values,) if len(values) <= PIECE else values.split(PIECE)
+    return all(map(is_sound_piece, pieces))
+
+
+def is_sound_piece(piece: Tensor) -> bool:
     if piece.dtype == torch.bool:
         return not (piece.view(torch.uint8) > 1).any()
     if piece.numel() == 0 or not (piece.is_floating_point() or piece.is_complex()):
@@ -155,7 +209,7 @@ def is_sound(piece: Tensor) -> bool:
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors and the metadata of a safetensors file, or the errors of `SafetensorsFile`."""
     with SafetensorsFile(path) as file:
-        return {key: file.tensor(key) for key in file.keys}, file.metadata
+        return file.tensors(), file.metadata
 
 
 def write(
