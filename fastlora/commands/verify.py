@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastlora.commands import CommandError
-from fastlora.commands.outputs import strength
+from fastlora.commands.arguments import strength
 
 if TYPE_CHECKING:
     from fastlora.commands.verifying import Row
