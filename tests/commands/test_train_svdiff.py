@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -371,6 +372,23 @@ def test_a_caption_that_is_cut_off_is_a_warning(stable_diffusion):
         with pytest.warns(UserWarning, match="cut off"):
             same = target.encode([fits + " of a photo of a cup"])
     assert torch.equal(cut, same)  # what was cut off
+
+
+@pytest.mark.parametrize("missing", ["diffusers", "transformers"])
+def test_a_package_that_is_missing_is_one_line(missing, folder, tmp_path, monkeypatch, capsys):
+    if missing == "transformers":
+        pipeline = pytest.importorskip("diffusers").StableDiffusionPipeline
+
+        def refuse(*arguments, **options):  # as diffusers' stand-in does
+            raise ImportError("\nIt requires the transformers library.\nTry pip.\n")
+
+        monkeypatch.setattr(pipeline, "from_pretrained", refuse)
+    else:
+        monkeypatch.setitem(sys.modules, missing, None)
+    (tmp_path / "model_index.json").write_text("{}")
+    assert cli.main(arguments(folder, tmp_path / "x.safetensors", model=tmp_path)) == 2
+    said = capsys.readouterr().err
+    assert missing in said and said.count("\n") == 1
 
 
 @QUIET
