@@ -90,6 +90,19 @@ def test_the_file_loads_and_holds_what_the_recipe_trains(folder, tmp_path, capsy
     assert [p.name for p in out.parent.iterdir()] == ["subject.safetensors"]
 
 
+def test_json_says_what_the_text_says(folder, tmp_path, capsys):
+    out = tmp_path / "subject.safetensors"
+    assert cli.main(arguments(folder, out)) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert cli.main(arguments(folder, out, json=None)) == 0
+    report = json.loads(capsys.readouterr().out)  # the whole of it
+    (own,) = report["files"]
+    loss = "loss {first:.4f} -> {last:.4f}".format(**report["loss"])
+    assert first.startswith(f"{report['pictures']} pictures, {loss}, ") and report["seconds"] > 0
+    assert own["file"] == str(out) and own["bytes"] == out.stat().st_size
+    assert f"{own['shifts']:,} shifts" in second and f"({own['into']}, " in second
+
+
 def test_a_prior_norms_and_the_text_encoder(folder, tmp_path):
     out = tmp_path / "subject.safetensors"
     options = {"class_caption": "a three", "prior": 2, "cache": tmp_path / "cache"}
@@ -325,8 +338,12 @@ def test_stable_diffusion_to_files_that_load(folder, tmp_path, stable_diffusion,
     out = tmp_path / "dog.safetensors"
     options = {"model": stable_diffusion, "caption": "a photo of v1 dog", "prior": 2}
     options |= {"class_caption": "a photo of a dog", "text_encoder": None}
-    assert cli.main(arguments(folder, out, **options)) == 0
-    assert "fastlora.load(pipe.text_encoder," in capsys.readouterr().out
+    assert cli.main(arguments(folder, out, **options, json=None)) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {own["into"]: Path(own["file"]).name for own in report["files"]} == {
+        "pipe.unet": "dog.safetensors",
+        "pipe.text_encoder": "dog.text_encoder.safetensors",
+    }
     pipe = StableDiffusionPipeline.from_pretrained(stable_diffusion)
     for module, name in ((pipe.unet, "dog"), (pipe.text_encoder, "dog.text_encoder")):
         fastlora.load(module, tmp_path / f"{name}.safetensors", name="dog")
