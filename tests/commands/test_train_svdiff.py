@@ -24,6 +24,7 @@ from fastlora.methods import personalise
 from fastlora.models import digits
 from fastlora.samplers import Schedule
 from fastlora.training import save_checkpoint
+from tests.commands import pipelines
 
 QUIET = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -272,63 +273,10 @@ def test_an_empty_folder_and_a_single_file(folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def stable_diffusion(tmp_path_factory) -> Path:
-    """A pipeline of tiny random parts, saved as Stable Diffusion is."""
-    diffusers = pytest.importorskip("diffusers")
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    torch.manual_seed(0)
-    made = tmp_path_factory.mktemp("sd")
-    letters = sorted(set("aphotofvdgcu12"))
-    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{x}</w>" for x in letters)]
-    (made / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
-    (made / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(
-        str(made / "vocab.json"), str(made / "merges.txt"), model_max_length=16
-    )
-    text = CLIPTextConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=4,
-    )
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-    )
-    scheduler = diffusers.PNDMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True
-    )
-    pipe = diffusers.StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.save_pretrained(made / "pipeline")
-    return made / "pipeline"
+    pytest.importorskip("diffusers")
+    folder = tmp_path_factory.mktemp("sd")
+    pipelines.stable_diffusion(folder).save_pretrained(folder / "pipeline")
+    return folder / "pipeline"
 
 
 @QUIET
