@@ -315,7 +315,7 @@ def unsuitable(module: nn.Module, spec: LoRA | Spectral | Delta) -> str | None:
                 f"it is PEFT's ({base.__module__}); merge_and_unload() or unload() its model first"
             )
         return "this kind of layer is not supported"
-    if any(map(is_lazy, module._parameters.values())):
+    if any(map(is_lazy, module.parameters(recurse=False))):
         return "its weight has no shape yet; run the model once first"
     if base in NORMS:
         if isinstance(spec, LoRA):
