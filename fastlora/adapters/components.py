@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastlora.adapters.lookup import parts_of, unwrapped
+from fastlora.adapters.arena import Arena
+from fastlora.adapters.lookup import WALK, Walk, parts_of, unwrapped, walked
 from fastlora.adapters.specs import AdapterError, AdapterInfo
 
 Models = nn.Module | Mapping[str, nn.Module] | Any
@@ -69,6 +70,17 @@ def without_text_encoders(model: Models, what: str) -> nn.Module:
 def joined(parts: Mapping[str, nn.Module]) -> nn.Module:
     whole = nn.Module()
     whole._modules.update(parts)
+    walks = [walked(part) for part in parts.values()]  # those with adapters have theirs at hand
+    layers = {id(layer): layer for walk in walks for layer in walk.layers}
+    found = {id(arena): arena for walk in walks for arena in walk.arenas}
+    vars(whole)[WALK] = Walk(
+        list(layers.values()),
+        list(found.values()),
+        sorted({name for walk in walks for name in walk.names}),
+        Arena.generation,
+        (whole._modules, *(modules for walk in walks for modules in walk.dicts)),
+        (*parts.values(), *(child for walk in walks for child in walk.children)),
+    )
     return whole
 
 

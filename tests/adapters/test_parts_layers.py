@@ -188,6 +188,19 @@ def test_combine_selects_by_paths_within_components(form: Any) -> None:
         combine(form(pipe), weights, where={"extra": ["to_v"]}, name="none")
 
 
+def test_combine_freezes_where_its_adapters_did(form: Any) -> None:
+    pipe = adapted()
+    inject(pipe.vae, fastlora.LoRA(rank=1), name="new")
+    inject(pipe.vae, fastlora.LoRA(rank=1), name="free", freeze=False)
+    with pytest.raises(AdapterError, match="'new' exists already"):
+        combine(form(pipe), {"style": 1.0}, name="new")
+    fastlora.remove(pipe, "new")
+    combine(form(pipe), {"style": 1.0, "free": 1.0}, name="new")
+    for name in ("style", "extra", "free"):
+        fastlora.remove(form(pipe), name)
+    assert not pipe.unet.conv.weight.requires_grad and pipe.vae.weight.requires_grad
+
+
 # --- reserves ---------------------------------------------------------------------------------
 
 
