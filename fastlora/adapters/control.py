@@ -39,10 +39,9 @@ def adapters(model: Models) -> dict[str, AdapterInfo]:
     """The adapters of a model by name.
 
     `model`: a module, a dict of them by component ("unet", "text_encoder", ...), or a diffusers
-    pipeline, as for all functions about adapters that are there. Of several components, an
-    adapter's `modules` begin with the component, `rank` is the largest and `parameters` the sum;
-    `scale` and `enabled` are dicts by component where these differ, as after
-    `set_scale(pipe.unet, ...)`.
+    pipeline. Of several components, `modules` have the component in front, `rank` is the largest
+    and `parameters` the sum; `scale` and `enabled` are dicts by component where they differ, as
+    after `set_scale(pipe.unet, ...)`.
     """
     if isinstance(model, nn.Module):
         return adapters_of(model)

@@ -118,7 +118,7 @@ def test_strengths_per_image_with_guidance() -> None:
     fastlora.set_scale(pipe, {"style": rows})
     with tiled(pipe, 2):
         together = images(pipe)
-        with pytest.raises(fastlora.ContractError, match=r"_proj: .*with leading size 6"):
+        with pytest.raises(fastlora.ContractError, match=r"_proj: .*with leading size 3"):
             images(pipe, PROMPTS[:1], seeds=(1,))
     for i, row in enumerate(rows.tolist()):
         fastlora.set_scale(pipe, {"style": row})
