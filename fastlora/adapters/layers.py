@@ -22,15 +22,18 @@ _is_compiling = torch.compiler.is_compiling
 Gated = list[tuple[Any, Tensor]]  # LoRASlots, or what a reserve holds as one, with their gates
 
 
-@adapts(nn.Linear)
-class AdaptedLinear(Adapted, nn.Linear):
-    def forward(self, input: Tensor) -> Tensor:
+class LinearForward(Adapted):
+    """A linear layer with a plain weight: what nn.Linear and Conv1D of transformers share."""
+
+    fused = staticmethod(_lora_linear)  # of an input, `weight`, bias, D, U, gate, row scale
+
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
         if _is_compiling():
             return super().forward(input)
         state = self._state
         if state.epoch != state.arena.epoch or (fast := state.fast) is None:
             return super().forward(input)
-        slot, gate, own, pins = fast
+        fused, slot, gate, own, pins = fast
         if pins is not None and (
             is_capturing() or (pins and torch.is_grad_enabled()) or not in_place(pins)
         ):
@@ -41,12 +44,12 @@ class AdaptedLinear(Adapted, nn.Linear):
             state.forget()
             return super().forward(input)
         try:
-            return _lora_linear(input, weight, bias, down, up, gate, None)
+            return fused(input, weight, bias, down, up, gate, None)
         except ContractError as error:
             raise self.explained(error, input) from None
 
     def shortcut(self) -> Any:
-        """(D and U, gate, own parameters, pins), where one LoRA is all that is to compute.
+        """(`fused`, D and U, gate, own parameters, pins), where one LoRA is all to compute.
 
         Pins are those of the reserve where its buffers are used: not with gradients. They are ()
         where others are off, which have to be computed too in a CUDA graph. Else None.
@@ -62,13 +65,14 @@ class AdaptedLinear(Adapted, nn.Linear):
             if packed and state.packed is not None and not holder.drops:
                 down, up, _ = state.packed
                 gate = self.gates(state.offset, len(down), state.rows)
-                return {"down": down, "up": up}, gate, own, holder.pins
+                return self.fused, {"down": down, "up": up}, gate, own, holder.pins
             name, slot = state.active[0]
             if len(names) > 1 or not isinstance(slot, LoRASlot):
                 return None
             if slot.spec.dora or slot.spec.dropout:
                 return None
-            return slot._parameters, self.gate(name), own, None if len(holder) == 1 else ()
+            pins = None if len(holder) == 1 else ()
+            return self.fused, slot._parameters, self.gate(name), own, pins
 
     def with_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
@@ -117,6 +121,11 @@ class AdaptedLinear(Adapted, nn.Linear):
                 gates = [g if g.dim() == 2 else g.expand(batches[0], -1) for g in gates]
             gate = torch.cat(gates, -1)
         return torch.cat(downs), torch.cat(ups, 1), gate
+
+
+@adapts(nn.Linear)
+class AdaptedLinear(LinearForward, nn.Linear):
+    pass
 
 
 @adapts_subclasses(nn.Linear)
