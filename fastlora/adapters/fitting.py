@@ -153,7 +153,9 @@ def oriented(layer: nn.Module, part: LowRank) -> LowRank:
 
 
 def shape_of(layer: nn.Module) -> tuple[int, ...]:
-    """The shape of a layer's weight as updates mean it."""
+    """The shape of a layer's weight as updates mean it; quantised ones pack it into another."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
     kind = type(layer) if isinstance(layer, Adapted) else adapted_class(type(layer))
     weight: Any = layer.weight
     return tuple(kind.upright(weight).shape)  # type: ignore[union-attr]  # there is one

@@ -34,7 +34,8 @@ from fastlora.adapters.folding import (
     is_folded,
     refolding,
 )
-from fastlora.adapters.layers import AdaptedLinearLike
+from fastlora.adapters.hooked import is_bypassed
+from fastlora.adapters.layers import LinearForward
 from fastlora.adapters.lookup import (
     arenas,
     base_modules,
@@ -66,6 +67,7 @@ from fastlora.adapters.surgery import (
 from fastlora.adapters.tensors import too_large
 
 Where = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
+PLAIN = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Embedding)
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
@@ -367,6 +369,11 @@ def unsuitable(module: nn.Module, spec: LoRA | Spectral | Delta) -> str | None:
                 "its base layer can be adapted, or model.unload()"
             )
         return "this kind of layer is not supported"
+    if is_bypassed(module):
+        return (
+            "its forward was put on the object itself and goes past its class, so past adapters; "
+            "undo that first"
+        )
     if any(is_lazy(p) for p in module._parameters.values() if p is not None):
         return "its weight has no shape yet; run the model once first"
     if base in NORMS:
@@ -386,7 +393,8 @@ def unsuitable(module: nn.Module, spec: LoRA | Spectral | Delta) -> str | None:
     needs = "spectral shifts need" if isinstance(spec, Spectral) else "differences of a weight need"
     if isinstance(spec, LoRA):
         needs = "DoRA needs" if spec.dora else ""
-    if needs and (issubclass(kind, AdaptedLinearLike) or module._parameters.get("weight") is None):
+    whole = base in PLAIN or issubclass(kind, LinearForward)
+    if needs and (not whole or module._parameters.get("weight") is None):
         return f"{needs} the plain weight of a Linear, Conv2d, ConvTranspose2d or Embedding"
     if needs and getattr(module, "sparse", False):
         return f"{needs} dense gradients, and the embedding's are sparse"
