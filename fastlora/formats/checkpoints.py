@@ -67,12 +67,10 @@ class Weights:
     @functools.cached_property
     def has_conv1d(self) -> bool:
         """Whether linear layers are stored `[in, out]`, as Conv1D of transformers does: a bias is
-        as long as the last dimension. Square ones do not tell, so it is asked of the whole model."""
-        for own in self.modules.values():
+        as long as the last dimension. Asked of the whole model, as square ones do not tell."""
+        for target, own in self.modules.items():
             if {"weight", "bias"} <= own.keys():
-                shape, bias = (
-                    own[n].shape(self.info(own[n].key).shape) for n in ("weight", "bias")
-                )
+                shape, bias = (self.shape(target, name) for name in ("weight", "bias"))
                 if len(shape) == 2 and bias == shape[1:] != shape[:1]:
                     return True
         return False

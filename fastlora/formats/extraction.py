@@ -51,7 +51,7 @@ def require_alike(base: Weights, tuned: Weights) -> None:
     weights that are stored transposed, of which no LoRA of the modules would be made."""
     if base.has_conv1d:
         raise FormatError(
-            "expected weights [out, in], got linear layers stored [in, out] (Conv1D of transformers)"
+            "expected weights [out, in], got layers stored [in, out] (Conv1D of transformers)"
         )
     sets = [
         {(t, n) for t, names in w.modules.items() for n in names if n not in BUFFERS}

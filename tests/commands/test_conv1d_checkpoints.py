@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ def lora(folder: Path, module: str, inputs: int, outputs: int) -> Path:
     metadata = {
         "format": "fastlora",
         "version": "2",
-        "config": '{"kind":"lora","settings":{"rank":2},"modules":{"%s":{}}}' % module,
+        "config": json.dumps({"kind": "lora", "settings": {"rank": 2}, "modules": {module: {}}}),
     }
     tensors = {f"{module}.down": torch.randn(2, inputs), f"{module}.up": torch.randn(outputs, 2)}
     save_file(tensors, path, metadata)
@@ -60,5 +61,7 @@ def test_extracting_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str
     for name in ("base", "tuned"):
         save_folder(tmp_path / name, gpt2(), "model")
     places = [str(tmp_path / name) for name in ("base", "tuned")]
-    assert main(["extract", *places, "--out", str(tmp_path / "a.safetensors")]) == 2
+    assert (
+        main(["extract", *places, "--rank", "2", "--to", "peft", "--out", str(tmp_path / "a")]) == 2
+    )
     assert "expected weights [out, in]" in capsys.readouterr().err
