@@ -33,7 +33,7 @@ class LinearForward(Adapted):
         state = self._state
         if state.epoch != state.arena.epoch or (fast := state.fast) is None:
             return super().forward(input)
-        fused, slot, gate, own, pins = fast
+        slot, gate, own, pins = fast
         if pins is not None and (
             is_capturing() or (pins and torch.is_grad_enabled()) or not in_place(pins)
         ):
@@ -44,12 +44,12 @@ class LinearForward(Adapted):
             state.forget()
             return super().forward(input)
         try:
-            return fused(input, weight, bias, down, up, gate, None)
+            return self.fused(input, weight, bias, down, up, gate, None)
         except ContractError as error:
             raise self.explained(error, input) from None
 
     def shortcut(self) -> Any:
-        """(`fused`, D and U, gate, own parameters, pins), where one LoRA is all to compute.
+        """(D and U, gate, own parameters, pins), where one LoRA is all that is to compute.
 
         Pins are those of the reserve where its buffers are used: not with gradients. They are ()
         where others are off, which have to be computed too in a CUDA graph. Else None.
@@ -65,14 +65,13 @@ class LinearForward(Adapted):
             if packed and state.packed is not None and not holder.drops:
                 down, up, _ = state.packed
                 gate = self.gates(state.offset, len(down), state.rows)
-                return self.fused, {"down": down, "up": up}, gate, own, holder.pins
+                return {"down": down, "up": up}, gate, own, holder.pins
             name, slot = state.active[0]
             if len(names) > 1 or not isinstance(slot, LoRASlot):
                 return None
             if slot.spec.dora or slot.spec.dropout:
                 return None
-            pins = None if len(holder) == 1 else ()
-            return self.fused, slot._parameters, self.gate(name), own, pins
+            return slot._parameters, self.gate(name), own, None if len(holder) == 1 else ()
 
     def with_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)

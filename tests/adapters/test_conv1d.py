@@ -71,6 +71,7 @@ def test_outputs(spec: Any, dtype: torch.dtype) -> None:
     assert_twofold(base(x), exact, low, roundings=2)
     with torch.no_grad():
         assert_twofold(base(x), exact, low, roundings=2)
+        assert same_bits(base(x=x), base(x))
         assert_twofold(base(x[0, 0]), exact[0, 0], low[0, 0], roundings=2)
         assert_twofold(base(x.mT.contiguous().mT), exact, low, roundings=2)  # strided
         fastlora.fold(base)
