@@ -175,3 +175,25 @@ def test_a_text_encoder_goes_out_and_in_again(tmp_path: Path) -> None:
         other = fresh(CLIP)
         fastlora.load(other, target)
         assert same_bits(output(other, CLIP), output(model, CLIP)), format
+
+
+# --- PEFT's live layers ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["plain", "dispatched"])
+@pytest.mark.parametrize("name", NAMES[:2])
+def test_peft_accelerated_on_a_model_with_hooks(name: str, hooked: bool) -> None:
+    """accelerate's hooks on PEFT's layers keep the forward of the class that these had."""
+    dispatching = pytest.importorskip("accelerate")
+    model = of_peft(name, r=4, lora_alpha=6)
+    if hooked:
+        model = dispatching.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    with torch.no_grad():
+        theirs = output(model, name)
+        fastlora.accelerate(model)
+        torch.testing.assert_close(output(model, name), theirs, rtol=1e-4, atol=1e-5)
+        fastlora.set_scale(model, {"default": 0.0})
+        torch.testing.assert_close(output(model, name), output(fresh(name), name))
+        fastlora.set_scale(model, {"default": 1.0})
+        fastlora.restore(model)
+        assert same_bits(output(model, name), theirs)
