@@ -1,5 +1,5 @@
 """Layers with a `forward` on the object itself: hooks of accelerate (offloading, `device_map`) and
-of diffusers (layerwise casting, group offloading) put one there and keep the class's own.
+of diffusers (group offloading, caching) put one there and keep the class's own.
 
 What they keep is bound to the class that the layer had. It has to be bound again when that changes,
 or the hooks would go past the adapters without a word.
