@@ -120,7 +120,7 @@ def roundings(layer: Adapted, dtype: torch.dtype) -> float:
     roundings of a term; the factor was measured for n from 8 to 2048. In float64 the reference
     itself rounds as much. The terms of a folded layer have one rounding more, that of the weight.
     """
-    n = layer.weight[0].numel() if layer.weight.dim() > 1 else 1
+    n = layer.upright(layer.weight)[0].numel() if layer.weight.dim() > 1 else 1
     sums = {torch.float32: 2 + n**0.5 / 4, torch.float64: 2 + n**0.5}.get(dtype, 1.0)
     return sums * (2 if layer._state.merged else 1)
 
@@ -162,7 +162,8 @@ def reference(layer: Adapted, x: Tensor, dtype: torch.dtype) -> Tensor:
         y: Any = layer.base(x.to(low) if x.is_floating_point() else x).to(dtype)
         weight = None
     else:
-        weight = delta_reference(spectral_reference(layer, slots, dtype), slots)
+        weight = spectral_reference(layer, slots, dtype)
+        weight = layer.upright(delta_reference(layer.upright(weight), slots))
         if not any(isinstance(s, LoRASlot) for s, _ in slots):
             return layer.with_weight(x, weight, bias)
         y = layer.with_weight(x, weight, None)
@@ -257,7 +258,7 @@ def dora_reference(layer: Adapted, weight: Any, slot: LoRASlot, gate: Tensor, dt
     """m / ‖W + s U D‖ per output, with U D formed."""
     assert slot.magnitude is not None
     up, down = slot.up.detach().to(dtype), slot.down.detach().to(dtype)
-    if isinstance(layer, AdaptedEmbedding):
+    if layer.transposed:
         whole = weight.t() + gate.to(dtype) * (up @ down)
     else:
         groups = layer.groups if isinstance(layer, AdaptedConv2d) else 1

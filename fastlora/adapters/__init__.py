@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import fastlora.adapters.transposed  # noqa: F401  # registers its layer
+from fastlora.adapters.adapted import adapts_later
 from fastlora.adapters.captured import CapturedStrengths
 from fastlora.adapters.combine import combine
 from fastlora.adapters.control import (
@@ -29,6 +30,8 @@ from fastlora.adapters.steady import steady
 if TYPE_CHECKING:  # when they are asked for: `import fastlora` stays light
     from fastlora.adapters.counting import parameter_counts
     from fastlora.adapters.decomposing import DecomposeReport, decompose
+
+adapts_later("transformers.pytorch_utils.Conv1D", "fastlora.adapters.conv1d")
 
 __all__ = [
     "AdapterError",

@@ -7,6 +7,7 @@ it and taking the class back restores it. The adapters' parameters live in the c
 
 import copy
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, TypeVar
 
 import torch
@@ -53,6 +54,12 @@ class Adapted(nn.Module):
     ) -> Tensor:
         """The base on `weight` and `bias` plus the slots' low-rank parts with their gates."""
         raise NotImplementedError
+
+    @staticmethod
+    def upright(weight: Tensor) -> Tensor:
+        """A weight as updates mean it, or the reverse: transposed where the layer has `[in, out]`
+        and updates are `[out, in]`."""
+        return weight
 
     def matrix(self) -> Tensor:
         """The weight as `[out, everything else]`, a view where it can be one."""
@@ -340,6 +347,7 @@ class Adapted(nn.Module):
 _ADAPTED: dict[type[nn.Module], type[Adapted]] = {}
 _BASE: dict[type[nn.Module], type[nn.Module]] = {}
 _LIKE: dict[type[nn.Module], type[Adapted]] = {}
+_LATER: dict[str, str] = {}
 Class = TypeVar("Class", bound=type[Adapted])
 
 
@@ -364,9 +372,19 @@ def adapts_subclasses(base: type[nn.Module]) -> Callable[[Class], Class]:
     return register
 
 
+def adapts_later(base: str, module: str) -> None:
+    """Says which of our modules registers the class for another library's layers of type `base`,
+    "package.module.Class": it imports that library, and is imported when there is such a layer."""
+    _LATER[base] = module
+
+
 def adapted_class(base: type[nn.Module]) -> type[Adapted] | None:
     """The class that adapts modules of exactly type `base`; None if there is none."""
     if base not in _ADAPTED:
+        later = _LATER.get(f"{base.__module__}.{base.__qualname__}")
+        if later is not None:
+            import_module(later)
+            return _ADAPTED.get(base)
         for ancestor, like in _LIKE.items():
             if issubclass(base, ancestor):
                 adapts(base)(type(f"Adapted{base.__name__}", (like, base), {}))

@@ -55,7 +55,7 @@ def changed_weight(layer: Any, recipe: Recipe) -> Tensor:
             start = weight.to(wide)
         else:
             start = shifted_weight(layer, recipe.shift, wide)
-        return updated_weight(start, updates).to(weight.dtype)
+        return layer.upright(updated_weight(layer.upright(start), updates)).to(weight.dtype)
 
 
 def changed_bias(layer: Any, recipe: Recipe) -> Tensor | None:
@@ -151,6 +151,7 @@ def as_it_is(layer: Any) -> Any:
         weight=layer.weight.detach(),
         matrix=lambda: matrix,
         from_matrix=layer.from_matrix,
+        upright=layer.upright,
         is_norm=lambda: False,
         fastlora=found,
     )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlora.adapters.adapted import Adapted, adapted_class
 from fastlora.adapters.base_hash import base_hash, same_base
 from fastlora.adapters.deltas import Delta, DeltaSlot, mapped, tensors_of
 from fastlora.adapters.factorising import full_rank
@@ -105,7 +106,7 @@ def delta_slot(layer: nn.Module, change: Change) -> DeltaSlot:
     refuse_unsuitable(layer, Delta.of(change))
     weight: Any = layer.weight
     if change.weight is not None:
-        require_update(change, tuple(weight.shape))
+        require_update(change, shape_of(layer))
         ratio = getattr(change.weight, "ratio", 1.0)
         if not fits_float32(ratio):
             raise AdapterError(f"alpha / rank: expected a finite number (float32), got {ratio!r}")
@@ -151,12 +152,21 @@ def oriented(layer: nn.Module, part: LowRank) -> LowRank:
     return dataclasses.replace(part, down=down, up=up, embedding=True)
 
 
+def shape_of(layer: nn.Module) -> tuple[int, ...]:
+    """The shape of a layer's weight as updates mean it; quantised ones pack it into another."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    kind = type(layer) if isinstance(layer, Adapted) else adapted_class(type(layer))
+    weight: Any = layer.weight
+    return tuple(kind.upright(weight).shape)  # type: ignore[union-attr]  # there is one
+
+
 def own_rows(layer: nn.Module, change: Change) -> Change:
     """The rows that the module has, where the parts have rows; else all parts in memory of their
     own: other modules have theirs from the same tensors."""
     assert change.rows is not None
     first, last, total = change.rows
-    weight: Any = layer.weight
+    shape = shape_of(layer)
     if change.magnitude is not None and change.axis == "in":
         raise AdapterError(
             f"a magnitude over inputs is of all {total} rows, and the module has {last - first}"
@@ -165,9 +175,9 @@ def own_rows(layer: nn.Module, change: Change) -> Change:
     if isinstance(part, LowRank | Dense):
         name = "up" if isinstance(part, LowRank) else "diff"
         whole = getattr(part, name)
-        if len(whole) != total or len(weight) != last - first:
+        if len(whole) != total or shape[0] != last - first:
             raise AdapterError(
-                f"{name}: expected {total} rows, {last - first} of them for {list(weight.shape)}, "
+                f"{name}: expected {total} rows, {last - first} of them for {list(shape)}, "
                 f"got {list(whole.shape)}"
             )
         part = dataclasses.replace(part, **{name: whole[first:last]})
@@ -262,12 +272,11 @@ def require_bias(layer: nn.Module, bias: Tensor | None) -> None:
         return
     if isinstance(layer, nn.Embedding | nn.RMSNorm):
         raise AdapterError(f"bias: expected none for a {type(layer).__name__}, got one")
-    weight: Any = layer.weight
     if isinstance(layer, nn.ConvTranspose2d):
         require_shape("bias", bias, (layer.out_channels,))
     else:
-        shape = tuple(weight.shape) if isinstance(layer, nn.LayerNorm) else (len(weight),)
-        require_shape("bias", bias, shape)
+        shape = shape_of(layer)
+        require_shape("bias", bias, shape if isinstance(layer, nn.LayerNorm) else shape[:1])
 
 
 def require_magnitude(layer: nn.Module, change: Change) -> None:
@@ -276,5 +285,5 @@ def require_magnitude(layer: nn.Module, change: Change) -> None:
     weight: Any = layer.weight
     if weight.dim() < 2 or isinstance(layer, nn.ConvTranspose2d):
         raise AdapterError(f"magnitude: expected none for a {type(layer).__name__}, got one")
-    size = weight.shape[0 if change.axis == "out" else 1]
+    size = shape_of(layer)[0 if change.axis == "out" else 1]
     require_shape("magnitude", change.magnitude, (size,))

@@ -54,9 +54,9 @@ def changed_weights(layers: Iterable[Any]) -> dict[Any, Tensor]:
         recipe = recipe_of(layer, layer._state.active)
         if recipe is None or (recipe.shift is None and not recipe.weight_updates):
             continue
-        weight = layer.weight
+        weight, matrix = layer.weight, layer.matrix()
         out = found[layer] = buffer(layer, "folded_weight", weight)
-        plain = weight.is_contiguous() and same_start(weight, layer.matrix())
+        plain = matrix.is_contiguous() and same_start(weight, matrix)
         if recipe.shift is None or recipe.weight_updates or layer.is_norm() or not plain:
             out.copy_(changed_weight(layer, recipe))
             continue

@@ -34,6 +34,8 @@ from fastlora.adapters.folding import (
     is_folded,
     refolding,
 )
+from fastlora.adapters.hooked import is_bypassed
+from fastlora.adapters.layers import LinearForward
 from fastlora.adapters.lookup import (
     arenas,
     base_modules,
@@ -49,6 +51,7 @@ from fastlora.adapters.slots import (
     SpectralSlot,
     kaiming_uniform,
     one_strength,
+    shapes_lora,
 )
 from fastlora.adapters.specs import AdapterError, AdapterInfo, LoRA, Spectral
 from fastlora.adapters.surgery import (
@@ -358,13 +361,19 @@ def unsuitable(module: nn.Module, spec: LoRA | Spectral | Delta) -> str | None:
     base = base_class(type(module)) if isinstance(module, Adapted) else type(module)
     if issubclass(base, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "MultiheadAttention reads this layer's weight and never calls it"
-    if adapted_class(base) is None:
+    kind = adapted_class(base)
+    if kind is None:
         if is_peft(module):
             return (
                 f"it is PEFT's ({base.__module__}); first fastlora.accelerate(model), after which "
                 "its base layer can be adapted, or model.unload()"
             )
         return "this kind of layer is not supported"
+    if is_bypassed(module):
+        return (
+            "its forward was put on the object itself and goes past its class, so past adapters; "
+            "undo that first"
+        )
     if any(is_lazy(p) for p in module._parameters.values() if p is not None):
         return "its weight has no shape yet; run the model once first"
     if base in NORMS:
@@ -384,7 +393,8 @@ def unsuitable(module: nn.Module, spec: LoRA | Spectral | Delta) -> str | None:
     needs = "spectral shifts need" if isinstance(spec, Spectral) else "differences of a weight need"
     if isinstance(spec, LoRA):
         needs = "DoRA needs" if spec.dora else ""
-    if needs and (base not in PLAIN or module._parameters.get("weight") is None):
+    whole = base in PLAIN or issubclass(kind, LinearForward)
+    if needs and (not whole or module._parameters.get("weight") is None):
         return f"{needs} the plain weight of a Linear, Conv2d, ConvTranspose2d or Embedding"
     if needs and getattr(module, "sparse", False):
         return f"{needs} dense gradients, and the embedding's are sparse"
@@ -411,19 +421,17 @@ def build(
         return SpectralSlot(spec, torch.zeros(shift_count(module, spec), **at))
     spec = spec.at(path)
     rank = spec.rank
-    if isinstance(module, nn.Embedding):
-        vocabulary, dim = weight.shape
-        # The looked-up factor starts at zero, as in PEFT: its rows are not a fan-in.
-        up = torch.randn((dim, rank), generator=generator).to(**at)
-        down, rows = torch.zeros((rank, vocabulary), **at), weight.t()
-    elif isinstance(module, nn.Conv2d):
+    if isinstance(module, nn.Conv2d):
         check_groups(path, module, rank, "inject")
-        down = kaiming_uniform((rank, *weight.shape[1:]), generator, **at)
-        up = torch.zeros((module.out_channels, rank // module.groups, 1, 1), **at)
-        rows = weight
+    shapes = shapes_lora(module, weight, spec)
+    if isinstance(module, nn.Embedding):
+        # The looked-up factor starts at zero, as in PEFT: its rows are not a fan-in.
+        up = torch.randn(shapes["up"], generator=generator).to(**at)
+        down = torch.zeros(shapes["down"], **at)
     else:
-        down = kaiming_uniform((rank, module.in_features), generator, **at)
-        up, rows = torch.zeros((module.out_features, rank), **at), weight
+        down = kaiming_uniform(shapes["down"], generator, **at)
+        up = torch.zeros(shapes["up"], **at)
+    rows = weight if isinstance(module, nn.Linear | nn.Conv2d) else weight.t()
     return LoRASlot(spec, down, up, magnitude(rows).to(**at) if spec.dora else None)
 
 

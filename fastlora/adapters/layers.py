@@ -22,9 +22,12 @@ _is_compiling = torch.compiler.is_compiling
 Gated = list[tuple[Any, Tensor]]  # LoRASlots, or what a reserve holds as one, with their gates
 
 
-@adapts(nn.Linear)
-class AdaptedLinear(Adapted, nn.Linear):
-    def forward(self, input: Tensor) -> Tensor:
+class LinearForward(Adapted):
+    """A linear layer with a plain weight: what nn.Linear and Conv1D of transformers share."""
+
+    fused = staticmethod(_lora_linear)  # of an input, `weight`, bias, D, U, gate, row scale
+
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
         if _is_compiling():
             return super().forward(input)
         state = self._state
@@ -41,7 +44,7 @@ class AdaptedLinear(Adapted, nn.Linear):
             state.forget()
             return super().forward(input)
         try:
-            return _lora_linear(input, weight, bias, down, up, gate, None)
+            return self.fused(input, weight, bias, down, up, gate, None)
         except ContractError as error:
             raise self.explained(error, input) from None
 
@@ -117,6 +120,11 @@ class AdaptedLinear(Adapted, nn.Linear):
                 gates = [g if g.dim() == 2 else g.expand(batches[0], -1) for g in gates]
             gate = torch.cat(gates, -1)
         return torch.cat(downs), torch.cat(ups, 1), gate
+
+
+@adapts(nn.Linear)
+class AdaptedLinear(LinearForward, nn.Linear):
+    pass
 
 
 @adapts_subclasses(nn.Linear)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastlora.adapters.adapted import Adapted
 from fastlora.adapters.base_hash import base_hash
 from fastlora.adapters.components import Models, components_of
 from fastlora.adapters.deltas import DeltaSlot
@@ -56,12 +57,14 @@ def save(
     models = components_of(model, "save")
     name = the_name(models, name)
     changes: dict[Target, Change] = {}
+    conv1d = False  # of transformers: weights that are not [out, in]
     for component, module in models.items():
         for module_path, layer in adapted_layers(module).items():
             if name in layer.fastlora:
                 target = Target(component, module_path)
                 changes[target] = change_of(layer, layer.fastlora[name])
                 require_finite(name, target, layer.fastlora[name])
+                conv1d |= type(layer).upright is not Adapted.upright
     kinds = {kind_of(change) for change in changes.values()}
     if "spectral" in kinds and len(kinds) > 1:
         raise AdapterError(f"save: {name!r} is {' and '.join(sorted(kinds))}; a file has one kind")
@@ -71,6 +74,8 @@ def save(
         packed = writing.pack(changes, format, family)
     except FormatError as error:
         raise FormatError(f"save: {name!r}: {error}") from None
+    if packed.config is not None:
+        packed.config["fan_in_fan_out"] = conv1d  # PEFT finds out by itself, with a warning
     writing.write(path, packed)
 
 

@@ -347,19 +347,15 @@ def in_place(pins: Pins) -> bool:
 def shapes_lora(target: nn.Module, weight: Tensor, spec: LoRA) -> dict[str, tuple[int, ...]]:
     """The shapes of a LoRASlot's parameters beside a layer."""
     rank = spec.rank
-    if isinstance(target, nn.Embedding):
+    if isinstance(target, nn.Conv2d):
         shapes: dict[str, tuple[int, ...]] = {
-            "down": (rank, weight.shape[0]),
-            "up": (weight.shape[1], rank),
-        }
-    elif isinstance(target, nn.Conv2d):
-        shapes = {
             "down": (rank, *weight.shape[1:]),
             "up": (weight.shape[0], rank // target.groups, 1, 1),
         }
-    else:
-        assert isinstance(target, nn.Linear)
+    elif isinstance(target, nn.Linear):  # a quantised weight may have any shape
         shapes = {"down": (rank, target.in_features), "up": (target.out_features, rank)}
+    else:  # an embedding's weight [vocabulary, dim], Conv1D's [in, out]
+        shapes = {"down": (rank, weight.shape[0]), "up": (weight.shape[1], rank)}
     if spec.dora:
         shapes["magnitude"] = (shapes["up"][0],)
     return shapes

@@ -60,7 +60,8 @@ def in_activations(layer: Any, x: Tensor) -> bool:
     """Whether a linear layer is computed by `spectral_linear` for this input: where W' would be
     made for this call alone and that takes more multiplications."""
     backward, state = torch.is_grad_enabled(), layer._state
-    if x.shape[-1:] != layer.weight.shape[1:]:
+    out, features = layer.upright(layer.weight).shape
+    if x.shape[-1] != features:
         return False
     if not in_graph():
         if interposed():
@@ -69,7 +70,6 @@ def in_activations(layer: Any, x: Tensor) -> bool:
             return False
         if not backward and (state.arena.steady[False] or layer.weight.device.type == "cpu"):
             return False  # it is kept
-    out, features = layer.weight.shape
     tokens, rank = x.numel() // max(features, 1), layer.fastlora.svd_s.shape[0]
     return activations_are_cheaper(tokens, features, out, rank, backward=backward)
 

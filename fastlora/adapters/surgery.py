@@ -10,6 +10,7 @@ from torch import nn
 
 from fastlora.adapters.adapted import Adapted, adapted_class, base_class
 from fastlora.adapters.arena import Arena, Scale
+from fastlora.adapters.hooked import rebind
 from fastlora.adapters.lookup import (
     HOST,
     WALK,
@@ -32,7 +33,9 @@ def adapt(module: nn.Module, path: str, arena: Arena) -> Adapted:
     if not isinstance(module, Adapted):
         adapted = adapted_class(type(module))
         assert adapted is not None
+        before = type(module).forward
         module.__class__ = adapted
+        rebind(module, before)
         module.__dict__["_state"] = LayerState(arena, path)
         module._modules["fastlora"] = Slots().train(module.training)
         arena.join(module)
@@ -44,7 +47,9 @@ def restore(layer: Adapted) -> None:
     """The plain layer again."""
     del layer._modules["fastlora"]
     del layer.__dict__["_state"]
+    before = type(layer).forward
     layer.__class__ = base_class(type(layer))  # type: ignore[reportAttributeAccessIssue]
+    rebind(layer, before)
 
 
 def remove_all(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -62,6 +63,17 @@ class Weights:
 
     def tensor(self, key: str) -> Tensor:
         return self._files[key].tensor(key)
+
+    @functools.cached_property
+    def has_conv1d(self) -> bool:
+        """Whether linear layers are stored `[in, out]`, as Conv1D of transformers does: a bias is
+        as long as the last dimension. Asked of the whole model, as square ones do not tell."""
+        for target, own in self.modules.items():
+            if {"weight", "bias"} <= own.keys():
+                shape, bias = (self.shape(target, name) for name in ("weight", "bias"))
+                if len(shape) == 2 and bias == shape[1:] != shape[:1]:
+                    return True
+        return False
 
     def parameter(self, target: Target, name: str) -> Tensor:
         """A module's parameter. The last tensor is kept: it may have several modules' rows."""

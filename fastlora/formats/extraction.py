@@ -47,7 +47,12 @@ def is_embedding(path: str) -> bool:
 
 
 def require_alike(base: Weights, tuned: Weights) -> None:
-    """Raises FormatError naming parameters that one of the two lacks, and shapes that differ."""
+    """Raises FormatError naming parameters that one of the two lacks, shapes that differ, and for
+    weights that are stored transposed, of which no LoRA of the modules would be made."""
+    if base.has_conv1d:
+        raise FormatError(
+            "expected weights [out, in], got layers stored [in, out] (Conv1D of transformers)"
+        )
     sets = [
         {(t, n) for t, names in w.modules.items() for n in names if n not in BUFFERS}
         for w in (base, tuned)

@@ -18,7 +18,6 @@ ALPHAS = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}  # by peft_typ
 
 # With these, the tensors do not mean the update of a weight.
 FOREIGN = {
-    "fan_in_fan_out": "the layers are Conv1D of transformers, whose weights are transposed",
     "layer_replication": "the modules are those of a model with repeated layers",
     "target_parameters": "the updates are of parameters, not of modules",
     "use_qalora": "the inputs are pooled",

@@ -105,13 +105,13 @@ def test_one_product_however_many_adapters(monkeypatch: pytest.MonkeyPatch) -> N
     for name in "abc":
         fastlora.inject(model, fastlora.LoRA(2), name=name)
     randomise(model)
-    ranks, real = [], layers_module._lora_linear
+    ranks, real = [], layers_module.AdaptedLinear.fused
 
     def spy(x: Tensor, weight: Tensor, bias: Any, down: Tensor, *rest: Any) -> Tensor:
         ranks.append(len(down))
         return real(x, weight, bias, down, *rest)
 
-    monkeypatch.setattr(layers_module, "_lora_linear", spy)
+    monkeypatch.setattr(layers_module.AdaptedLinear, "fused", staticmethod(spy))
     monkeypatch.setattr(torch, "cat", None)  # nothing is put together at a call
     x = torch.randn(3, 6)
     with torch.no_grad():

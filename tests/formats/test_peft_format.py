@@ -263,7 +263,6 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any] | None, str]] = {
     "a pattern": ({}, {"alpha_pattern": {"(": 1}}, "alpha_pattern: '\\(' is no regular expr"),
     "a pattern's value": ({}, {"rank_pattern": {"m": None}}, "rank_pattern: 'm': expected"),
     "patterns": ({}, {"rank_pattern": [1]}, "rank_pattern: expected an object"),
-    "Conv1D": ({}, {"fan_in_fan_out": True}, "fan_in_fan_out True .*transposed"),
     "PiSSA": ({}, {"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conv"),
     "no B": ({"m.lora_B.weight": None}, {}, "m: expected lora_A, lora_B, got no lora_B"),
     "shapes": ({"m.lora_B.weight": torch.ones(4, 3)}, {}, r"got \[2, 3\] and \[4, 3\]"),

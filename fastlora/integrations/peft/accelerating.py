@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from fastlora.adapters.arena import Arena
+from fastlora.adapters.hooked import rebind
 from fastlora.adapters.lookup import HOST, arenas, unwrapped
 from fastlora.adapters.specs import AdapterError
 from fastlora.adapters.surgery import check_mergeable, merge
@@ -69,7 +70,9 @@ def accelerate_layers(model: nn.Module) -> Layers:
     for path, (layer, make) in new.items():
         vars(layer)[HOST] = make(layer.base_layer, arena, path)
         vars(layer)["scaling"] = owned(layer.scaling, layer)
+        before = type(layer).forward
         layer.__class__ = fast_class(type(layer))
+        rebind(layer, before)
         layer.synchronise()
     arena.layout()
     report.replaced = list(new)
@@ -97,7 +100,9 @@ def restore_layers(model: nn.Module) -> Layers:
     for path, module in model.named_modules():
         vars(module).pop(MARK, None)
         if isinstance(module, FastLayer):
+            before = type(module).forward
             module.__class__ = type(module).__mro__[2]
+            rebind(module, before)
             own = vars(module)
             own["scaling"] = dict(own["scaling"])
             for name in (HOST, PRISTINE, "_fastlora_plan"):

@@ -153,7 +153,7 @@ EXACT: dict[type[nn.Module], type[Host]] = {
 def host_class(base: nn.Module, layer: Any) -> type[Host]:
     """The class of host for a base layer of one of PEFT's layers. Raises AdapterError where there
     is none."""
-    exact = EXACT.get(type(base))
+    exact = EXACT.get(type(base)) if "forward" not in vars(base) else None  # a hook's
     if exact is not None and type(base._parameters.get("weight")) in (nn.Parameter, Tensor):
         if getattr(base, "groups", 1) == 1:
             return exact
