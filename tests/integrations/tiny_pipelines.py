@@ -26,6 +26,7 @@ SCALED_LINEAR = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_
 FRAGILE = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # the hosts' own
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning"),
 ]
 
 
