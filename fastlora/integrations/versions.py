@@ -20,9 +20,7 @@ def warn_untested(stacklevel: int = 2) -> None:
     `TESTED`, with what was tested and what is there; each library is named once in a process."""
     found = [line for name in TESTED if (line := _untested(name)) is not None]
     if found:
-        warnings.warn(
-            "fastlora is not tested with " + "; ".join(found), stacklevel=stacklevel + 1
-        )
+        warnings.warn("fastlora is not tested with " + "; ".join(found), stacklevel=stacklevel + 1)
 
 
 def _untested(name: str) -> str | None:

@@ -201,7 +201,7 @@ def test_what_has_no_counterpart_is_left_and_named(unet):
         (refused, "variance_type: expected"),
     ):
         pipeline.scheduler = scheduler
-        with pytest.warns(UserWarning, match=f"nothing was replaced\n.*{why}"):
+        with pytest.warns(UserWarning, match=f"no scheduler was replaced\n(.*\n)*.*{why}"):
             report = fastlora.accelerate(pipeline)
         assert pipeline.scheduler is scheduler
         assert not report.replaced and why in report.left["scheduler"]
@@ -237,16 +237,15 @@ def test_pipelines_in_pipelines_share_schedulers(unet):
 
 
 @pytest.mark.parametrize("function", [fastlora.accelerate, fastlora.restore])
-def test_what_is_no_pipeline(function, unet):
+def test_what_is_no_pipeline(function):
     name = function.__name__
     for wrong, got in (
         (3, "a int"),
         (None, "None"),
-        (unet, "a UNet2DModel"),
         (diffusers.DDIMPipeline, "DDIMPipeline itself"),
         (diffusers.DDIMScheduler(), "a scheduler, DDIMScheduler"),
     ):
-        with pytest.raises(TypeError, match=rf"^{name}: pipeline: expected .*, got {got}"):
+        with pytest.raises(TypeError, match=rf"^{name}: target: expected .*, got {got}"):
             function(wrong)
 
 

@@ -11,7 +11,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fastlora
-from tests.integrations.adapter_samples import changed, doubled, draw, factors, kohya, linears, update
+from tests.integrations.adapter_samples import (
+    changed,
+    doubled,
+    draw,
+    factors,
+    kohya,
+    linears,
+    update,
+)
 from tests.integrations.tiny_pipelines import FRAGILE, flux, run, sd3, sdxl, stable_diffusion
 
 peft = pytest.importorskip("peft")

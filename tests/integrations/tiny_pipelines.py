@@ -244,7 +244,14 @@ def dit() -> Any:
     )
 
 
-MAKE = {"sd": stable_diffusion, "sdxl": sdxl, "sd3": sd3, "flux": flux, "pixart": pixart, "dit": dit}
+MAKE = {
+    "sd": stable_diffusion,
+    "sdxl": sdxl,
+    "sd3": sd3,
+    "flux": flux,
+    "pixart": pixart,
+    "dit": dit,
+}
 PROMPTS = ["a red cat", "the blue dog on the moon", "photo of a moon"]
 # How each pipeline says what it says with cross_attention_kwargs.
 CHANNEL = dict.fromkeys(("sd", "sdxl"), "cross_attention_kwargs")

@@ -20,9 +20,7 @@ from fastlora.formats.peft_layers import layers_of
 Fitted = tuple[dict[Target, Change] | None, AdapterError | None, bool]
 
 
-def fitted(
-    models: Mapping[str, nn.Module], file: AdapterFile, source: str, way_on: str
-) -> Fitted:
+def fitted(models: Mapping[str, nn.Module], file: AdapterFile, source: str, way_on: str) -> Fitted:
     """All changes by component and path in the models, in the shapes that PEFT's layers have.
 
     Instead of them the AdapterError that says what does not fit, and whether nothing does. `way_on`
@@ -68,9 +66,7 @@ def as_lora(layer: nn.Module, place: Target, change: Change) -> Change:
     low = oriented(layer, own.weight)
     weight: Any = layer.weight
     shapes = shapes_lora(layer, weight, LoRA(low.rank, dora=own.magnitude is not None))
-    low = replace(
-        low, down=_shaped("down", low.down, shapes), up=_shaped("up", low.up, shapes)
-    )
+    low = replace(low, down=_shaped("down", low.down, shapes), up=_shaped("up", low.up, shapes))
     if own.magnitude is not None:
         require_shape("magnitude", own.magnitude, shapes["magnitude"])
     return replace(change, weight=low, rows=None)

@@ -38,7 +38,7 @@ def load_lora_weights(
     if _is_control(pipe, source):  # whose norms and wider inputs are diffusers' own matter
         base.load_lora_weights(pipe, given, adapter_name=name, hotswap=hotswap, **kwargs)
         return
-    changes = _placed(base, pipe, models, source, name)
+    changes = _placed(base, models, source, name)
     _check_name(models, changes, name, hotswap, source)
     try:
         packed = diffusers.pack(changes)
@@ -67,7 +67,7 @@ def load_lora_weights(
 
 
 def _placed(
-    base: Any, pipe: Any, models: Mapping[str, nn.Module], source: Source, name: str | None
+    base: Any, models: Mapping[str, nn.Module], source: Source, name: str | None
 ) -> dict[Target, Change]:
     """The changes of a file by module. Names that fastlora does not know are diffusers' to read."""
     refusal: ValueError
@@ -81,7 +81,7 @@ def _placed(
             raise refusal
     except FormatError as error:
         refusal = error
-    converted = _converted(base, pipe, source)
+    converted = _converted(base, source)
     if converted is None:
         raise refusal
     changes, again, _ = fitted(models, converted, source.name, _way_on(source.name, name))
@@ -90,18 +90,17 @@ def _placed(
     return changes
 
 
-def _converted(base: Any, pipe: Any, source: Source) -> AdapterFile | None:
+def _converted(base: Any, source: Source) -> AdapterFile | None:
     """The file with the names that diffusers gives its keys; None where it has none for them."""
     if any(word in key for key in source.tensors for word in LOST):
         return None
-    wanted: dict[str, Any] = {"return_lora_metadata": True}
-    if "unet_config" in base.load_lora_weights.__code__.co_names:
-        wanted["unet_config"] = pipe.unet.config
     try:
-        tensors, *alphas, _ = base.lora_state_dict(dict(source.tensors), **wanted)
+        tensors, *alphas, _ = base.lora_state_dict(
+            dict(source.tensors), return_alphas=True, return_lora_metadata=True
+        )
         beside = {f"{key.removesuffix('.alpha')}.alpha": alpha for key, alpha in _all(alphas)}
         return detect.unpack({**tensors, **beside}, source.header, None, source.name)
-    except Exception:  # of whatever kind diffusers' conversions raise for keys that they do not know
+    except Exception:  # conversions raise all kinds for keys that they do not know
         return None
 
 

@@ -1,4 +1,4 @@
-"""The strengths of a model's adapters times factors, for a while; then what they were, bit for bit."""
+"""The strengths of a model's adapters times factors for a while, and then what they were."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class Strengths:
         for name, factor in factors.items():
             if isinstance(factor, Tensor) and any(name in layer.scaling for layer in self.plain):
                 raise AdapterError(
-                    f"scale of {name!r}: its layers are PEFT's own, which have one strength for all "
-                    "images: fastlora.accelerate the pipeline again"
+                    f"scale of {name!r}: its layers are PEFT's own, which have one strength for "
+                    "all images: fastlora.accelerate the pipeline again"
                 )
 
     def multiply(self, factors: Mapping[str, float | Tensor]) -> None:

@@ -115,9 +115,7 @@ def rows_of_prompts(
     return note
 
 
-def _of_prompts(
-    component: str, name: str, factor: float | Tensor, prompts: int
-) -> float | Tensor:
+def _of_prompts(component: str, name: str, factor: float | Tensor, prompts: int) -> float | Tensor:
     if not isinstance(factor, Tensor):
         return factor
     each, rest = divmod(len(factor), prompts)
