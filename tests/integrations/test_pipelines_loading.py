@@ -285,3 +285,57 @@ def test_the_hub_is_asked_by_diffusers(sd, tmp_path, pickled):
     )
     assert pipeline.get_list_adapters() == {"unet": ["default_0"]}
     same_images(pipeline, sd, updates)
+
+
+def test_fused_projections_of_flux():
+    """kohya's qkv is three modules in diffusers, which share `down` and not memory."""
+    pipeline = flux()
+    block = "transformer_blocks.0.attn"
+    generator = torch.Generator().manual_seed(0)
+    down, up = draw((2, 32), generator), draw((96, 2), generator)
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    tensors = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+    tensors[f"{name}.alpha"] = torch.tensor(1.0)
+    parts = [("transformer", f"{block}.{part}") for part in ("to_q", "to_k", "to_v")]
+    updates = {p: 0.5 * rows @ down for p, rows in zip(parts, up.chunk(3), strict=True)}
+    fast = accelerated(pipeline)
+    fast.load_lora_weights(tensors, adapter_name="x")
+    same_images(fast, pipeline, updates, "flux")
+    loaded = peft.get_peft_model_state_dict(fast.transformer, adapter_name="x").values()
+    assert len({tensor.data_ptr() for tensor in loaded}) == 6
+
+
+def test_names_that_diffusers_alone_knows():
+    """Its conversion of XLabs' files, and everything has to fit as ever."""
+    pipeline = flux()
+    generator = torch.Generator().manual_seed(0)
+    name = "double_blocks.0.processor.proj_lora1"
+    down, up = draw((2, 32), generator), draw((32, 2), generator)
+    tensors = {f"{name}.down.weight": down, f"{name}.up.weight": up}
+    fast = accelerated(pipeline)
+    fast.load_lora_weights(tensors, adapter_name="x")
+    place = ("transformer", "transformer_blocks.0.attn.to_out.0")
+    same_images(fast, pipeline, {place: up @ down}, "flux")
+    wrong = {key.replace("blocks.0", "blocks.7"): value for key, value in tensors.items()}
+    with pytest.raises(fastlora.AdapterError, match="do not fit"):
+        accelerated(pipeline).load_lora_weights(wrong, adapter_name="x")
+
+
+def test_control_loras_of_flux_are_diffusers_own_matter():
+    """They widen the transformer's input."""
+    tensors = {}
+    for name, shape in {"lora_A": (2, 8), "lora_B": (32, 2)}.items():
+        tensors[f"transformer.x_embedder.{name}.weight"] = torch.ones(shape)
+    both = flux(), flux()
+    fastlora.accelerate(both[1])
+    for pipeline in both:
+        pipeline.load_lora_weights(dict(tensors), adapter_name="x")
+        assert pipeline.transformer.config.in_channels == 8
+
+
+def test_what_fits_is_said_to_load_without_the_rest(sd):
+    tensors, _ = kohya(sd, linears(sd, "unet", "to_q"))
+    tensors["something.else"] = torch.ones(1)
+    with pytest.raises(fastlora.AdapterError) as caught:
+        accelerated(sd).load_lora_weights(tensors, adapter_name="x")
+    assert "fastlora.load(pipe, path, name='x', strict=False) loads" in str(caught.value)

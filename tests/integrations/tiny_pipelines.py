@@ -276,7 +276,5 @@ def run(pipeline: Any, kind: str, images: int = 1, **others: Any) -> Tensor:
     the image alone with its seed."""
     seeds = others.pop("seeds", range(images))
     given = arguments(kind, images, **others)
-    if kind == "dit":  # it takes one generator for each image too
-        pass
     given["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
     return pipeline(**given).images

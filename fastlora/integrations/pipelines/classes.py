@@ -67,8 +67,7 @@ def _reading(base: Any) -> Any:
 
 def _reduce_ex(self: Any, protocol: Any) -> Any:
     """Copies and pickles name the class that it was made of, which is found by its name."""
-    base = base_of(type(self))
-    assert base is not None
+    base: Any = base_of(type(self))
     function, args, *state = base.__reduce_ex__(self, protocol)
     return (_empty, (base,), *state)
 

@@ -10,29 +10,36 @@ from torch import Tensor, nn
 
 from fastlora.adapters.fitting import oriented, require_shape, reshaped
 from fastlora.adapters.loading import problems_of
-from fastlora.adapters.planning import Plan, located, unambiguous
+from fastlora.adapters.planning import Plan, apart, located, unambiguous
 from fastlora.adapters.slots import shapes_lora
 from fastlora.adapters.specs import AdapterError, LoRA
 from fastlora.formats.changes import AdapterFile, Change, LowRank, Target
 from fastlora.formats.files import FormatError
 from fastlora.formats.peft_layers import layers_of
 
-Fitted = tuple[dict[Target, Change] | None, AdapterError | None, bool]
+
+class Unfit(AdapterError):
+    """A file, or a part of it, that PEFT's layers beside a model cannot take."""
+
+    nothing_fits = False  # its names are those of another model, or of another format
 
 
-def fitted(models: Mapping[str, nn.Module], file: AdapterFile, source: str, way_on: str) -> Fitted:
+def fitted(
+    models: Mapping[str, nn.Module], file: AdapterFile, source: str, way_on: str
+) -> dict[Target, Change]:
     """All changes by component and path in the models, in the shapes that PEFT's layers have.
 
-    Instead of them the AdapterError that says what does not fit, and whether nothing does. `way_on`
-    is its last line where something fits the models, but no LoRA of PEFT.
+    Raises Unfit that says what does not fit. `way_on`: a call of fastlora.load without its end,
+    which does take what is no LoRA of PEFT.
     """
     plan = Plan(file)
     modules = {c: dict(m.named_modules(remove_duplicate=False)) for c, m in models.items()}
     places = dict(located(plan, models, modules, file.changes))
     found: dict[Target, Change] = {}
+    seen: set[int] = set()  # modules that were one in the file have factors in common
     foreign = False
     for target, place in unambiguous(plan, places, file.changes):
-        change = file.changes[target]
+        change = apart(file.changes[target], seen)
         layer = base_layer(modules[place.component][place.path])
         if place in found:
             plan.refuse(target, change, f"{place}: the file has several names for it")
@@ -45,11 +52,16 @@ def fitted(models: Mapping[str, nn.Module], file: AdapterFile, source: str, way_
         except AdapterError as error:
             plan.refuse(target, change, str(error), str(place))
     if not plan.unused and found:
-        return found, None, False
+        return found
     lines = [f"{source}: {len(plan.unused)} keys of this {file.format} file do not fit"]
     lines += problems_of(file, plan)
-    lines += [way_on] * foreign
-    return None, AdapterError("\n".join(lines)), not found and not foreign
+    if foreign:
+        lines.append(f"{way_on}) loads it")
+    elif found:
+        lines.append(f"{way_on}, strict=False) loads the {len(found)} modules that do fit")
+    error = Unfit("\n".join(lines))
+    error.nothing_fits = not found and not foreign
+    raise error
 
 
 def as_lora(layer: nn.Module, place: Target, change: Change) -> Change:

@@ -15,7 +15,7 @@ from fastlora.adapters.specs import AdapterError
 from fastlora.formats import detect, diffusers
 from fastlora.formats.changes import AdapterFile, Change, Target
 from fastlora.formats.files import FormatError
-from fastlora.integrations.pipelines.fitting import fitted
+from fastlora.integrations.pipelines.fitting import Unfit, fitted
 from fastlora.integrations.pipelines.hotswapping import settle_hotswap
 from fastlora.integrations.pipelines.prepared import Prepared
 from fastlora.integrations.pipelines.reading import Source, read
@@ -38,12 +38,12 @@ def load_lora_weights(
     if _is_control(pipe, source):  # whose norms and wider inputs are diffusers' own matter
         base.load_lora_weights(pipe, given, adapter_name=name, hotswap=hotswap, **kwargs)
         return
-    changes = _placed(base, models, source, name)
+    changes = _placed(base, models, source, _way_on(given, name))
     _check_name(models, changes, name, hotswap, source)
     try:
         packed = diffusers.pack(changes)
     except FormatError as error:
-        raise AdapterError(f"{source.name}: {error}\n{_way_on(given, name)}") from None
+        raise AdapterError(f"{source.name}: {error}\n{_way_on(given, name)}) loads it") from None
     settings = json.loads(packed.metadata[diffusers.SETTINGS])
     if hotswap:  # PEFT wants equal patterns there, of which it makes no use
         for component, model in models.items():
@@ -67,27 +67,18 @@ def load_lora_weights(
 
 
 def _placed(
-    base: Any, models: Mapping[str, nn.Module], source: Source, name: str | None
+    base: Any, models: Mapping[str, nn.Module], source: Source, way_on: str
 ) -> dict[Target, Change]:
     """The changes of a file by module. Names that fastlora does not know are diffusers' to read."""
-    refusal: ValueError
     try:
-        file = source.unpack()
-        changes, refusal, none = fitted(models, file, source.name, _way_on(source.name, name))
-        if changes is not None:
-            return changes
-        assert refusal is not None
-        if not none:
-            raise refusal
-    except FormatError as error:
-        refusal = error
-    converted = _converted(base, source)
-    if converted is None:
-        raise refusal
-    changes, again, _ = fitted(models, converted, source.name, _way_on(source.name, name))
-    if changes is None:
-        raise again or refusal
-    return changes
+        return fitted(models, source.unpack(), source.name, way_on)
+    except (FormatError, Unfit) as error:
+        converted = None
+        if isinstance(error, FormatError) or error.nothing_fits:
+            converted = _converted(base, source)
+        if converted is None:
+            raise
+    return fitted(models, converted, source.name, way_on)
 
 
 def _converted(base: Any, source: Source) -> AdapterFile | None:
@@ -165,4 +156,4 @@ def _take_back(models: Mapping[str, nn.Module], before: Mapping[str, set[str]]) 
 
 def _way_on(given: Any, name: str | None) -> str:
     path = "path" if isinstance(given, Mapping) else repr(str(given))
-    return f"fastlora.load(pipe, {path}, name={name or 'default'!r}) loads it"
+    return f"fastlora.load(pipe, {path}, name={name or 'default'!r}"

@@ -84,7 +84,7 @@ def _config_of(
     header: Mapping[str, str],
 ) -> dict[str, Any] | None:
     """adapter_config.json beside a file of PEFT's, without which its alphas are lost."""
-    from diffusers.utils import _get_model_file
+    from diffusers.utils.hub_utils import _get_model_file
 
     try:
         if detect.detect(tensors, header) != "peft":

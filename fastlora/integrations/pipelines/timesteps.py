@@ -48,5 +48,5 @@ def place_in(whole: Any, part: Any) -> int | None:
         return None
     if whole.untyped_storage().data_ptr() != part.untyped_storage().data_ptr():
         return None
-    index = part.storage_offset() - whole.storage_offset()
+    index = int(part.storage_offset()) - int(whole.storage_offset())
     return index if 0 <= index < len(whole) else None
