@@ -25,10 +25,11 @@ from fastlora.adapters.folding import (
     refolding,
 )
 from fastlora.adapters.lookup import (
-    adapted_layers,
     arenas,
+    base_modules,
     known_names,
     layers_of,
+    modules_by_path,
     require_known,
     unwrapped,
 )
@@ -48,7 +49,7 @@ from fastlora.adapters.surgery import (
     freeze_base,
     merge,
     restore,
-    set_fused_encoders,
+    tell_neighbours,
     thaw,
 )
 from fastlora.adapters.tensors import too_large
@@ -128,7 +129,7 @@ def attach(
 ) -> AdapterInfo:
     """Puts ready slots into the layers at their paths, with a strength (a checked one; None: what
     the name has, or 1); raises AdapterError before the first change or never."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = modules_by_path(model)
     found = arenas(model)
     new = {} if scale is None else {name: scale}
     check_mergeable(found, new)
@@ -170,7 +171,7 @@ def attach(
             slot.train(layer.training)
         arena.scales |= new
         arena.layout()
-    set_fused_encoders(model)
+    tell_neighbours(model)
     cache.warn()
     return adapters(model)[name]
 
@@ -208,10 +209,16 @@ def remove(model: nn.Module, name: str) -> None:
     model = unwrapped(model)
     require_known(model, name)
     for layer in layers_of(model):
-        base_class(type(layer))  # there is one to go back to
+        if not layer.foreign:
+            base_class(type(layer))  # there is one to go back to
+        elif name in layer.fastlora:
+            raise AdapterError(
+                f"remove: {name!r} is PEFT's: model.delete_adapter({name!r}), or of a pipeline "
+                f"delete_adapters({name!r})"
+            )
     with refolding(model):
         found = arenas(model)
-        for layer in adapted_layers(model).values():
+        for layer in layers_of(model):
             if name in layer.fastlora:
                 if name in layer.fastlora.reserved_rows:
                     layer.fastlora.leave(name)
@@ -222,7 +229,7 @@ def remove(model: nn.Module, name: str) -> None:
                     restore(layer)
         for arena in found:
             arena.layout()
-    set_fused_encoders(model)
+    tell_neighbours(model)
     thaw(model, found)
     if not layers_of(model):
         forget_walks(model)
@@ -241,11 +248,11 @@ def select(
     """The layers that `where` names, each of which `spec` can adapt; `what` is for messages. With
     `meta` they need no values."""
     matches = matcher(where, what)
-    inside = {id(s) for layer in adapted_layers(model).values() for s in layer.fastlora.modules()}
+    base = {id(module) for _, module in base_modules(model)}
     chosen: dict[str, nn.Module] = {}
     refused: list[str] = []
-    for path, module in model.named_modules(remove_duplicate=False):
-        if id(module) in inside or not matches(path, module):
+    for path, module in modules_by_path(model).items():
+        if id(module) not in base or not matches(path, module):
             continue
         reason = unsuitable(module, spec)
         if reason is None:
@@ -258,7 +265,7 @@ def select(
             f"{what}: where selects layers that cannot be adapted: " + "; ".join(refused)
         )
     if not chosen:
-        candidates = [p for p, m in model.named_modules() if unsuitable(m, spec) is None][:5]
+        candidates = [p for p, m in base_modules(model) if unsuitable(m, spec) is None][:5]
         raise AdapterError(
             f"{what}: where: {where!r} matches no layer that {type(spec).__name__} can adapt; "
             f"this model has for example {candidates}"
@@ -308,7 +315,7 @@ def unsuitable(module: nn.Module, spec: LoRA | Spectral | Delta) -> str | None:
                 f"it is PEFT's ({base.__module__}); merge_and_unload() or unload() its model first"
             )
         return "this kind of layer is not supported"
-    if any(map(is_lazy, module._parameters.values())):
+    if any(is_lazy(p) for p in module._parameters.values() if p is not None):
         return "its weight has no shape yet; run the model once first"
     if base in NORMS:
         if isinstance(spec, LoRA):

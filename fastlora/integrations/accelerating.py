@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
@@ -18,7 +16,6 @@ from fastlora.integrations.versions import warn_untested
 from fastlora.samplers.arguments import describe
 
 Undo = list[Callable[[], Any]]
-LAYERS = "fastlora.integrations.peft"  # accelerate_layers and restore_layers, which need PEFT
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,9 @@ class Accelerated:
     def __str__(self) -> str:
         lines = [f"{name}: {what}" for name, what in self.replaced.items()]
         for component, report in self.layers.items():
-            lines += [f"{component or 'the model'}: {line}" for line in str(report).splitlines()]
+            if report.replaced or report.left or len(self.layers) == 1:
+                name = component or "the model"
+                lines += [f"{name}: {line}" for line in str(report).splitlines()]
         lines += [f"pipeline: {self.pipeline}"] * bool(self.pipeline)
         lines += [f"{name}: left as it is, {why}" for name, why in self.left.items()]
         return "\n".join(lines) or "nothing to do"
@@ -90,10 +89,9 @@ def restore(target: Any) -> Accelerated:
         replaced, left = restore_schedulers(target)
         pipeline = restore_pipeline(target)
     layers = {}
-    for component, model in _models(target).items():
-        peft = _peft_layers()
-        if peft is not None:
-            layers[component] = peft.restore_layers(model)
+    peft = _peft_layers()
+    for component, model in _models(target).items() if peft else ():
+        layers[component] = peft.restore_layers(model)
     return Accelerated(replaced, left, layers, pipeline)
 
 
@@ -102,16 +100,11 @@ def _accelerate(target: Any, undo: Undo) -> Accelerated:
     replaced: dict[str, str] = {}
     left: dict[str, str] = {}
     pipeline = ""
-    for component, model in _models(target).items():
-        kinds = other_kinds(model)
-        peft = _peft_layers()
-        if kinds:
-            left[component or "the model"] = f"it has adapters of PEFT's {', '.join(kinds)}"
-        elif peft is not None:
-            report = peft.accelerate_layers(model)
-            if getattr(report, "replaced", True):  # else it was so before
-                undo.append(partial(peft.restore_layers, model))
-            layers[component] = report
+    peft = _peft_layers()
+    for component, model in _models(target).items() if peft else ():
+        if not peft.is_accelerated(model):
+            undo.append(partial(peft.restore_layers, model))
+        layers[component] = peft.accelerate_layers(model)
     if _is_pipeline(target):
         from fastlora.integrations.pipelines import accelerate_pipeline
         from fastlora.integrations.schedulers import accelerate_schedulers
@@ -122,21 +115,13 @@ def _accelerate(target: Any, undo: Undo) -> Accelerated:
     return Accelerated(replaced, left, layers, pipeline)
 
 
-def other_kinds(model: nn.Module) -> list[str]:
-    """The names of PEFT's methods in a model that are no LoRA: LOHA, IA3, ..."""
-    configs = getattr(model, "peft_config", None)
-    if not isinstance(configs, Mapping):
-        return []
-    kinds = (getattr(config, "peft_type", None) for config in configs.values())
-    names = {str(getattr(kind, "value", kind)) for kind in kinds if kind is not None}
-    return sorted(names - {"LORA"})
-
-
 def _peft_layers() -> Any:
     """The module about PEFT's layers; None where there can be no such layers."""
-    if sys.modules.get("peft") is None or find_spec(LAYERS) is None:
+    if sys.modules.get("peft") is None:
         return None
-    return importlib.import_module(LAYERS)
+    from fastlora.integrations import peft
+
+    return peft
 
 
 def _models(target: Any) -> dict[str, nn.Module]:

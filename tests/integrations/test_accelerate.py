@@ -4,43 +4,41 @@ from __future__ import annotations
 
 import copy
 import pickle
-import sys
-import types
 import warnings
-from dataclasses import dataclass, field
-from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
 from torch import nn
 
 import fastlora
-from fastlora.integrations import accelerating, versions
+from fastlora.integrations import versions
 from tests.integrations.adapter_samples import kohya, linears
 from tests.integrations.tiny_pipelines import FRAGILE, MAKE, diffusers, run, stable_diffusion
 
 pytestmark = FRAGILE
 
 
-@dataclass
-class Layers:
-    replaced: dict = field(default_factory=lambda: {"to_q": "lora.Linear -> Fast"})
-
-    def __str__(self):
-        return f"{len(self.replaced)} layers of PEFT"
-
-
 @pytest.fixture
-def peft_layers(monkeypatch):
-    """What stands for the module about PEFT's layers; `calls` says what was asked of it."""
+def calls(monkeypatch):
+    """What was asked of the module about PEFT's layers: ("accelerate", model), ..."""
     pytest.importorskip("peft")
-    module = types.ModuleType(accelerating.LAYERS)
-    module.__spec__ = ModuleSpec(accelerating.LAYERS, None)
-    module.calls = []
-    module.accelerate_layers = lambda model: module.calls.append(("fast", model)) or Layers()
-    module.restore_layers = lambda model: module.calls.append(("back", model)) or Layers()
-    monkeypatch.setitem(sys.modules, accelerating.LAYERS, module)
-    return module
+    from fastlora.integrations import peft
+
+    seen = []
+
+    def noting(what, function):
+        return lambda model: seen.append((what, model)) or function(model)
+
+    for what in ("accelerate", "restore"):
+        own = getattr(peft, f"{what}_layers")
+        monkeypatch.setattr(peft, f"{what}_layers", noting(what, own))
+    return seen
+
+
+def with_lora():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["0"])
+    return peft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), config)
 
 
 def state(pipeline):
@@ -77,28 +75,36 @@ def test_one_class_for_all_pipelines_of_a_class():
     assert type(pipelines[0]) is type(pipelines[1])
 
 
-def test_layers_of_every_model_are_accelerated(peft_layers):
+def test_layers_of_every_model_are_accelerated(calls):
     pipeline = stable_diffusion()
+    tensors, _ = kohya(pipeline, linears(pipeline, "unet", "to_q"))
+    pipeline.load_lora_weights(tensors)
     report = fastlora.accelerate(pipeline)
-    parts = "vae", "text_encoder", "unet"
-    assert set(report.layers) == set(parts)
-    assert {id(model) for _, model in peft_layers.calls} == {
-        id(getattr(pipeline, part)) for part in parts
-    }
-    assert "unet: 1 layers of PEFT" in str(report)
-    peft_layers.calls.clear()
+    assert set(report.layers) == {"vae", "text_encoder", "unet"}
+    count = len(linears(pipeline, "unet", "to_q.base_layer"))
+    assert f"unet: {count} layers of PEFT's compute fused" in str(report)
+    assert "vae" not in str(report)
     fastlora.restore(pipeline)
-    assert [what for what, _ in peft_layers.calls] == ["back"] * 3
+    models = pipeline.vae, pipeline.text_encoder, pipeline.unet
+    asked = {(what, id(model)) for what, model in calls}
+    assert asked == {(what, id(m)) for m in models for what in ("accelerate", "restore")}
 
 
-def test_modules_and_dicts_of_them(peft_layers):
-    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
-    assert str(fastlora.accelerate(model)) == "the model: 1 layers of PEFT"
+def test_modules_and_dicts_of_them():
+    model, other = with_lora(), nn.Linear(2, 2)
+    layer = model.base_model.model[0]
+    cls = type(layer)
+    assert str(fastlora.accelerate(model)) == "the model: 1 layers of PEFT's compute fused"
+    assert type(layer) is not cls and str(fastlora.accelerate(model)) == (
+        "the model: no layers of PEFT's"
+    )
+    fastlora.restore(model)
+    assert type(layer) is cls
     report = fastlora.accelerate({"unet": model, "text_encoder": other})
     assert list(report.layers) == ["unet", "text_encoder"] and not report.pipeline
-    assert [m for _, m in peft_layers.calls] == [model, model, other]
-    fastlora.restore(model)
-    assert peft_layers.calls[-1] == ("back", model)
+    assert type(layer) is not cls
+    fastlora.restore({"unet": model})
+    assert type(layer) is cls
 
 
 @pytest.mark.parametrize("wrong", [{}, {"unet": 3}, [nn.Linear(1, 1)], 3, None, nn.Linear])
@@ -109,7 +115,7 @@ def test_other_targets(function, wrong):
 
 
 @pytest.mark.parametrize("fails", ["layers of the unet", "the schedulers", "the pipeline"])
-def test_an_error_half_way_leaves_nothing_behind(peft_layers, monkeypatch, fails):
+def test_an_error_half_way_leaves_nothing_behind(calls, monkeypatch, fails):
     pipeline = stable_diffusion()
     before = state(pipeline)
 
@@ -117,29 +123,33 @@ def test_an_error_half_way_leaves_nothing_behind(peft_layers, monkeypatch, fails
         raise RuntimeError(fails)
 
     if fails == "layers of the unet":
-        own = peft_layers.accelerate_layers
-        peft_layers.accelerate_layers = lambda m: fail() if m is pipeline.unet else own(m)
+        from fastlora.integrations import peft
+
+        own = peft.accelerate_layers
+        broken = lambda m: fail() if m is pipeline.unet else own(m)  # noqa: E731
+        monkeypatch.setattr(peft, "accelerate_layers", broken)
     elif fails == "the schedulers":
         monkeypatch.setattr("fastlora.integrations.schedulers._counterpart", fail)
     else:
         monkeypatch.setattr("fastlora.integrations.pipelines.fast_class", fail)
     with pytest.raises(RuntimeError, match=fails):
         fastlora.accelerate(pipeline)
-    monkeypatch.undo()
-    assert state(pipeline)[:1] == before[:1] and pipeline.scheduler is before[1]["scheduler"]
-    assert state(pipeline)[2] == before[2]
-    forward = [model for what, model in peft_layers.calls if what == "fast"]
-    back = [model for what, model in peft_layers.calls if what == "back"]
-    assert back == forward[::-1]
+    after = state(pipeline)
+    assert after[0] is before[0] and after[2] == before[2]
+    assert pipeline.scheduler is before[1]["scheduler"]
+    done = [model for what, model in calls if what == "accelerate"]
+    undone = [model for what, model in calls if what == "restore"]
+    assert all(any(model is other for other in undone) for model in done)
 
 
-def test_models_with_other_adapters_of_peft(peft_layers):
+def test_models_with_other_adapters_of_peft():
     peft = pytest.importorskip("peft")
     model = nn.Sequential(nn.Linear(2, 2))
     wrapped = peft.get_peft_model(model, peft.LoHaConfig(target_modules=["0"]))
+    cls = type(wrapped.base_model.model[0])
     report = fastlora.accelerate({"unet": wrapped})
-    assert report.left == {"unet": "it has adapters of PEFT's LOHA"}
-    assert not peft_layers.calls and "left as it is" in str(report)
+    assert "unet: left as they are: base_model.model.0: a loha adapter" in str(report)
+    assert type(wrapped.base_model.model[0]) is cls
 
 
 def test_copies_and_pickles():

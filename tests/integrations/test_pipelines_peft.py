@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import pytest
 import torch
 from torch import nn
@@ -14,7 +12,6 @@ from tests.integrations.tiny_pipelines import CHANNEL, FRAGILE, MAKE, PROMPTS, r
 
 peft = pytest.importorskip("peft")
 pytestmark = FRAGILE
-LAYERS = find_spec("fastlora.integrations.peft") is not None
 
 
 def layers(pipeline):
@@ -104,16 +101,6 @@ def test_numbers_by_name(kind):
     assert (wanted - run(doubled(plain), kind, 2)).abs().max() > 1e-3
 
 
-@pytest.mark.skipif(LAYERS, reason="PEFT's layers are accelerated: they do have such strengths")
-def test_pefts_own_layers_have_one_strength():
-    _, pipeline, _ = loaded("sd", accelerate=True)
-    before = scalings(pipeline)
-    with pytest.raises(fastlora.AdapterError, match="one strength for all images"):
-        run(pipeline, "sd", 2, cross_attention_kwargs={"scale": {"a": [1.0, 0.0]}})
-    assert scalings(pipeline) == before
-
-
-@pytest.mark.skipif(not LAYERS, reason="needs fastlora.integrations.peft")
 @pytest.mark.parametrize("kind", list(CHANNEL))
 def test_strengths_per_image(kind):
     plain, pipeline, updates = loaded(kind, accelerate=True)

@@ -15,7 +15,7 @@ from fastlora.adapters.slots import shapes_lora
 from fastlora.adapters.specs import AdapterError, LoRA
 from fastlora.formats.changes import AdapterFile, Change, LowRank, Target
 from fastlora.formats.files import FormatError
-from fastlora.formats.peft_layers import layers_of
+from fastlora.formats.peft_writing import layers_of
 
 
 class Unfit(AdapterError):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.adapters.control import Changes, restoring, strengths, write
-from fastlora.adapters.lookup import known_names, layers_of
+from fastlora.adapters.lookup import HOST, known_names
 from fastlora.adapters.specs import AdapterError
 
 
@@ -79,8 +79,7 @@ def plain_layers(model: nn.Module) -> list[Any]:
         return []
     from peft.tuners.lora import LoraLayer
 
-    own = {id(layer) for layer in layers_of(model)}
-    return [m for m in model.modules() if isinstance(m, LoraLayer) and id(m) not in own]
+    return [m for m in model.modules() if isinstance(m, LoraLayer) and HOST not in vars(m)]
 
 
 def _product(name: str, scale: float | Tensor, factor: float | Tensor) -> float | Tensor:
