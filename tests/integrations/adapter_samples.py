@@ -45,7 +45,7 @@ def kohya(
     tensors: dict[str, Tensor] = {}
     updates: dict[Place, Tensor] = {}
     for i, (component, path) in enumerate(places):
-        rank, alpha = 1 + i % 3, 0.5 + i % 4
+        rank, alpha = 2 ** (i % 3), 2.0 ** (i % 4 - 1)  # strengths are float32: exact there
         weight = getattr(pipeline, component).get_submodule(path).weight
         down, up = factors(weight, rank, generator)
         prefix = te if component == "text_encoder" else PREFIX[component]

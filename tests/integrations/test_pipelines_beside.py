@@ -104,6 +104,14 @@ def test_offloading_of_layers():
     fastlora.accelerate(pipeline)
     with pytest.raises(fastlora.AdapterError, match="needs preload_module_classes"):
         run(pipeline, "sd")
+    peft = pytest.importorskip("peft")
+    pipeline = doubled(stable_diffusion())
+    config = peft.LoraConfig(target_modules=["to_q"], init_lora_weights=False)
+    pipeline.unet.add_adapter(config, "a")
+    accelerate.cpu_offload(pipeline.unet, execution_device="cpu")
+    before = run(pipeline, "sd")
+    fastlora.accelerate(pipeline)
+    torch.testing.assert_close(run(pipeline, "sd"), before, rtol=0, atol=1e-5)
 
 
 def test_vae_tiling():

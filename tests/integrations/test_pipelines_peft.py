@@ -44,7 +44,7 @@ def loaded(kind, accelerate):
     for seed, name in enumerate("ab"):
         tensors, updates[name] = peft_style(plain, places, seed)
         pipeline.load_lora_weights(tensors, adapter_name=name)
-    pipeline.set_adapters(["a", "b"], [0.5, 0.3])
+    pipeline.set_adapters(["a", "b"], [0.5, 0.25])  # exact in float32
     return plain, pipeline, updates
 
 
@@ -70,12 +70,12 @@ def test_a_number_is_what_it_is_in_diffusers(kind):
     _, theirs, _ = loaded(kind, accelerate=False)
     _, ours, _ = loaded(kind, accelerate=True)
     before = scalings(ours)
-    for scale in (0.7, 0.0, 1.0):
+    for scale in (0.75, 0.0, 1.0):
         given = {CHANNEL[kind]: {"scale": scale}}
         images, wanted = run(ours, kind, 2, **given), run(theirs, kind, 2, **given)
-        torch.testing.assert_close(images, wanted, rtol=0, atol=1e-7)
+        torch.testing.assert_close(images, wanted, rtol=0, atol=1e-9)
         assert scalings(ours) == before  # trap d: to the bit
-        theirs.set_adapters(["a", "b"], [0.5, 0.3])  # it has lost them
+        theirs.set_adapters(["a", "b"], [0.5, 0.25])  # it has lost them
     assert ours.lora_scale == 1.0
 
 
@@ -96,8 +96,8 @@ def test_strengths_are_put_back_after_an_error():
 def test_numbers_by_name(kind):
     plain, pipeline, updates = loaded(kind, accelerate=True)
     images = run(pipeline, kind, 2, **{CHANNEL[kind]: {"scale": {"a": 3.0}}})
-    wanted = run(changed(plain, total(updates, a=1.5, b=0.3)), kind, 2)
-    torch.testing.assert_close(images, wanted, rtol=0, atol=1e-5)
+    wanted = run(changed(plain, total(updates, a=1.5, b=0.25)), kind, 2)
+    torch.testing.assert_close(images, wanted, rtol=0, atol=1e-9)
     assert (wanted - run(doubled(plain), kind, 2)).abs().max() > 1e-3
 
 
@@ -106,7 +106,7 @@ def test_strengths_per_image(kind):
     plain, pipeline, updates = loaded(kind, accelerate=True)
     scale = {"a": [1.0, 0.0], "b": [0.0, 2.0]}
     images = run(pipeline, kind, 2, **{CHANNEL[kind]: {"scale": scale}})
-    for i, strengths in enumerate(({"a": 0.5, "b": 0.0}, {"a": 0.0, "b": 0.6})):
+    for i, strengths in enumerate(({"a": 0.5, "b": 0.0}, {"a": 0.0, "b": 0.5})):
         reference = changed(plain, total(updates, **strengths))
         wanted = run(reference, kind, seeds=[i], prompt=[PROMPTS[i]])
-        torch.testing.assert_close(images[i : i + 1], wanted, rtol=0, atol=1e-5)
+        torch.testing.assert_close(images[i : i + 1], wanted, rtol=0, atol=1e-9)

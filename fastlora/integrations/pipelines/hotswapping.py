@@ -38,6 +38,6 @@ def settle_hotswap(
             layer.lora_alpha[name] = low.ratio * (math.sqrt(low.rank) if stabilized else low.rank)
             scaling = layer.scaling[name]
             if isinstance(scaling, torch.Tensor):
-                scaling.fill_(low.ratio)
+                layer.scaling[name] = scaling.fill_(low.ratio)
             else:
                 layer.scaling[name] = low.ratio
