@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -265,17 +263,3 @@ for function in fastlora.accelerate, fastlora.restore:
         raise AssertionError(function)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_the_page_about_it(unet):
-    """Its Python runs."""
-    page = Path(__file__).parents[2] / "docs" / "diffusers.md"
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    assert len(blocks) == 2
-    pipeline = quiet(diffusers.DDIMPipeline(unet, diffusers.DDIMScheduler()))
-    original = pipeline.scheduler
-    # a prompt of this pipeline is a number of images
-    exec(compile(blocks[0], page.name, "exec"), {"pipeline": pipeline, "prompt": 1})
-    assert pipeline.scheduler is original
-    exec(compile(blocks[1], page.name, "exec"), {"pipeline": pipeline})
-    assert type(pipeline.scheduler).__name__ == "FastEulerDiscreteScheduler"

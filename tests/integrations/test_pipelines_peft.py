@@ -110,3 +110,24 @@ def test_strengths_per_image(kind):
         reference = changed(plain, total(updates, **strengths))
         wanted = run(reference, kind, seeds=[i], prompt=[PROMPTS[i]])
         torch.testing.assert_close(images[i : i + 1], wanted, rtol=0, atol=1e-9)
+
+
+def test_an_adapter_that_starts_at_a_timestep():
+    """As if `set_adapters` had been called between two steps."""
+    _, pipeline, _ = loaded("sd", accelerate=True)
+    run(pipeline, "sd", steps=4)
+    first = pipeline.scheduler.timesteps.tolist()[2]
+
+    def switch(pipe, step, timestep, others):
+        if step == 1:
+            pipe.set_adapters(["a", "b"], [0.5, 0.25])
+        return others
+
+    given = {"cross_attention_kwargs": {"scale": {"start": {"a": first}}}}
+    images = run(pipeline, "sd", steps=4, **given, callback_on_step_end=None)
+    encoder = dict(scalings(pipeline))
+    pipeline.unet.set_adapters(["a", "b"], [0.0, 0.25])  # the text encoder has both from the start
+    wanted = run(pipeline, "sd", steps=4, callback_on_step_end=switch)
+    torch.testing.assert_close(images, wanted, rtol=0, atol=1e-9)
+    assert scalings(pipeline) == encoder
+    assert (images - run(pipeline, "sd", steps=4)).abs().max() > 1e-3

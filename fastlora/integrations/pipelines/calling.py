@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastlora.adapters.lookup import parts_of, unwrapped
+from fastlora.adapters.lookup import arenas, parts_of, unwrapped
 from fastlora.adapters.specs import AdapterError
 from fastlora.integrations.pipelines.requests import Factor, Request, taken
 from fastlora.integrations.pipelines.strengths import Strengths
@@ -46,11 +46,11 @@ def call(base: Any, pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
         return base.__call__(pipe, *args, **kwargs)
     request = taken(bound)
     parts = {name: part for name, part in parts_of(pipe).items() if name not in IMAGES}
+    if request.nothing and not any(map(_per_sample, parts.values())):
+        return base.__call__(*bound.args, **bound.kwargs)
     there = {name: Strengths(unwrapped(part)) for name, part in parts.items()}
     there = {name: found for name, found in there.items() if found.names}
     _check_names(request, there)
-    if request.nothing and not any(found.per_sample for found in there.values()):
-        return base.__call__(*bound.args, **bound.kwargs)
     with ExitStack() as stack:
         for component, found in there.items():
             factors = _factors(request, component, found)
@@ -75,6 +75,11 @@ def call(base: Any, pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
             if notes:
                 stack.enter_context(before_calls(parts[component], notes))
         return base.__call__(*bound.args, **bound.kwargs)
+
+
+def _per_sample(part: nn.Module) -> bool:
+    """Whether some strength is a tensor already."""
+    return any(arena.per_sample for arena in arenas(unwrapped(part)))
 
 
 def _factors(request: Request, component: str, found: Strengths) -> dict[str, Factor]:

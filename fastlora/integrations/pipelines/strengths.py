@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.adapters.control import Changes, restoring, strengths, write
-from fastlora.adapters.lookup import HOST, known_names
+from fastlora.adapters.lookup import HOST, known_names, walked
 from fastlora.adapters.specs import AdapterError
 
 
@@ -25,11 +25,6 @@ class Strengths:
         self.plain = plain_layers(model)
         self.own_names = known_names(model)
         self.names = {*self.own_names, *(n for layer in self.plain for n in layer.scaling)}
-
-    @property
-    def per_sample(self) -> bool:
-        """Whether some strength is a tensor already."""
-        return any(arena.per_sample for arena, _, _ in self.before)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -79,7 +74,8 @@ def plain_layers(model: nn.Module) -> list[Any]:
         return []
     from peft.tuners.lora import LoraLayer
 
-    return [m for m in model.modules() if isinstance(m, LoraLayer) and HOST not in vars(m)]
+    modules = {id(module): module for module in (model, *walked(model).children)}
+    return [m for m in modules.values() if isinstance(m, LoraLayer) and HOST not in vars(m)]
 
 
 def _product(name: str, scale: float | Tensor, factor: float | Tensor) -> float | Tensor:
