@@ -341,3 +341,18 @@ def test_what_fits_is_said_to_load_without_the_rest(sd):
     with pytest.raises(fastlora.AdapterError) as caught:
         accelerated(sd).load_lora_weights(tensors, adapter_name="x")
     assert "fastlora.load(pipe, path, name='x', strict=False) loads" in str(caught.value)
+
+
+def test_a_load_that_fails_half_way_is_taken_back(sd):
+    """diffusers does not know the style of a text encoder's file without attention, and says so
+    after the UNet has its adapter."""
+    both, _ = kohya(sd, [*linears(sd, "unet", "to_q"), *linears(sd, "text_encoder", "fc1")])
+    pipeline = accelerated(sd)
+    plain = run(pipeline, "sd")
+    with pytest.raises(ValueError, match="infer state dict type"):
+        pipeline.load_lora_weights(both, adapter_name="x")
+    assert not any(pipeline.get_list_adapters().values())
+    assert torch.equal(run(pipeline, "sd"), plain)
+    fits = {key: value for key, value in both.items() if key.startswith("lora_unet")}
+    pipeline.load_lora_weights(fits, adapter_name="x")
+    assert pipeline.get_list_adapters() == {"unet": ["x"]}
