@@ -34,7 +34,7 @@ from fastlora.adapters import (
     unfold,
 )
 from fastlora.formats.files import FormatError
-from fastlora.integrations.pipelines import accelerate, restore
+from fastlora.integrations.accelerating import accelerate, restore
 from fastlora.ops import ContractError, emulated
 from fastlora.samplers import Sampler, Schedule, ddim, noise, sample, sample_steps
 from fastlora.tuning import TuneReport, tune

@@ -67,7 +67,7 @@ def test_layers_below_do_not_know_those_above():
         "samplers": {"ops", "adapters"},
         "training": {"ops", "adapters", "samplers"},
         "methods": {"ops", "adapters", "samplers", "training", "models", "formats"},
-        "integrations": {"ops", "adapters", "samplers"},
+        "integrations": {"ops", "adapters", "samplers", "formats"},
     }
     graph = imports(PACKAGE)
     for part, below in allowed.items():

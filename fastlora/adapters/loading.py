@@ -74,7 +74,7 @@ def load(
     if not plan.applied:
         raise AdapterError(
             f"{source}: nothing in it fits the model"
-            + "".join(f"\n{line}" for line in _problems(file, plan))
+            + "".join(f"\n{line}" for line in problems_of(file, plan))
         )
     if isinstance(scale, Tensor):  # before the first of several parts is changed
         for slots in plan.slots.values():
@@ -102,7 +102,7 @@ def _refusal(
     if sum(map(len, plan.problems.values())) == 1 and not file.unused:
         return kind(f"{source}: {next(iter(plan.unused.values()))}")
     lines = [f"{source}: {len(plan.unused)} keys of this {file.format} file do not fit"]
-    lines += _problems(file, plan)
+    lines += problems_of(file, plan)
     if len(plan.parts) > 1 and "" in given:
         lines.append(
             f"the file is for {' and '.join(plan.parts)}: give all of them, or the pipeline"
@@ -112,7 +112,7 @@ def _refusal(
     return kind("\n".join(lines))
 
 
-def _problems(file: AdapterFile, plan: Plan) -> list[str]:
+def problems_of(file: AdapterFile, plan: Plan) -> list[str]:
     """Lines about the modules that do not fit, those with one reason together, and the keys."""
     reasons = []
     for reason, modules in plan.problems.items():

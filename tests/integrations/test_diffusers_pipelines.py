@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -201,7 +199,7 @@ def test_what_has_no_counterpart_is_left_and_named(unet):
         (refused, "variance_type: expected"),
     ):
         pipeline.scheduler = scheduler
-        with pytest.warns(UserWarning, match=f"nothing was replaced\n.*{why}"):
+        with pytest.warns(UserWarning, match=f"no scheduler was replaced\n(.*\n)*.*{why}"):
             report = fastlora.accelerate(pipeline)
         assert pipeline.scheduler is scheduler
         assert not report.replaced and why in report.left["scheduler"]
@@ -237,16 +235,15 @@ def test_pipelines_in_pipelines_share_schedulers(unet):
 
 
 @pytest.mark.parametrize("function", [fastlora.accelerate, fastlora.restore])
-def test_what_is_no_pipeline(function, unet):
+def test_what_is_no_pipeline(function):
     name = function.__name__
     for wrong, got in (
         (3, "a int"),
         (None, "None"),
-        (unet, "a UNet2DModel"),
         (diffusers.DDIMPipeline, "DDIMPipeline itself"),
         (diffusers.DDIMScheduler(), "a scheduler, DDIMScheduler"),
     ):
-        with pytest.raises(TypeError, match=rf"^{name}: pipeline: expected .*, got {got}"):
+        with pytest.raises(TypeError, match=rf"^{name}: target: expected .*, got {got}"):
             function(wrong)
 
 
@@ -266,17 +263,3 @@ for function in fastlora.accelerate, fastlora.restore:
         raise AssertionError(function)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_the_page_about_it(unet):
-    """Its Python runs."""
-    page = Path(__file__).parents[2] / "docs" / "diffusers.md"
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    assert len(blocks) == 2
-    pipeline = quiet(diffusers.DDIMPipeline(unet, diffusers.DDIMScheduler()))
-    original = pipeline.scheduler
-    # a prompt of this pipeline is a number of images
-    exec(compile(blocks[0], page.name, "exec"), {"pipeline": pipeline, "prompt": 1})
-    assert pipeline.scheduler is original
-    exec(compile(blocks[1], page.name, "exec"), {"pipeline": pipeline})
-    assert type(pipeline.scheduler).__name__ == "FastEulerDiscreteScheduler"
