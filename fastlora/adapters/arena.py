@@ -169,9 +169,13 @@ class Arena:
         self._largest[name] = max(self._largest.get(name, 0.0), abs(ratio))
         for ratios in (self._ratios, *(known for _, known in self._index.values())):
             ratios.narrow(0, first, count).fill_(ratio)
+        number = self.scales[name] if self.enabled[name] else 0.0
         for device, values in self._values.items():
-            new = self._compute(device, offset, width).detach()
-            values.narrow(-1, offset, width).copy_(new)
+            if isinstance(number, Tensor) or values.dim() == 2:
+                new = self._compute(device, offset, width).detach()
+                values.narrow(-1, offset, width).copy_(new)
+            else:
+                values.narrow(-1, offset, width).fill_(number * ratio)
         layer._state.stale = layer._state.merged
 
     def off(self, name: str) -> bool:

@@ -163,6 +163,18 @@ class FastLayer(PeftLayer):
         super().delete_adapter(adapter_name)
         self.synchronise()
 
+    def rescale(self, name: str, value: Any) -> bool:
+        """Takes up another scaling of an adapter, where nothing else has changed; whether that was
+        so. A pipeline sets those of hundreds of layers."""
+        host = vars(self).get(HOST)
+        slot = None if host is None else host.fastlora._modules.get(name)
+        if slot is None or name not in host._state.offsets or bool(slot.ratio) != bool(value):
+            return False
+        if slot.ratio != value:
+            slot.ratio = float(value)
+            host._state.arena.set_ratio(host, name, slot.ratio)
+        return True
+
     def synchronise(self) -> None:
         """Takes up what PEFT's books say now: which adapters there are, and their strengths."""
         host = vars(self).get(HOST)

@@ -17,7 +17,11 @@ class Scaling(dict[str, Any]):
             layer.synchronise()
 
     def __setitem__(self, name: str, value: Any) -> None:
+        before = type(self.get(name))
         super().__setitem__(name, value)
+        layer = None if self.owner is None else self.owner()
+        if layer is None or (type(value) is before and layer.rescale(name, value)):
+            return
         self.changed()
 
     def __delitem__(self, name: str) -> None:
