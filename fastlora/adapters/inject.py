@@ -29,6 +29,7 @@ from fastlora.adapters.lookup import (
     arenas,
     known_names,
     layers_of,
+    modules_by_path,
     require_known,
     unwrapped,
 )
@@ -128,7 +129,7 @@ def attach(
 ) -> AdapterInfo:
     """Puts ready slots into the layers at their paths, with a strength (a checked one; None: what
     the name has, or 1); raises AdapterError before the first change or never."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = modules_by_path(model)
     found = arenas(model)
     new = {} if scale is None else {name: scale}
     check_mergeable(found, new)
@@ -208,10 +209,16 @@ def remove(model: nn.Module, name: str) -> None:
     model = unwrapped(model)
     require_known(model, name)
     for layer in layers_of(model):
-        base_class(type(layer))  # there is one to go back to
+        if not layer.foreign:
+            base_class(type(layer))  # there is one to go back to
+        elif name in layer.fastlora:
+            raise AdapterError(
+                f"remove: {name!r} is PEFT's: model.delete_adapter({name!r}), or of a pipeline "
+                f"delete_adapters({name!r})"
+            )
     with refolding(model):
         found = arenas(model)
-        for layer in adapted_layers(model).values():
+        for layer in layers_of(model):
             if name in layer.fastlora:
                 if name in layer.fastlora.reserved_rows:
                     layer.fastlora.leave(name)

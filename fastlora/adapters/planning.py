@@ -9,6 +9,7 @@ from fastlora.adapters.deltas import mapped, tensors_of
 from fastlora.adapters.fitting import slot_from
 from fastlora.adapters.inject import is_peft
 from fastlora.adapters.load_report import Applied
+from fastlora.adapters.lookup import modules_by_path
 from fastlora.adapters.slots import Slot
 from fastlora.adapters.specs import AdapterError
 from fastlora.formats.changes import AdapterFile, Change, LowRank, Target
@@ -50,7 +51,7 @@ def planned(models: Mapping[str, nn.Module], file: AdapterFile, any_base: bool) 
     or on another device, the file's are freed before the next one is made.
     """
     plan = Plan(file)
-    modules = {c: dict(m.named_modules(remove_duplicate=False)) for c, m in models.items()}
+    modules = {component: modules_by_path(model) for component, model in models.items()}
     taken: dict[int, str] = {}
     seen: set[int] = set()
     places = dict(located(plan, models, modules, file.changes))

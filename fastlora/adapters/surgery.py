@@ -44,7 +44,8 @@ def remove_all(model: nn.Module) -> None:
     """The plain model again."""
     found = arenas(model)
     for layer in layers_of(model):
-        restore(layer)
+        if not layer.foreign:
+            restore(layer)
     for arena in found:
         arena.layout()
     set_fused_encoders(model)
