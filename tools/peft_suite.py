@@ -59,7 +59,7 @@ def main() -> int:
 
 
 def run(kind: str, options: argparse.Namespace) -> Result:
-    """Tests in processes of their own: PEFT's classes are patched there before a test is imported."""
+    """Tests in processes of their own, where PEFT is patched before a test is imported."""
     with tempfile.TemporaryDirectory() as folder:
         parts = [Path(folder) / f"{number}.json" for number in range(options.jobs)]
         running = [start(kind, options, part, number) for number, part in enumerate(parts)]
@@ -73,7 +73,7 @@ def run(kind: str, options: argparse.Namespace) -> Result:
 def start(
     kind: str, options: argparse.Namespace, result: Path, number: int
 ) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "--no-header", "-W", "default"]
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "--no-header"]
     command += ["--disable-warnings", "--continue-on-collection-errors", "-o", "addopts="]
     command += ["-p", "no:cacheprovider", "-p", "peft_suite_plugin", "--import-mode=importlib"]
     command += [f"--rootdir={options.checkout}", f"--suite-result={result}", "-k", options.k]
@@ -103,31 +103,27 @@ def version(checkout: Path) -> str:
 def report_baseline(plain: Result) -> int:
     print(f"passed / failed / skipped: {count(plain['tests'])}")
     print(f"tests that put LoRA layers into a model: {tests_with(plain, 'layers')}")
-    list_failures("failed", plain, sorted(plain["errors"]))
+    print_reasons("failed", plain, list(plain["errors"]))
     return 0 if plain["tests"] else 2
 
 
 def report(plain: Result, fast: Result) -> int:
-    columns = [
-        [count(side["tests"], path) for side in (plain, fast)] for path in files(plain, fast)
-    ]
-    columns.append([count(side["tests"]) for side in (plain, fast)])
     print(f"{'passed / failed / skipped':40}{'PEFT':>20}{'accelerated':>20}")
-    for path, (without, with_it) in zip([*files(plain, fast), "all"], columns, strict=True):
-        print(f"{path:40}{without:>20}{with_it:>20}")
-    nodes = sorted(plain["tests"] | fast["tests"])
-    good = [[side["tests"].get(node, "missing") for node in nodes] for side in (plain, fast)]
-    pairs = list(zip(nodes, *good, strict=True))
-    ours = [n for n, a, b in pairs if b != a and b != "passed"]
-    theirs = [n for n, a, b in pairs if b != a and b == "passed"]
-    both = [n for n, a, b in pairs if a == b == "failed"]
-    print(f"passed both times: {sum(a == b == 'passed' for _, a, b in pairs)}")
-    print(f"failed both times: {len(both)}")
-    print(f"failed with acceleration only: {len(ours)}")
-    print(f"failed without it only: {len(theirs)}")
+    for path in sorted({node.partition("::")[0] for node in plain["tests"] | fast["tests"]}):
+        print(f"{path:40}{count(plain['tests'], path):>20}{count(fast['tests'], path):>20}")
+    print(f"{'all':40}{count(plain['tests']):>20}{count(fast['tests']):>20}")
+    ends = {n: (ended(plain, n), ended(fast, n)) for n in plain["tests"] | fast["tests"]}
+    good = [n for n, end in ends.items() if end == ("passed", "passed")]
+    both = [n for n, end in ends.items() if end == ("failed", "failed")]
+    ours = [n for n, (without, now) in ends.items() if now not in (without, "passed")]
+    theirs = [n for n, (without, now) in ends.items() if without != now == "passed"]
+    print(f"passed both times {len(good)}, failed both times {len(both)}, ", end="")
+    print(f"failed accelerated only {len(ours)}, failed without only {len(theirs)}")
     fused = report_forwards(fast)
-    list_failures("failed with acceleration only", fast, ours)
-    list_failures("failed both times", fast, both)
+    print_reasons("failed both times", fast, both)
+    for title, side, nodes in (("accelerated", fast, ours), ("without", plain, theirs)):
+        for node in nodes:
+            print(f"failed {title} only: {node}\n    {reason(side, node)}")
     if not fused:
         print("peft_suite: no accelerated layer computed anything by itself")
         return 2
@@ -138,14 +134,13 @@ def report_forwards(fast: Result) -> int:
     """How often layers were called; returns how many forwards were fastlora's own."""
     total = sum((Counter(counts) for counts in fast["forwards"].values()), Counter())
     fused = fused_in(total)
-    of_fused = sum(fused_in(counts) > 0 for counts in fast["forwards"].values())
+    tests = sum(fused_in(counts) > 0 for counts in fast["forwards"].values())
     print(f"tests that put LoRA layers into a model: {tests_with(fast, 'layers')}")
-    print(f"tests with fused forwards: {of_fused}")
-    print(
-        f"forwards of LoRA layers: {fused} fused, {total['base']} merged or disabled, "
-        f"{total['fallbacks']} of accelerated layers that called PEFT's, {total['plain']} of layers "
-        "that are not accelerated"
-    )
+    print(f"tests with fused forwards: {tests}")
+    print(f"forwards of accelerated layers: {fused} fused", end="")
+    print(f", {total['base']} of PEFT's own with adapters merged or disabled", end="")
+    print(f", {total['fallbacks']} others of PEFT's own")
+    print(f"forwards of LoRA layers that are not accelerated: {total['plain']}")
     print("layers:", ", ".join(f"{n} {kind}" for kind, n in sorted(fast["layers"].items())))
     return fused
 
@@ -154,19 +149,21 @@ def fused_in(counts: dict[str, int]) -> int:
     return counts.get("accelerated", 0) - counts.get("base", 0) - counts.get("fallbacks", 0)
 
 
-def files(*results: Result) -> list[str]:
-    return sorted({node.partition("::")[0] for result in results for node in result["tests"]})
-
-
 def tests_with(result: Result, what: str) -> int:
     return sum(bool(counts.get(what)) for counts in result["forwards"].values())
 
 
-def list_failures(title: str, result: Result, nodes: list[str]) -> None:
-    for node in nodes:
-        outcome = result["tests"].get(node, "missing")
-        error = result["errors"].get(node, outcome).strip().splitlines()
-        print(f"{title}: {node}\n    {' '.join(error)[:200]}")
+def print_reasons(title: str, result: Result, nodes: list[str]) -> None:
+    for why, times in Counter(reason(result, node) for node in nodes).most_common():
+        print(f"{title}: {times} with {why}")
+
+
+def reason(result: Result, node: str) -> str:
+    return " ".join(result["errors"].get(node, ended(result, node)).split())[:160]
+
+
+def ended(result: Result, node: str) -> str:
+    return result["tests"].get(node, "not run")
 
 
 def count(tests: dict[str, str], path: str = "") -> str:

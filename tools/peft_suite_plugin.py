@@ -22,6 +22,8 @@ from peft.tuners import lora
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
 
+import fastlora
+
 
 def pytest_addoption(parser: Any) -> None:
     group = parser.getgroup("peft_suite")
@@ -81,7 +83,7 @@ class Suite:
 
 
 def concerns_lora(item: Any) -> bool:
-    """Whether a LoRA is among the configurations that a test's parameters name, if they name any."""
+    """Whether a test's parameters name a LoraConfig, or no configuration at all."""
     callspec = getattr(item, "callspec", None)
     kinds = set(configurations(callspec.params)) if callspec else set()
     return not kinds or any(issubclass(kind, peft.LoraConfig) for kind in kinds)
@@ -115,26 +117,25 @@ class Watch:
         for kind in vars(lora.layer).values():
             if inspect.isclass(kind) and issubclass(kind, LoraLayer):
                 self.count_forward(kind)
+        if accelerate:
+            fastlora.accelerate(torch.nn.Module())  # follows injections too, and has to come first
         self.follow_injections()
 
     def follow_injections(self) -> None:
         inject = BaseTuner.inject_adapter
 
         @functools.wraps(inject)
-        def injecting(tuner: Any, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-            result = inject(tuner, model, *args, **kwargs)
+        def injecting(tuner: Any, model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+            inject(tuner, model, *args, **kwargs)
             self.injected(model)
-            return result
 
-        BaseTuner.inject_adapter = injecting
+        setattr(BaseTuner, "inject_adapter", injecting)  # noqa: B010
 
     def injected(self, model: torch.nn.Module) -> None:
         if not any(isinstance(module, LoraLayer) for module in model.modules()):
             return
         if self.accelerates and model not in self.accelerated:
-            from fastlora.integrations.peft import accelerate_layers
-
-            accelerate_layers(model)
+            fastlora.accelerate(model)
             self.accelerated.add(model)
         for module in model.modules():
             if isinstance(module, LoraLayer):
