@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastlora.adapters.adapted import Adapted
 from fastlora.adapters.deltas import DeltaSlot
-from fastlora.adapters.layers import AdaptedConv2d, AdaptedEmbedding, AdaptedLinearLike
+from fastlora.adapters.layers import AdaptedConv2d, AdaptedEmbedding
 from fastlora.adapters.lookup import adapted_layers
 from fastlora.adapters.slots import LoRASlot, SpectralSlot
 from fastlora.adapters.specs import AdapterError
@@ -157,9 +157,9 @@ def reference(layer: Adapted, x: Tensor, dtype: torch.dtype) -> Tensor:
     x = widened(x, dtype)
     slots = [(slot, gate_value(layer, name)) for name, slot in layer.fastlora.items()]
     bias = bias_reference(layer, slots, dtype)
-    if isinstance(layer, AdaptedLinearLike):
+    if layer.beside:
         low = layer.weight.dtype if layer.weight.is_floating_point() else x.dtype
-        y: Any = layer.base(x.to(low)).to(dtype)
+        y: Any = layer.base(x.to(low) if x.is_floating_point() else x).to(dtype)
         weight = None
     else:
         weight = delta_reference(spectral_reference(layer, slots, dtype), slots)

@@ -34,6 +34,7 @@ class Adapted(nn.Module):
     fastlora: Any  # Slots; torch declares what is in one as plain modules
     weight: Tensor
     transposed = False  # low-rank parts add to Wᵀ
+    beside = False  # the base computes in a way of its own, and low-rank parts are added to that
     foreign = False  # its adapters are another library's, which alone adds and removes them
     _state: LayerState
 

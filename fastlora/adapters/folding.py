@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from fastlora.adapters.adapted import Adapted, adapted_class, base_class
 from fastlora.adapters.arena import Arena, Scale
 from fastlora.adapters.folded_weight import fold_layers
-from fastlora.adapters.layers import AdaptedLinearLike
 from fastlora.adapters.lookup import adapted_layers, arenas, layers_of, unwrapped, walked
 from fastlora.adapters.specs import AdapterError
 from fastlora.adapters.surgery import remove_all
@@ -86,9 +85,10 @@ def check_plain(path: str, layer: nn.Module) -> None:
     """Raises AdapterError for a layer, adapted or about to be, that has no plain weight."""
     kind = type(layer) if isinstance(layer, Adapted) else adapted_class(type(layer))
     assert kind is not None
-    if issubclass(kind, AdaptedLinearLike) or layer._parameters.get("weight") is None:
+    if kind.beside or layer._parameters.get("weight") is None:
+        base = type(layer.base_module) if kind.foreign else base_class(kind)
         raise AdapterError(
-            f"fold: {path}: a {base_class(kind).__name__} computes with its weight in a way of its "
+            f"fold: {path}: a {base.__name__} computes with its weight in a way of its "
             "own; only plain Linear, Conv2d, Embedding and norms can be folded"
         )
 

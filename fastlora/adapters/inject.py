@@ -25,8 +25,8 @@ from fastlora.adapters.folding import (
     refolding,
 )
 from fastlora.adapters.lookup import (
-    adapted_layers,
     arenas,
+    base_modules,
     known_names,
     layers_of,
     modules_by_path,
@@ -49,7 +49,7 @@ from fastlora.adapters.surgery import (
     freeze_base,
     merge,
     restore,
-    set_fused_encoders,
+    tell_neighbours,
     thaw,
 )
 from fastlora.adapters.tensors import too_large
@@ -171,7 +171,7 @@ def attach(
             slot.train(layer.training)
         arena.scales |= new
         arena.layout()
-    set_fused_encoders(model)
+    tell_neighbours(model)
     cache.warn()
     return adapters(model)[name]
 
@@ -229,7 +229,7 @@ def remove(model: nn.Module, name: str) -> None:
                     restore(layer)
         for arena in found:
             arena.layout()
-    set_fused_encoders(model)
+    tell_neighbours(model)
     thaw(model, found)
     if not layers_of(model):
         forget_walks(model)
@@ -248,11 +248,11 @@ def select(
     """The layers that `where` names, each of which `spec` can adapt; `what` is for messages. With
     `meta` they need no values."""
     matches = matcher(where, what)
-    inside = {id(s) for layer in adapted_layers(model).values() for s in layer.fastlora.modules()}
+    base = {id(module) for _, module in base_modules(model)}
     chosen: dict[str, nn.Module] = {}
     refused: list[str] = []
-    for path, module in model.named_modules(remove_duplicate=False):
-        if id(module) in inside or not matches(path, module):
+    for path, module in modules_by_path(model).items():
+        if id(module) not in base or not matches(path, module):
             continue
         reason = unsuitable(module, spec)
         if reason is None:
@@ -265,7 +265,7 @@ def select(
             f"{what}: where selects layers that cannot be adapted: " + "; ".join(refused)
         )
     if not chosen:
-        candidates = [p for p, m in model.named_modules() if unsuitable(m, spec) is None][:5]
+        candidates = [p for p, m in base_modules(model) if unsuitable(m, spec) is None][:5]
         raise AdapterError(
             f"{what}: where: {where!r} matches no layer that {type(spec).__name__} can adapt; "
             f"this model has for example {candidates}"
@@ -315,7 +315,7 @@ def unsuitable(module: nn.Module, spec: LoRA | Spectral | Delta) -> str | None:
                 f"it is PEFT's ({base.__module__}); merge_and_unload() or unload() its model first"
             )
         return "this kind of layer is not supported"
-    if any(map(is_lazy, module._parameters.values())):
+    if any(map(is_lazy, module.parameters(recurse=False))):
         return "its weight has no shape yet; run the model once first"
     if base in NORMS:
         if isinstance(spec, LoRA):

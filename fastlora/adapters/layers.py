@@ -124,6 +124,8 @@ class AdaptedLinearLike(Adapted):
     """A subclass of nn.Linear that computes in a way of its own (quantised, parametrised): its own
     forward, then the low-rank part added in place."""
 
+    beside = True
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         y = self.base(*args, **kwargs)
         slots = self.low_rank_slots(self.active())

@@ -142,8 +142,8 @@ def layers_of(model: nn.Module) -> list[Adapted]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of torch.compile's and DistributedDataParallel's modules: paths are its.
-    Raises AdapterError for what is no module."""
+    """The model inside of torch.compile's, DistributedDataParallel's and PEFT's modules: paths are
+    its. Raises AdapterError for what is no module."""
     if not isinstance(model, nn.Module):
         raise no_module(model)
     while True:
@@ -151,6 +151,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model._modules["_orig_mod"]  # type: ignore[assignment]
         elif isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
+        elif type(model).__module__.startswith("peft.") and "base_model" in model._modules:
+            tuner: Any = model._modules["base_model"]  # PeftModel has a LoraModel with the model
+            model = getattr(tuner, "model", tuner)
         else:
             return model
 

@@ -19,7 +19,7 @@ from fastlora.adapters.surgery import (
     freeze_base,
     merge,
     restore,
-    set_fused_encoders,
+    tell_neighbours,
     thaw,
 )
 
@@ -92,7 +92,7 @@ def reserve(
         if not len(layer.fastlora) and rank == 0:
             restore(layer)
     arena.layout()
-    set_fused_encoders(model)
+    tell_neighbours(model)
     thaw(model, [arena])
     if not layers_of(model):
         forget_walks(model)

@@ -84,7 +84,7 @@ def host_of(layer: Any) -> Callable[..., Any]:
     linear = cls.__name__ in ("Linear", "Linear8bitLt", "Linear4bit", "TorchaoLoraLinear")
     if not linear and cls not in (lora.Conv2d, lora.Embedding):
         raise AdapterError(f"{cls.__module__}.{cls.__name__} has no fused form")
-    return host_class(layer.base_layer, linear)
+    return host_class(layer.base_layer, layer)
 
 
 def restore_layers(model: nn.Module) -> Layers:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from peft.tuners.lora.layer import Conv2d, Embedding
 from torch import Tensor, nn
 
 from fastlora.adapters.adapted import Adapted
@@ -18,7 +20,7 @@ from fastlora.adapters.layers import (
 from fastlora.adapters.slots import Slots
 from fastlora.adapters.specs import AdapterError
 from fastlora.adapters.state import LayerState
-from fastlora.ops import lora_linear
+from fastlora.ops import lora_add_, lora_linear
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -95,16 +97,50 @@ class EmbeddingHost(Host, AdaptedEmbedding):  # type: ignore[reportIncompatibleV
     pass
 
 
-class LinearLikeHost(Host, AdaptedLinearLike):  # type: ignore[reportIncompatibleVariableOverride]
+class BesideHost(Host):
     """Beside a base that computes in a way of its own: quantised, transposed, adapted itself."""
+
+    beside = True
 
     def base(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.base_module(*args, **kwargs)
 
+    def forward(self, input: Tensor) -> Tensor:
+        return self.added(input, self.low_rank_slots(self.active()))
+
     def mixed(self, x: Tensor, gates: dict[str, Tensor]) -> Tensor:
+        return self.added(x, [(self.fastlora[name], gate) for name, gate in gates.items()])
+
+    def added(self, x: Tensor, slots: list[tuple[Any, Tensor]]) -> Tensor:
         y = self.base(x)
-        slots = [(self.fastlora[name], gate) for name, gate in gates.items()]
-        return self.add_low_rank(y.clone() if y.requires_grad else y, x, slots)
+        if slots and y.requires_grad:  # what its backward has saved may be the output itself
+            y = y.clone()
+        for slot, gate in slots:
+            y = self.add(y, x, slot, gate)
+        return y
+
+    def add(self, y: Tensor, x: Tensor, slot: Any, gate: Tensor) -> Tensor:
+        """`y`, in place, plus one low-rank part."""
+        raise NotImplementedError
+
+
+class LinearBesideHost(BesideHost, AdaptedLinearLike):  # type: ignore[reportIncompatibleVariableOverride]
+    def add(self, y: Tensor, x: Tensor, slot: Any, gate: Tensor) -> Tensor:
+        lora_add_(y, x.to(y.dtype), slot.down, slot.up, gate)
+        return y
+
+
+class ConvBesideHost(BesideHost, AdaptedConv2d):  # type: ignore[reportIncompatibleVariableOverride]
+    def add(self, y: Tensor, x: Tensor, slot: Any, gate: Tensor) -> Tensor:
+        h = self._conv_forward(x.to(y.dtype), slot.down.to(y.dtype), None)
+        return self.add_up(y, h, slot.up, gate)
+
+
+class EmbeddingBesideHost(BesideHost, AdaptedEmbedding):  # type: ignore[reportIncompatibleVariableOverride]
+    def add(self, y: Tensor, x: Tensor, slot: Any, gate: Tensor) -> Tensor:
+        h = F.embedding(x, slot.down.t(), self.padding_idx)
+        lora_add_(y, h.to(y.dtype), None, slot.up, gate)
+        return y
 
 
 EXACT: dict[type[nn.Module], type[Host]] = {
@@ -114,17 +150,21 @@ EXACT: dict[type[nn.Module], type[Host]] = {
 }
 
 
-def host_class(base: nn.Module, linear: bool) -> type[Host]:
-    """The class of host for a base layer; `linear`: PEFT's layer is one for linear layers. Raises
-    AdapterError where there is none."""
+def host_class(base: nn.Module, layer: Any) -> type[Host]:
+    """The class of host for a base layer of one of PEFT's layers. Raises AdapterError where there
+    is none."""
     exact = EXACT.get(type(base))
-    plain = type(base._parameters.get("weight")) in (nn.Parameter, Tensor)
-    if exact is not None and plain and getattr(base, "groups", 1) == 1:
-        return exact
-    if linear and isinstance(getattr(base, "weight", None), Tensor):
-        return LinearLikeHost
-    what = "a grouped convolution" if getattr(base, "groups", 1) != 1 else "computes in its own way"
-    raise AdapterError(f"its base layer, a {type(base).__name__}, {what}")
+    if exact is not None and type(base._parameters.get("weight")) in (nn.Parameter, Tensor):
+        if getattr(base, "groups", 1) == 1:
+            return exact
+    what = f"its base layer, a {type(base).__name__}"
+    if getattr(base, "groups", 1) != 1:
+        raise AdapterError(f"{what}, is a grouped convolution")
+    if not isinstance(getattr(base, "weight", None), Tensor) or hasattr(base, "embed_scale"):
+        raise AdapterError(f"{what}, has no weight as such")
+    if isinstance(layer, Conv2d):
+        return ConvBesideHost
+    return EmbeddingBesideHost if isinstance(layer, Embedding) else LinearBesideHost
 
 
 def hooks_of(module: nn.Module) -> tuple[Any, ...]:

@@ -12,9 +12,11 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from fastlora.adapters.arena import Arena
 from fastlora.adapters.lookup import HOST
 from fastlora.adapters.slots import Slots
-from fastlora.integrations.peft.hosts import Host, hooks_of
+from fastlora.adapters.specs import AdapterError
+from fastlora.integrations.peft.hosts import Host, hooks_of, host_class
 from fastlora.integrations.peft.merging import Pristine
 from fastlora.integrations.peft.reading import Found, found_in
 from fastlora.integrations.peft.slots import PeftSlot
@@ -38,6 +40,8 @@ class Plan(NamedTuple):
     base: nn.Module
     base_class: type[nn.Module]
     hooks: tuple[Any, ...]  # of the modules that the fused way does not call
+    uncalled: dict[str, Any]  # the base layer's attributes, where it is one of these; accelerate's
+    # hooks are a forward among them
 
 
 if TYPE_CHECKING:
@@ -62,13 +66,13 @@ class FastLayer(PeftLayer):
             return self.special(x, *args, **kwargs)
         plan = self._fastlora_plan
         if not self.goes(plan):
-            return super().forward(x)
+            return self.by_peft(x)
         try:
             y = plan.host.forward(x)
         except ContractError:  # dtypes that only PEFT casts; or it says what is wrong in its way
             if _is_compiling():
                 raise
-            return super().forward(x)
+            return self.by_peft(x)
         return with_biases(plan, y) if plan.biases else y
 
     def goes(self, plan: Plan) -> bool:
@@ -83,22 +87,46 @@ class FastLayer(PeftLayer):
             and base is plan.base
             and type(base) is plan.base_class
             and not any(plan.hooks)
-            and "forward" not in base.__dict__  # accelerate's hooks
+            and "forward" not in plan.uncalled
         )
 
     def special(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """With merged adapters, or arguments: of these the names of an adapter for each sample."""
         names, plan = kwargs.get("adapter_names"), self._fastlora_plan
         if names is None or len(kwargs) > 1 or args or self.disable_adapters or _is_compiling():
-            return super().forward(x, *args, **kwargs)
+            return self.by_peft(x, *args, **kwargs)
         self._check_forward_args(x, adapter_names=names)
         gates = self.gates_of(plan.host, tuple(names), x)
-        if gates is None or any(hooks_of(self.base_layer)) or "forward" in vars(self.base_layer):
-            return super().forward(x, adapter_names=names)
+        if gates is None or any(plan.hooks) or "forward" in plan.uncalled:
+            return self.by_peft(x, adapter_names=names)
         try:
             return plan.host.mixed(x, gates) if gates else self.base_layer(x)
         except ContractError:
-            return super().forward(x, adapter_names=names)
+            return self.by_peft(x, adapter_names=names)
+
+    def by_peft(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """PEFT's own forward pass, with the strengths that fastlora's functions have set beside
+        PEFT's scalings. Raises AdapterError for one per sample."""
+        state = vars(self)[HOST]._state
+        factors = {
+            n: s
+            for n in self.scaling
+            if isinstance(s := strength(state.arena, n), Tensor) or s != 1.0
+        }
+        if not factors:
+            return super().forward(x, *args, **kwargs)
+        for name, factor in factors.items():
+            if isinstance(factor, Tensor):
+                raise AdapterError(
+                    f"{state.path}: the strength of {name!r} is per sample, and PEFT computes this "
+                    "layer now, with one for all; use a number"
+                )
+        scaling = vars(self)["scaling"]
+        try:
+            vars(self)["scaling"] = {n: v * factors.get(n, 1.0) for n, v in scaling.items()}
+            return super().forward(x, *args, **kwargs)
+        finally:
+            vars(self)["scaling"] = scaling
 
     def gates_of(self, host: Host, names: tuple[str, ...], x: Tensor) -> dict[str, Tensor] | None:
         """Gates [batch, rank] of the adapters that are somebody's; None where not fused."""
@@ -106,14 +134,14 @@ class FastLayer(PeftLayer):
         for name in dict.fromkeys(names):
             if name not in self.scaling:  # "__base__", or an adapter of other layers
                 continue
-            scale = arena.scales.get(name)
+            scale = strength(arena, name)
             plain = name in host.fastlora and not self.lora_bias.get(name)
-            if not plain or not isinstance(scale, float | int) or name in self.lora_variant:
+            if not plain or isinstance(scale, Tensor) or name in self.lora_variant:
                 return None
-            strength = scale * self.scaling[name] if arena.enabled[name] else 0.0
-            width = host.fastlora[name].width
             mask = masks(names, x.device, host.anchor().dtype == torch.float64)[name]
-            gates[name] = (mask * strength).expand(-1, width)
+            gates[name] = (mask * (scale * self.scaling[name])).expand(
+                -1, host.fastlora[name].width
+            )
         return gates
 
     # --- what PEFT changes ------------------------------------------------------------------------
@@ -146,6 +174,7 @@ class FastLayer(PeftLayer):
         update_slots(host, found, {n: float(self.scaling[n]) for n in active if n in found})
         fused = [found[name] for name in active if name in found]
         own = ((n, found[n].bias) for n in active if n in found)
+        base = self.base_layer
         biases = tuple((name, bias) for name, bias in own if bias is not None)
         alone = len(active) == 1 or not any(f.dora for f in fused)  # PEFT's order matters else
         vars(self)["_fastlora_plan"] = Plan(
@@ -154,10 +183,23 @@ class FastLayer(PeftLayer):
             in_graph=len(fused) == len(active) and alone and bool(found),
             drops=any(f.drops for f in fused),
             biases=biases,
-            base=self.base_layer,
-            base_class=type(self.base_layer),
-            hooks=(*hooks_of(self.base_layer), *(h for f in fused for h in f.hooks)),
+            base=base,
+            base_class=type(base),
+            hooks=(*(() if host.beside else hooks_of(base)), *(h for f in fused for h in f.hooks)),
+            uncalled={} if host.beside else vars(base),
         )
+
+    def follow_base(self) -> None:
+        """Takes up another base layer, or another class of it: fastlora's own adapters make one."""
+        host, base = vars(self)[HOST], self.base_layer
+        if base is host.base_module and type(base) is self._fastlora_plan.base_class:
+            return
+        try:
+            make = host_class(base, self)
+        except AdapterError:  # PEFT's own forward calls any
+            return
+        vars(self)[HOST] = make(base, host._state.arena, host._state.path)
+        self.synchronise()
 
     # --- merging ----------------------------------------------------------------------------------
 
@@ -241,6 +283,11 @@ def with_biases(plan: Plan, y: Tensor) -> Tensor:
             change = change.view(len(change), *[1] * (y.dim() - 2), -1)
         y = y + change
     return y
+
+
+def strength(arena: Arena, name: str) -> float | Tensor:
+    """What fastlora's functions have set for an adapter; 1 where they know of none."""
+    return arena.scales.get(name, 1.0) if arena.enabled.get(name, True) else 0.0
 
 
 @lru_cache(8)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastlora.adapters.fitting import lora_of
 from fastlora.adapters.lookup import HOST
 from fastlora.adapters.specs import AdapterError, LoRA
-from fastlora.integrations.peft.hosts import LinearLikeHost, hooks_of, takes
+from fastlora.integrations.peft.hosts import BesideHost, hooks_of, takes
 from fastlora.integrations.peft.slots import PeftSlot, Place
 
 DORA = {
@@ -55,7 +55,7 @@ def found_in(layer: LoraLayer) -> dict[str, Found]:
 
 def one(layer: LoraLayer, name: str) -> Found | None:
     variant, host = layer.lora_variant.get(name), vars(layer).get(HOST)
-    if variant is not None and (type(variant) not in DORA or isinstance(host, LinearLikeHost)):
+    if variant is not None and (type(variant) not in DORA or isinstance(host, BesideHost)):
         return None
     if not isinstance(layer.scaling[name], int | float):
         return None
