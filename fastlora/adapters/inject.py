@@ -315,7 +315,7 @@ def unsuitable(module: nn.Module, spec: LoRA | Spectral | Delta) -> str | None:
                 f"it is PEFT's ({base.__module__}); merge_and_unload() or unload() its model first"
             )
         return "this kind of layer is not supported"
-    if any(map(is_lazy, module.parameters(recurse=False))):
+    if any(is_lazy(p) for p in module._parameters.values() if p is not None):
         return "its weight has no shape yet; run the model once first"
     if base in NORMS:
         if isinstance(spec, LoRA):
