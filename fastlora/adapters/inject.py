@@ -1,5 +1,7 @@
 """`inject` and `remove`: adapters go in and out of a model whose layers stay the same objects."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
@@ -11,6 +13,14 @@ from torch.nn.parameter import is_lazy
 
 from fastlora.adapters.adapted import Adapted, adapted_class, base_class
 from fastlora.adapters.arena import Arena, Scale, require_finite
+from fastlora.adapters.components import (
+    Models,
+    all_or_none,
+    as_one,
+    chosen_components,
+    components_of,
+    info_of_parts,
+)
 from fastlora.adapters.control import adapters
 from fastlora.adapters.deltas import Delta
 from fastlora.adapters.dora import magnitude
@@ -31,7 +41,6 @@ from fastlora.adapters.lookup import (
     layers_of,
     modules_by_path,
     require_known,
-    unwrapped,
 )
 from fastlora.adapters.slots import (
     LoRASlot,
@@ -62,7 +71,7 @@ NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 # What is made under inference mode has to serve training later.
 @torch.inference_mode(False)
 def inject(
-    model: nn.Module,
+    model: Models,
     spec: LoRA | Spectral,
     where: Where = None,
     name: str = "default",
@@ -79,6 +88,10 @@ def inject(
     Each layer object stays what it was: it changes class, keeps its parameters and state-dict keys,
     and gets a child module `fastlora`.
 
+    `model`: a module, or a dict of them by component ("unet", "text_encoder", ...), each of which
+    gets the adapter as if it was the only one: paths are those within it. Those in which `where`
+    selects nothing are left as they are. A pipeline does not say which of its parts are meant.
+
     `seed` fixes the initial values; without it they come from torch's default generator. `freeze`
     (the default) stops gradients of the model's own parameters; `remove` gives them back. `dtype`
     of the new parameters: the layer's or float32; by default the layer's, and float32 on a 16-bit
@@ -87,18 +100,25 @@ def inject(
     Raises AdapterError when the name is taken or has a dot, nothing matches, a selected layer
     cannot be adapted, or the model is on the meta device. The model is unchanged then.
     """
-    model = unwrapped(model)
-    check_name(model, name)
+    parts = chosen_components(model, "inject")
+    check_name(as_one(model, "inject"), name)
     if not isinstance(spec, LoRA | Spectral):
         raise TypeError(f"inject: spec: expected LoRA or Spectral, got {type(spec).__name__}")
-    chosen = select(model, spec, where)
-    check_paths(spec, chosen, "inject")
-    generator = torch.default_generator
-    if seed is not None:
-        generator = torch.Generator()
-        generator.manual_seed(seed)
-    slots = {path: build(path, m, spec, generator, dtype) for path, m in chosen.items()}
-    return attach(model, slots, name, freeze=freeze)
+    chosen = select_each(parts, spec, where, "inject")
+    check_paths(spec, {path for layers in chosen.values() for path in layers}, "inject")
+    slots: dict[str, dict[str, Slot]] = {}
+    for component, layers in chosen.items():
+        generator = torch.default_generator
+        if seed is not None:
+            generator = torch.Generator()
+            generator.manual_seed(seed)
+        slots[component] = {p: build(p, m, spec, generator, dtype) for p, m in layers.items()}
+    infos = all_or_none(
+        slots,
+        lambda component: attach(parts[component], slots[component], name, freeze=freeze),
+        undo=lambda component: remove(parts[component], name),
+    )
+    return info_of_parts(infos)
 
 
 def check_paths(spec: LoRA | Spectral, chosen: Iterable[str], what: str) -> None:
@@ -202,13 +222,14 @@ def check_room(path: str, module: nn.Module, slot: Slot) -> None:
                 )
 
 
-def remove(model: nn.Module, name: str) -> None:
-    """Takes the adapter out. Layers without any adapter and reserve get their class back: the plain
-    model, with the same keys and the same bits. What injecting froze is given back once no adapter
-    is left that was injected with `freeze`. Raises AdapterError for an unknown name."""
-    model = unwrapped(model)
-    require_known(model, name)
-    for layer in layers_of(model):
+def remove(model: Models, name: str) -> None:
+    """Takes the adapter out, of all components that have it. Layers without any adapter and reserve
+    get their class back: the plain model, with the same keys and the same bits. What injecting
+    froze is given back once no adapter is left that was injected with `freeze`. Raises AdapterError
+    for an unknown name."""
+    one = as_one(model, "remove")
+    require_known(one, name)
+    for layer in layers_of(one):
         if not layer.foreign:
             base_class(type(layer))  # there is one to go back to
         elif name in layer.fastlora:
@@ -216,6 +237,12 @@ def remove(model: nn.Module, name: str) -> None:
                 f"remove: {name!r} is PEFT's: model.delete_adapter({name!r}), or of a pipeline "
                 f"delete_adapters({name!r})"
             )
+    for part in components_of(model, "remove").values():
+        if name in known_names(part):
+            take_out(part, name)
+
+
+def take_out(model: nn.Module, name: str) -> None:
     with refolding(model):
         found = arenas(model)
         for layer in layers_of(model):
@@ -236,6 +263,10 @@ def remove(model: nn.Module, name: str) -> None:
 
 
 # --- selection ------------------------------------------------------------------------------------
+
+
+class NoLayer(AdapterError):
+    """Nothing is selected, which is no error where another model of several has what is meant."""
 
 
 def select(
@@ -266,7 +297,7 @@ def select(
         )
     if not chosen:
         candidates = [p for p, m in base_modules(model) if unsuitable(m, spec) is None][:5]
-        raise AdapterError(
+        raise NoLayer(
             f"{what}: where: {where!r} matches no layer that {type(spec).__name__} can adapt; "
             f"this model has for example {candidates}"
         )
@@ -276,6 +307,24 @@ def select(
             f"{what}: {empty[0]}: the model is on the meta device and has no weights to adapt; "
             "load it first (model.to_empty and load_state_dict)"
         )
+    return chosen
+
+
+def select_each(
+    parts: Mapping[str, nn.Module], spec: LoRA | Spectral, where: Where, what: str
+) -> dict[str, dict[str, nn.Module]]:
+    """`select` in each of several models, by component; those in which `where` matches nothing are
+    left out. Raises AdapterError, as `select`, if it matches nothing in any."""
+    chosen: dict[str, dict[str, nn.Module]] = {}
+    nothing: list[NoLayer] = []
+    for component, part in parts.items():
+        named = f"{what}: {component}" if component else what
+        try:
+            chosen[component] = select(part, spec, where, named)
+        except NoLayer as error:
+            nothing.append(error)
+    if not chosen:
+        raise nothing[0]
     return chosen
 
 

@@ -229,41 +229,6 @@ def test_the_second_model_s_failure_leaves_the_first_as_it_was(tmp_path: Path, m
     assert after.keys() == before.keys() and all(same_bits(after[k], before[k]) for k in before)
 
 
-CALLS: dict[str, Any] = {
-    "adapters": fastlora.adapters,
-    "parameters": fastlora.parameters,
-    "set_scale": lambda m: fastlora.set_scale(m, {"style": 0.5}),
-    "set_scale of all": lambda m: fastlora.set_scale(m, 0.5),
-    "scaled": lambda m: fastlora.scaled(m, {"style": 0.5}).__enter__(),
-    "enable": fastlora.enable,
-    "disable": fastlora.disable,
-    "fold": fastlora.fold,
-    "fold for good": lambda m: fastlora.fold(m, permanent=True),
-    "unfold": fastlora.unfold,
-    "remove": lambda m: fastlora.remove(m, "style"),
-    "inject": lambda m: fastlora.inject(m, fastlora.LoRA(rank=2)),
-}
-
-
-@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
-def test_calls_for_one_model_name_the_parts_of_a_pipeline(call: Any) -> None:
-    pipe = adapted()
-    for whole, parts in (
-        (pipe, "Pipeline: call it for each of its parts, pipe.unet, pipe.text_encoder"),
-        (
-            pipe.components,
-            r"dict: call it for each of its parts, models\['unet'\], models\['text_enc",
-        ),
-        (3, "int$"),
-        ({}, "dict$"),
-    ):
-        with pytest.raises(fastlora.AdapterError, match=f"expected a module, got {parts}"):
-            call(whole)
-    assert all(
-        fastlora.adapters(part)["style"].scale == 1.0 for part in (pipe.unet, pipe.text_encoder)
-    )
-
-
 def test_the_report_of_several_parts_has_no_one_adapter(tmp_path: Path) -> None:
     fastlora.save(adapted(), tmp_path / "a.safetensors", format="diffusers")
     report = fastlora.load(Pipeline(), tmp_path / "a.safetensors")
