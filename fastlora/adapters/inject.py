@@ -361,7 +361,8 @@ def unsuitable(module: nn.Module, spec: LoRA | Spectral | Delta) -> str | None:
     if adapted_class(base) is None:
         if is_peft(module):
             return (
-                f"it is PEFT's ({base.__module__}); merge_and_unload() or unload() its model first"
+                f"it is PEFT's ({base.__module__}); first fastlora.accelerate(model), after which "
+                "its base layer can be adapted, or model.unload()"
             )
         return "this kind of layer is not supported"
     if any(is_lazy(p) for p in module._parameters.values() if p is not None):

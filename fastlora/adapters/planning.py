@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from fastlora.adapters.deltas import mapped, tensors_of
 from fastlora.adapters.fitting import slot_from
-from fastlora.adapters.inject import is_peft
 from fastlora.adapters.load_report import Applied
 from fastlora.adapters.lookup import modules_by_path
 from fastlora.adapters.slots import Slot
@@ -16,7 +15,6 @@ from fastlora.formats.changes import AdapterFile, Change, LowRank, Target
 from fastlora.formats.files import FormatError
 from fastlora.formats.names import Index, find
 
-INSIDE = "model.unload() or merge_and_unload()"  # get_base_model() still has PEFT's layers
 Modules = Mapping[str, Mapping[str, nn.Module]]  # of every component by path
 
 
@@ -147,10 +145,6 @@ def beside_embedding(layer: nn.Module, change: Change) -> Change:
 
 
 def absent(target: Target, models: Mapping[str, nn.Module]) -> str:
-    given = models.get("", models.get(target.component))
-    if given is not None and is_peft(given):
-        kind = type(given).__name__
-        return f"the {kind} has no module {target.path!r}: give the model inside, {INSIDE}"
     if "" in models or not target.component or target.component in models:
         return f"the model has no module {target.path!r}"
     return f"it is for the {target.component}, and there are {sorted(models)}"

@@ -269,11 +269,10 @@ def test_a_model_of_peft_s_is_told_how_to_get_at_the_layers(tmp_path: Path) -> N
     peft = pytest.importorskip("peft")
     fastlora.save(adapted().unet, tmp_path / "a")
     model = peft.get_peft_model(Pipeline().unet, peft.LoraConfig(target_modules=["to_q", "to_k"]))
-    with pytest.raises(fastlora.AdapterError, match=r"the PeftModel has no module .*unload\(\)"):
-        fastlora.load(model, tmp_path / "a")
-    said = r"to_q: a Linear cannot take it: it is PEFT's \(peft.tuners.lora.layer\)"
-    with pytest.raises(fastlora.AdapterError, match=said):
-        fastlora.load(model.get_base_model(), tmp_path / "a")
+    said = r"to_q: a Linear cannot take it: it is PEFT's \(.*first fastlora.accelerate.*unload\(\)"
+    for whole in (model, model.get_base_model()):
+        with pytest.raises(fastlora.AdapterError, match=said):
+            fastlora.load(whole, tmp_path / "a")
     fastlora.load(model.unload(), tmp_path / "a")
 
 
