@@ -20,7 +20,7 @@ from fastlora.adapters.layers import (
 from fastlora.adapters.slots import Slots
 from fastlora.adapters.specs import AdapterError
 from fastlora.adapters.state import LayerState
-from fastlora.ops import lora_add_, lora_linear
+from fastlora.ops import ContractError, lora_add_, lora_linear
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -70,6 +70,16 @@ class Host(Adapted):
         if self._state.merged and not self.weight.is_meta:
             self._state.stale = True
             self.folded()
+
+    def low_rank_slots(self, active: Any) -> list[tuple[Any, Tensor]]:
+        if self.outgrown():
+            raise ContractError(f"{self._state.path}: adapters of other ranks than were laid out")
+        return super().low_rank_slots(active)
+
+    def outgrown(self) -> bool:
+        """Whether parameters were exchanged for some of another rank, which PEFT's books do not
+        say (`hotswap_adapter`)."""
+        return any(slot.down.shape[0] != slot.width for slot in self.fastlora.values())
 
     def mixed(self, x: Tensor, gates: dict[str, Tensor]) -> Tensor:
         """The layer with these adapters, whose gates are [batch, rank]."""

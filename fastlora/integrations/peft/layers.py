@@ -72,6 +72,9 @@ class FastLayer(PeftLayer):
         except ContractError:  # dtypes that only PEFT casts; or it says what is wrong in its way
             if _is_compiling():
                 raise
+            if plan.host.outgrown():
+                self.synchronise()
+                return self.forward(x)
             return self.by_peft(x)
         return with_biases(plan, y) if plan.biases else y
 
@@ -97,7 +100,8 @@ class FastLayer(PeftLayer):
             return self.by_peft(x, *args, **kwargs)
         self._check_forward_args(x, adapter_names=names)
         gates = self.gates_of(plan.host, tuple(names), x)
-        if gates is None or any(plan.hooks) or "forward" in plan.uncalled:
+        uncalled = any(plan.hooks) or "forward" in plan.uncalled
+        if gates is None or uncalled or plan.host.outgrown():
             return self.by_peft(x, adapter_names=names)
         try:
             return plan.host.mixed(x, gates) if gates else self.base_layer(x)

@@ -63,9 +63,10 @@ def one(layer: LoraLayer, name: str) -> Found | None:
     if not places:
         return None
     if variant is not None:
-        vector = layer.lora_magnitude_vector[name]
-        if type(vector) is not DORA[type(variant)]:
-            return None
+        vectors = layer.lora_magnitude_vector
+        if name not in vectors or type(vectors[name]) is not DORA[type(variant)]:
+            return None  # of another kind, or in the making
+        vector = vectors[name]
         places["magnitude"] = vector._parameters, "weight"
         modules.append(vector)
     weight = layer.get_base_layer().weight

@@ -58,6 +58,10 @@ class PeftSlot(LoRASlot):
         vars(self)["_parameters"] = Parameters(places)
 
     @property
+    def width(self) -> int:  # type: ignore[override]
+        return self.spec.rank  # when it was laid out; PEFT deletes and exchanges parameters
+
+    @property
     def down(self) -> Tensor:  # type: ignore[override]
         return self._parameters["down"]  # type: ignore[return-value]
 
