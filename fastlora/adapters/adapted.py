@@ -331,7 +331,7 @@ class Adapted(nn.Module):
 
 # --- which class adapts which ---------------------------------------------------------------------
 
-_ADAPTED: dict[type[nn.Module], type[Adapted]] = {}
+_ADAPTED: dict[type[nn.Module], type[Adapted] | None] = {}
 _BASE: dict[type[nn.Module], type[nn.Module]] = {}
 _LIKE: dict[type[nn.Module], type[Adapted]] = {}
 Class = TypeVar("Class", bound=type[Adapted])
@@ -363,8 +363,22 @@ def adapted_class(base: type[nn.Module]) -> type[Adapted] | None:
     if base not in _ADAPTED:
         for ancestor, like in _LIKE.items():
             if issubclass(base, ancestor):
-                adapts(base)(type(f"Adapted{base.__name__}", (like, base), {}))
+                adapted = type(f"Adapted{base.__name__}", (like, base), {})
+                if exchangeable(base, adapted):
+                    adapts(base)(adapted)
+                else:
+                    _ADAPTED[base] = None
     return _ADAPTED.get(base)
+
+
+def exchangeable(base: type[nn.Module], adapted: type[Adapted]) -> bool:
+    """Whether an object of one class can become one of the other: not where a base class of
+    `base` that is no module comes first (quanto's QLinear)."""
+    try:
+        object.__setattr__(object.__new__(base), "__class__", adapted)
+    except TypeError:
+        return False
+    return True
 
 
 def base_class(adapted: type[nn.Module]) -> type[nn.Module]:

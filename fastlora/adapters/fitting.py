@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from fastlora.adapters.base_hash import base_hash, same_base
 from fastlora.adapters.deltas import Delta, DeltaSlot, mapped, tensors_of
 from fastlora.adapters.factorising import full_rank
-from fastlora.adapters.inject import NORMS, parameter_dtype, shift_count, unsuitable
+from fastlora.adapters.inject import (
+    NORMS,
+    dtypes_beside,
+    parameter_dtype,
+    shift_count,
+    unsuitable,
+)
 from fastlora.adapters.slots import LoRASlot, Slot, SpectralSlot, shapes_lora
 from fastlora.adapters.specs import AdapterError, LoRA, Spectral, fits_float32
 from fastlora.adapters.tensors import too_large
@@ -52,7 +58,7 @@ def lora_slot(layer: nn.Module, change: Change, part: LowRank) -> LoRASlot:
     """The LoRASlot of a low-rank Change. Raises AdapterError where it does not fit the layer."""
     weight: Any = layer.weight
     if part.mid is not None:
-        require_update(change, tuple(weight.shape))
+        require_update(change, shape_of(layer))
     part = oriented(layer, part.without_mid())
     if isinstance(layer, nn.Conv2d) and part.rank % layer.groups:
         raise AdapterError(f"rank {part.rank} is not divisible by {layer.groups} groups")
@@ -151,12 +157,20 @@ def oriented(layer: nn.Module, part: LowRank) -> LowRank:
     return dataclasses.replace(part, down=down, up=up, embedding=True)
 
 
+def shape_of(layer: nn.Module) -> tuple[int, ...]:
+    """The shape of a layer's weight, which quantised ones pack into another."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    weight: Any = layer.weight
+    return tuple(weight.shape)
+
+
 def own_rows(layer: nn.Module, change: Change) -> Change:
     """The rows that the module has, where the parts have rows; else all parts in memory of their
     own: other modules have theirs from the same tensors."""
     assert change.rows is not None
     first, last, total = change.rows
-    weight: Any = layer.weight
+    shape = shape_of(layer)
     if change.magnitude is not None and change.axis == "in":
         raise AdapterError(
             f"a magnitude over inputs is of all {total} rows, and the module has {last - first}"
@@ -165,9 +179,9 @@ def own_rows(layer: nn.Module, change: Change) -> Change:
     if isinstance(part, LowRank | Dense):
         name = "up" if isinstance(part, LowRank) else "diff"
         whole = getattr(part, name)
-        if len(whole) != total or len(weight) != last - first:
+        if len(whole) != total or shape[0] != last - first:
             raise AdapterError(
-                f"{name}: expected {total} rows, {last - first} of them for {list(weight.shape)}, "
+                f"{name}: expected {total} rows, {last - first} of them for {list(shape)}, "
                 f"got {list(whole.shape)}"
             )
         part = dataclasses.replace(part, **{name: whole[first:last]})
@@ -219,13 +233,7 @@ def placed(weight: Tensor, tensor: Tensor) -> Tensor:
 
 def fitting_dtype(weight: Tensor, dtype: torch.dtype) -> torch.dtype:
     """The file's dtype if the operators take it beside this weight, else what inject chooses."""
-    if weight.is_floating_point():
-        fits = dtype == weight.dtype or (
-            dtype == torch.float32 and weight.dtype in (torch.float16, torch.bfloat16)
-        )
-    else:
-        fits = dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return dtype if fits else parameter_dtype("", weight, None)
+    return dtype if dtype in dtypes_beside(weight) else parameter_dtype("", weight, None)
 
 
 def require_shifts(layer: nn.Module, spec: Spectral, shift: Tensor | None) -> None:

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from fastlora.adapters.adapted import Adapted, adapted_class, base_class
 from fastlora.adapters.arena import Arena, Scale
+from fastlora.adapters.beside import AdaptedLinearLike
 from fastlora.adapters.folded_weight import fold_layers
-from fastlora.adapters.layers import AdaptedLinearLike
 from fastlora.adapters.lookup import adapted_layers, arenas, layers_of, unwrapped, walked
 from fastlora.adapters.specs import AdapterError
 from fastlora.adapters.surgery import remove_all
+from fastlora.adapters.tensors import is_plain
 
 
 def fold(model: nn.Module, permanent: bool = False) -> None:
@@ -86,10 +87,11 @@ def check_plain(path: str, layer: nn.Module) -> None:
     """Raises AdapterError for a layer, adapted or about to be, that has no plain weight."""
     kind = type(layer) if isinstance(layer, Adapted) else adapted_class(type(layer))
     assert kind is not None
-    if issubclass(kind, AdaptedLinearLike) or layer._parameters.get("weight") is None:
+    if issubclass(kind, AdaptedLinearLike) or not is_plain(layer._parameters.get("weight")):
         raise AdapterError(
             f"fold: {path}: a {base_class(kind).__name__} computes with its weight in a way of its "
-            "own; only plain Linear, Conv2d, Embedding and norms can be folded"
+            "own; only plain Linear, Conv2d, Embedding and norms can be folded. Leave a quantised "
+            "model unfolded, or fold(model, permanent=True) before quantising"
         )
 
 

@@ -22,6 +22,7 @@ from fastlora.adapters.surgery import (
     set_fused_encoders,
     thaw,
 )
+from fastlora.adapters.tensors import COMPUTED
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def room(path: str, module: Any, rank: int, dtype: torch.dtype | None) -> tuple[
     if rank == 0:
         return None, None
     weight: Tensor = module.weight
-    if dtype is None and weight.is_floating_point():
+    if dtype is None and weight.dtype in COMPUTED:
         dtype = weight.dtype
     at = {"dtype": parameter_dtype(path, weight, dtype, "reserve"), "device": weight.device}
     shapes = shapes_lora(module, weight, LoRA(rank))

@@ -4,7 +4,18 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+COMPUTED = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # what products are of
+
+
+def is_plain(weight: Any) -> bool:
+    """Whether a weight is memory of its values: not quantised, as torchao's are that are tensors
+    around others, and not None."""
+    if weight is None or weight.dtype not in COMPUTED:
+        return False
+    return type(weight) in (Tensor, nn.Parameter) or not is_traceable_wrapper_subclass(weight)
 
 
 def memory(t: Tensor) -> tuple[int, int] | None:
