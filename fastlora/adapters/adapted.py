@@ -372,8 +372,8 @@ def adapted_class(base: type[nn.Module]) -> type[Adapted] | None:
 
 
 def exchangeable(base: type[nn.Module], adapted: type[Adapted]) -> bool:
-    """Whether an object of one class can become one of the other: not where a base class of
-    `base` that is no module comes first (quanto's QLinear)."""
+    """Whether an object of one class can become one of the other: not where abstract classes
+    before nn.Linear have given it another layout, as that of quanto's QLinear."""
     try:
         object.__setattr__(object.__new__(base), "__class__", adapted)
     except TypeError:

@@ -33,16 +33,23 @@ class AdaptedLinearLike(Adapted):
 
 def beside(layer: Adapted, y: Tensor, x: Tensor, slots: Gated) -> Tensor:
     """`y + Σ ((x Dᵀ) ∘ g) Uᵀ` where y is what the base has computed from x, in y's dtype."""
-    if y.requires_grad:  # what its backward has saved may be the output itself
+    if torch.is_grad_enabled():
+        silent = x.requires_grad and not y.requires_grad
+        # What its backward has saved may be the output itself, which may also be a view that a
+        # custom function has made and nobody may write to.
         y = y.clone()
-    elif x.requires_grad and layer.training and torch.is_grad_enabled() and not is_compiling():
-        warnings.warn(
-            f"{layer._state.path or 'the layer'}: no gradient passes through its base, whose weight "
-            f"is {kind_of_weight(layer)}: adapters before it learn nothing from what comes after "
-            "it. To train, quantise the weights alone and not the activations",
-            stacklevel=2,
-        )
+        if silent and layer.training and not is_compiling():
+            warn_of_no_gradient(layer)
     return add_low_rank(layer, y, x, slots)
+
+
+def warn_of_no_gradient(layer: Adapted) -> None:
+    warnings.warn(
+        f"{layer._state.path or 'the layer'}: no gradient passes through its base, whose weight is "
+        f"{kind_of_weight(layer)}: adapters before it learn nothing from what comes after it. To "
+        "train, quantise the weights alone and not the activations",
+        stacklevel=4,
+    )
 
 
 def add_low_rank(layer: Adapted, y: Tensor, x: Tensor, slots: Gated) -> Tensor:

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 COMPUTED = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # what products are of
 
@@ -15,7 +14,8 @@ def is_plain(weight: Any) -> bool:
     around others, and not None."""
     if weight is None or weight.dtype not in COMPUTED:
         return False
-    return type(weight) in (Tensor, nn.Parameter) or not is_traceable_wrapper_subclass(weight)
+    # (What torch asks for it, it answers wrongly within a graph that is being compiled.)
+    return type(weight) in (Tensor, nn.Parameter) or not hasattr(type(weight), "__tensor_flatten__")
 
 
 def memory(t: Tensor) -> tuple[int, int] | None:
