@@ -362,8 +362,8 @@ def noting(modules: dict[str, nn.Module], dtypes: dict[str, torch.dtype]) -> Any
 
 
 def keep_quantised(model: nn.Module, double: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
-    """Lets what is quantised compute in the model, in the dtype that its input had there, when it is
-    called in the copy: libraries do not widen such weights."""
+    """What is quantised computes in the model when it is called in the copy, in the dtype that its
+    input had there: libraries do not widen such weights."""
     twins = dict(base_modules(unwrapped(double)))
 
     def narrow(compute: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:

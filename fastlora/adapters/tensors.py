@@ -10,12 +10,12 @@ COMPUTED = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # what
 
 
 def is_plain(weight: Any) -> bool:
-    """Whether a weight is memory of its values: not quantised, as torchao's are that are tensors
-    around others, and not None."""
+    """Whether a weight is memory of its values: not None, and not quantised. What kinds of tensors
+    that are not torch's hold, and in which layout, nobody knows."""
     if weight is None or weight.dtype not in COMPUTED:
         return False
-    # (What torch asks for it, it answers wrongly within a graph that is being compiled.)
-    return type(weight) in (Tensor, nn.Parameter) or not hasattr(type(weight), "__tensor_flatten__")
+    kind = type(weight)
+    return kind in (Tensor, nn.Parameter) or kind.__module__.partition(".")[0] == "torch"
 
 
 def memory(t: Tensor) -> tuple[int, int] | None:

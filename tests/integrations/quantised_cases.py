@@ -161,6 +161,9 @@ KINDS: dict[str, Callable[[], Kind]] = {
     "torchao intx": lambda: torchao("IntxWeightOnlyConfig"),
     "bitsandbytes int8": lambda: bitsandbytes("Linear8bitLt", has_fp16_weights=False),
     "bitsandbytes nf4": lambda: bitsandbytes("LinearNF4"),
+    "bitsandbytes nf4 stored as bf16": lambda: bitsandbytes(
+        "LinearNF4", quant_storage=torch.bfloat16
+    ),
     "bitsandbytes fp4": lambda: bitsandbytes("LinearFP4"),
     "bitsandbytes nf4 in bf16": lambda: bitsandbytes(
         "Linear4bit", quant_type="nf4", compute_dtype=torch.bfloat16
