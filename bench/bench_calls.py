@@ -28,7 +28,7 @@ def microseconds_a_call(benchmark, run, calls):
         benchmark.extra_info["host"] = benchmark.stats.stats.median / calls * 1e6
 
 
-@pytest.mark.parametrize("contender", ["nn.Linear", "fastlora", "peft"])
+@pytest.mark.parametrize("contender", ["nn.Linear", "fastlora", "peft", "accelerated"])
 def test_tiny_call(benchmark, contender):
     """8x8 through modules in float32."""
     benchmark.group = "lora_linear tiny call 8x8 r=4"
@@ -39,7 +39,7 @@ def test_tiny_call(benchmark, contender):
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
-@pytest.mark.parametrize("contender", ["nn.Linear", *FORMS, "addmm", "peft"])
+@pytest.mark.parametrize("contender", ["nn.Linear", *FORMS, "addmm", "peft", "accelerated"])
 def test_call(benchmark, contender):
     """Every form of the operator, on a layer that its kernels finish sooner than the host."""
     benchmark.group = "lora_linear call 16x64x64 r=16 bfloat16"

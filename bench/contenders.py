@@ -104,6 +104,13 @@ def peft(c: Case, x: Tensor) -> Run:
     return lambda: layer(x)
 
 
+def accelerated(c: Case, x: Tensor) -> Run:
+    """PEFT's layer after `fastlora.accelerate`."""
+    layer = peft_layer(c)
+    fastlora.accelerate(nn.ModuleList([layer]))
+    return lambda: layer(x)
+
+
 def compiled(c: Case, x: Tensor) -> Run:
     """PEFT's layer under torch.compile. Layers of one shape share their compiled code."""
     layer = peft_layer(c)
@@ -144,13 +151,14 @@ CONTENDERS: dict[str, Callable[[Case, Tensor], Run]] = {
     **dict.fromkeys(FORMS, operator),
     "addmm": addmm,
     "peft": peft,
+    "accelerated": accelerated,
     "peft + compile": compiled,
 }
 
 
 def wanted(name: str, tokens: int, features: int, out: int, rank: int, gpu: bool) -> bool:
     """Whether a contender takes part."""
-    if name in ("floor", "fastlora", "addmm", "peft"):
+    if name in ("floor", "fastlora", "addmm", "peft", "accelerated"):
         return True
     if not gpu:
         return False

@@ -62,6 +62,9 @@ def parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("out"), help="folder to write (default: out)"
     )
     demo.add_argument("--seed", type=seed, default=0, help="seed of everything random (default: 0)")
+    demo.add_argument(
+        "--json", action="store_true", help="print JSON, and what is said meanwhile on stderr"
+    )
 
     doctor = commands.add_parser(
         "doctor",
@@ -108,11 +111,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.command == "demo" and arguments.part == "svdiff":
         from fastlora.demo.svdiff import main
 
-        return main(arguments.out, arguments.seed)
+        return main(arguments.out, arguments.seed, as_json=arguments.json)
     if arguments.command == "demo":
         from fastlora.demo import main
 
-        return main(arguments.out, arguments.seed) or 0
+        return main(arguments.out, arguments.seed, as_json=arguments.json)
     from fastlora.doctor import main
 
     return main(as_json=arguments.json)

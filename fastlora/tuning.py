@@ -1,5 +1,7 @@
 """`tune`: measures which route of `lora_linear` is fastest, instead of predicting it."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora.adapters.lookup import adapted_layers
+from fastlora.adapters.components import Models, as_one
+from fastlora.adapters.lookup import adapted_layers, no_module
 from fastlora.adapters.specs import AdapterError
 from fastlora.ops import _routes, _tuned, operators
 from fastlora.ops._define import kernels
@@ -75,23 +78,28 @@ def _cell(measured: float, predicted: float) -> str:
 
 
 @torch.no_grad()
-def tune(model: nn.Module, *inputs: Any, **keywords: Any) -> TuneReport:
+def tune(model: Models, *inputs: Any, **keywords: Any) -> TuneReport:
     """Times every route of every kind of `lora_linear` call that the model makes on these inputs,
     and lets calls of that kind take the fastest from now on.
 
-    The model runs once, in eval mode and without gradients; its modes and the random state are as
-    before afterwards. Calls are told apart by shapes, dtypes, layouts and device; use inputs of the
-    sizes that you will serve. On a GPU calls are timed inside a CUDA graph where that is possible.
-    Routes differ in the order of roundings: results may change by as much, once, here.
+    `model`: a module, or a pipeline, which is called likewise and all of whose components are
+    looked at: `tune(pipe, "a prompt", num_inference_steps=1)`. It runs once, in eval mode and
+    without gradients; its modes and the random state are as before afterwards. Calls are told apart
+    by shapes, dtypes, layouts and device; use inputs of the sizes that you will serve. On a GPU
+    calls are timed inside a CUDA graph where that is possible. Routes differ in the order of
+    roundings: results may change by as much, once, here.
 
     What was measured is kept in `FASTLORA_TUNE_FILE` (default: fastlora/tune.json in the user's
     cache folder) by device, and later processes use it; where that cannot be written the report
     says so, and this process uses it all the same. Raises AdapterError if there are no adapters, or
     if the model fails on the inputs.
     """
-    if not adapted_layers(model):
+    if not callable(model):
+        raise no_module(model)
+    one = as_one(model, "tune")
+    if not adapted_layers(one):
         raise AdapterError("tune: the model has no adapters")
-    calls = _calls_of(model, inputs, keywords)
+    calls = _calls_of(model, one, inputs, keywords)
     rows: list[TuneRow] = []
     entries: dict[str, dict[str, str]] = {}
     try:
@@ -114,9 +122,10 @@ def tune(model: nn.Module, *inputs: Any, **keywords: Any) -> TuneReport:
 
 
 def _calls_of(
-    model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]
+    model: Callable[..., Any], one: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]
 ) -> dict[tuple[str, str], Arguments]:
-    """(device, call) -> arguments of one such call, for all that have more than one route."""
+    """(device, call) -> arguments of one such call, for all that have more than one route. `one`
+    has the modules of what is called."""
     seen: dict[tuple[str, str], Arguments] = {}
 
     def watch(*args: Any) -> None:
@@ -125,9 +134,9 @@ def _calls_of(
             detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
             seen.setdefault((device, _tuned.call_key(*args)), detached)
 
-    devices = {p.device for p in model.parameters() if p.is_cuda}
-    modes = {module: module.training for module in model.modules()}
-    model.eval()  # dropout takes another way
+    devices = {p.device for p in one.parameters() if p.is_cuda}
+    modes = {module: module.training for module in one.modules()}
+    one.eval()  # dropout takes another way
     operators[
         "lora_linear"
     ].clear()  # every kind of call has to make its plan again, and is seen there

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlora.adapters.adapted import Adapted
-from fastlora.adapters.beside import AdaptedLinearLike
 from fastlora.adapters.deltas import DeltaSlot
 from fastlora.adapters.layers import AdaptedConv2d, AdaptedEmbedding
 from fastlora.adapters.lookup import adapted_layers, base_modules, unwrapped
@@ -96,7 +95,7 @@ def verify(model: nn.Module, *inputs: Any, **keywords: Any) -> VerifyReport:
         with by_reference(layers):
             plain = [t.clone() for t in flat(model(*inputs, **keywords))]
         # Of what is quantised nothing is computed in the copy, and not every kind can be copied.
-        left_out = {id(m.weight): None for m in quantised(model).values()}
+        left_out = {id(m.weight): nothing_like(m.weight) for m in quantised(model).values()}
         double = copy.deepcopy(model, left_out).double()
         dtypes |= {path: x.dtype for path, (x, _) in seen.items()}
         keep_quantised(model, double, dtypes)
@@ -174,8 +173,8 @@ def reference(layer: Adapted, x: Tensor, dtype: torch.dtype) -> Tensor:
     if not is_plain(layer.weight):
         y: Any = layer.base(given).to(dtype)
         weight = None
-    elif isinstance(layer, AdaptedLinearLike):
-        y = layer.base(x.to(layer.weight.dtype)).to(dtype)
+    elif layer.beside:
+        y = layer.base(x.to(layer.weight.dtype) if x.is_floating_point() else x).to(dtype)
         weight = None
     else:
         weight = delta_reference(spectral_reference(layer, slots, dtype), slots)
@@ -344,6 +343,12 @@ def quantised(model: nn.Module) -> dict[str, nn.Module]:
         for path, module in base_modules(unwrapped(model))
         if module._parameters.get("weight") is not None and not is_plain(module.weight)
     }
+
+
+def nothing_like(weight: Any) -> nn.Parameter:
+    """No values, of a dtype that none would be computed in."""
+    empty = torch.empty(0, dtype=torch.int8, device=weight.device)
+    return nn.Parameter(empty, requires_grad=False)
 
 
 def noting(modules: dict[str, nn.Module], dtypes: dict[str, torch.dtype]) -> Any:

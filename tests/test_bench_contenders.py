@@ -34,9 +34,9 @@ def results(name: str, rank: int, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("rank", RANKS)
-@pytest.mark.parametrize("name", ["floor", "fastlora", "addmm", "peft"])
+@pytest.mark.parametrize("name", ["floor", "fastlora", "addmm", "peft", "accelerated"])
 def test_contenders_of_the_cpu(name, rank):
-    if name == "peft":
+    if name in ("peft", "accelerated"):
         pytest.importorskip("peft")
     assert_twofold(*results(name, rank, torch.float32))
 

@@ -18,10 +18,11 @@ def demo(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     module.calls = []
     module.failure = None
 
-    def main(out: Path, seed: int) -> None:
-        module.calls.append((out, seed))
+    def main(out: Path, seed: int, as_json: bool) -> int:
+        module.calls.append((out, seed, as_json))
         if module.failure is not None:
             raise module.failure
+        return 0
 
     module.main = main
     monkeypatch.setitem(sys.modules, "fastlora.demo", module)
@@ -41,21 +42,22 @@ def test_without_a_command_prints_help(capsys):
 
 def test_demo_defaults(demo):
     assert cli.main(["demo"]) == 0
-    assert demo.calls == [(Path("out"), 0)]
+    assert demo.calls == [(Path("out"), 0, False)]
 
 
 def test_demo_arguments(demo):
-    assert cli.main(["demo", "--out", "a b/c", "--seed", "7"]) == 0
-    assert demo.calls == [(Path("a b/c"), 7)]
+    assert cli.main(["demo", "--out", "a b/c", "--seed", "7", "--json"]) == 0
+    assert demo.calls == [(Path("a b/c"), 7, True)]
 
 
 def test_demo_svdiff(monkeypatch):
     calls = []
     module = types.ModuleType("fastlora.demo.svdiff")
-    module.main = lambda out, seed: calls.append((out, seed)) or 0
+    module.main = lambda out, seed, as_json: calls.append((out, seed, as_json)) or 0
     monkeypatch.setitem(sys.modules, "fastlora.demo.svdiff", module)
     assert cli.main(["demo", "svdiff", "--out", "x", "--seed", "4"]) == 0
-    assert calls == [(Path("x"), 4)]
+    assert cli.main(["demo", "svdiff", "--json"]) == 0
+    assert calls == [(Path("x"), 4, False), (Path("out"), 0, True)]
 
 
 def test_demo_refuses_another_part(demo, capsys):

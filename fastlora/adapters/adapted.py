@@ -34,6 +34,8 @@ class Adapted(nn.Module):
     fastlora: Any  # Slots; torch declares what is in one as plain modules
     weight: Tensor
     transposed = False  # low-rank parts add to Wᵀ
+    beside = False  # the base computes in a way of its own, and low-rank parts are added to that
+    foreign = False  # its adapters are another library's, which alone adds and removes them
     _state: LayerState
 
     # --- what a base class provides ---------------------------------------------------------------
@@ -110,6 +112,8 @@ class Adapted(nn.Module):
     def refresh(self) -> None:
         """Takes up what changed in the arena since the last call."""
         state = self._state
+        if state.arena.unsettled:
+            state.arena.layout()
         epoch = state.arena.epoch
         if state.epoch == epoch:
             return
@@ -119,7 +123,9 @@ class Adapted(nn.Module):
                 f"cpu_offload needs preload_module_classes=['{type(self).__name__}', ...]"
             )
         state.active = tuple(
-            (name, slot) for name, slot in self.fastlora.items() if not state.arena.off(name)
+            (name, slot)
+            for name, slot in self.fastlora.items()
+            if slot.ratio and not state.arena.off(name)
         )
         state.forget_weights()
         slots = self.fastlora

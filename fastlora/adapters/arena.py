@@ -41,6 +41,7 @@ class Arena:
         self.learned = False  # some scale requires a gradient
         self.folded = False  # some layer may be
         self.steady = [0, 0]  # blocks that say that weights stay; those begun in a capture
+        self.unsettled = False  # some layer has others than it had when they were laid out
         self.materialize = "forward"  # how long training keeps W' of spectral shifts, or "step"
         self._layers: dict[int, weakref.ref[Any]] = {}
         self._total = 0  # entries
@@ -74,6 +75,7 @@ class Arena:
         """Gives every layer its entries. Adapters without a layer are forgotten."""
         layers = sorted(self.layers(), key=lambda layer: not layer.fastlora.capacity)
         self._layers = {id(layer): weakref.ref(layer) for layer in layers}
+        self.unsettled = False
         self._largest, self._whole = {}, {}
         spans: list[tuple[int, int, str, float]] = []  # (first entry, width, name, ratio)
         edges: list[int] = []  # a part of the gates begins and ends with a block
@@ -159,6 +161,18 @@ class Arena:
             if now[0] != before[0]:
                 self._mark_rows()
         self.write()
+
+    def set_ratio(self, layer: Any, name: str, ratio: float) -> None:
+        """Writes another α/r of one adapter of one layer, which has been laid out."""
+        offset, width = layer._state.offsets[name], layer.fastlora[name].width
+        first, count = offset // self._block, width // self._block
+        self._largest[name] = max(self._largest.get(name, 0.0), abs(ratio))
+        for ratios in (self._ratios, *(known for _, known in self._index.values())):
+            ratios.narrow(0, first, count).fill_(ratio)
+        for device, values in self._values.items():
+            new = self._compute(device, offset, width).detach()
+            values.narrow(-1, offset, width).copy_(new)
+        layer._state.stale = layer._state.merged
 
     def off(self, name: str) -> bool:
         """Known on the host to have no effect: the layer need not be computed."""

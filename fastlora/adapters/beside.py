@@ -19,8 +19,10 @@ Gated = list[tuple[Any, Tensor]]  # LoRASlots, or what a reserve holds as one, w
 
 @adapts_subclasses(nn.Linear)
 class AdaptedLinearLike(Adapted):
-    """A subclass of nn.Linear: Linear8bitLt and Linear4bit of bitsandbytes, QLinear of quanto,
+    """A subclass of nn.Linear: Linear8bitLt and Linear4bit of bitsandbytes,
     GGUFLinear of diffusers, or anybody's."""
+
+    beside = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         y = self.base(*args, **kwargs)
@@ -28,10 +30,10 @@ class AdaptedLinearLike(Adapted):
         if not slots:
             return y
         x = args[0] if args else next(iter(kwargs.values()))
-        return self.explaining(x, beside, self, y, x, slots)
+        return self.explaining(x, with_low_rank, self, y, x, slots)
 
 
-def beside(layer: Adapted, y: Tensor, x: Tensor, slots: Gated) -> Tensor:
+def with_low_rank(layer: Adapted, y: Tensor, x: Tensor, slots: Gated) -> Tensor:
     """`y + Σ ((x Dᵀ) ∘ g) Uᵀ` where y is what the base has computed from x, in y's dtype."""
     if torch.is_grad_enabled():
         silent = x.requires_grad and not y.requires_grad

@@ -1,5 +1,7 @@
 """`combine`: several adapters as a new one."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -8,9 +10,24 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.adapters.adapted import Adapted
+from fastlora.adapters.components import (
+    Models,
+    all_or_none,
+    as_one,
+    components_of,
+    info_of_parts,
+    path_in,
+)
 from fastlora.adapters.control import apply
-from fastlora.adapters.inject import Where, attach, check_name, matcher, parameter_dtype
-from fastlora.adapters.lookup import adapted_layers, arenas, require_known, unwrapped
+from fastlora.adapters.inject import (
+    Where,
+    attach,
+    check_name,
+    matcher,
+    parameter_dtype,
+    remove,
+)
+from fastlora.adapters.lookup import adapted_layers, arenas, require_known
 from fastlora.adapters.slots import LoRASlot, Slot, SpectralSlot
 from fastlora.adapters.specs import AdapterError, AdapterInfo, LoRA, fits_float32, is_number
 
@@ -21,7 +38,7 @@ Parts = list[tuple[Any, float]]  # slots of a layer with their weights
 @torch.inference_mode(False)
 @torch.no_grad()
 def combine(
-    model: nn.Module,
+    model: Models,
     weights: Mapping[str, float],
     rule: Literal["add", "interpolate"] = "add",
     *,
@@ -38,7 +55,8 @@ def combine(
     Style mixing: `where={"style": r"up_blocks\\..*"}` takes the layers that it selects (a regex,
     suffixes or a predicate, as for `inject`) from "style", and from nobody else; adapters that are
     not in `where` have all other layers. The weights that "interpolate" divides by are those of the
-    adapters that a layer is taken from.
+    adapters that a layer is taken from. In each of several components alike, paths being those
+    within it.
 
     The new adapter has strength 1 and can be scaled, saved, trained and removed like any other. The
     combined ones stay as they are, switched off (`enable` brings them back); their strengths of
@@ -51,26 +69,33 @@ def combine(
     other kinds (loha, full, ...), a layer that cannot take the new one, and a selection in `where`
     without any layer of its adapter. The model is unchanged then.
     """
-    model = unwrapped(model)
     if rule not in ("add", "interpolate"):
         raise AdapterError(f"combine: rule: expected 'add' or 'interpolate', got {rule!r}")
     check_weights(weights)
-    require_known(model, *weights)
-    check_name(model, name)
-    slots: dict[str, Slot] = {}
-    for path, layer, names in taken(model, list(weights), where or {}):
+    one = as_one(model, "combine")
+    require_known(one, *weights)
+    check_name(one, name)
+    parts = components_of(model, "combine")
+    slots: dict[str, dict[str, Slot]] = {}
+    for component, path, layer, names in taken(parts, list(weights), where or {}):
         total = sum(weights[n] for n in names) if rule == "interpolate" else 1.0
         if abs(total) < 1e-12:
-            raise AdapterError(f"combine: {path}: the weights of {names} sum to 0; use rule='add'")
-        parts = [(layer.fastlora[n], weights[n] / total) for n in names if n in layer.fastlora]
-        if parts:
-            slots[path] = combined(path, layer, parts)
-    if len({type(slot) for slot in slots.values()}) > 1:
+            full = path_in(component, path)
+            raise AdapterError(f"combine: {full}: the weights of {names} sum to 0; use rule='add'")
+        used = [(layer.fastlora[n], weights[n] / total) for n in names if n in layer.fastlora]
+        if used:
+            slots.setdefault(component, {})[path] = combined(path, layer, used)
+    if len({type(slot) for layers in slots.values() for slot in layers.values()}) > 1:
         raise AdapterError("combine: expected adapters of one kind, got LoRA and spectral shifts")
-    froze = any(n in arena.froze for arena in arenas(model) for n in weights)
-    info = attach(model, slots, name, freeze=froze, scale=1.0)
-    apply(model, {}, dict.fromkeys(weights, False))
-    return info
+
+    def add(component: str) -> AdapterInfo:
+        part = parts[component]
+        froze = any(n in arena.froze for arena in arenas(part) for n in weights)
+        return attach(part, slots[component], name, freeze=froze, scale=1.0)
+
+    infos = all_or_none(slots, add, undo=lambda component: remove(parts[component], name))
+    apply(one, {}, dict.fromkeys(weights, False))
+    return info_of_parts(infos)
 
 
 def check_weights(weights: Any) -> None:
@@ -84,21 +109,24 @@ def check_weights(weights: Any) -> None:
 
 
 def taken(
-    model: nn.Module, names: list[str], where: Mapping[str, Where]
-) -> list[tuple[str, Adapted, list[str]]]:
-    """(path, layer, the adapters that it is taken from) of all layers that have any of `names`."""
+    parts: Mapping[str, nn.Module], names: list[str], where: Mapping[str, Where]
+) -> list[tuple[str, str, Adapted, list[str]]]:
+    """(component, path, layer, the adapters that it is taken from) of all layers that have any of
+    `names`."""
     if not isinstance(where, Mapping) or set(where) - set(names):
         raise AdapterError(
             f"combine: where: expected selections for some of {names}, got {where!r}"
         )
     selections = {name: matcher(selection, "combine") for name, selection in where.items()}
     found, used = [], set()
-    for path, layer in adapted_layers(model).items():
-        if not any(name in layer.fastlora for name in names):
-            continue
-        own = [n for n, selects in selections.items() if selects(path, layer)]
-        used.update(n for n in own if n in layer.fastlora)
-        found.append((path, layer, own or [n for n in names if n not in selections]))
+    for component, part in parts.items():
+        for path, layer in adapted_layers(part).items():
+            if not any(name in layer.fastlora for name in names):
+                continue
+            own = [n for n, selects in selections.items() if selects(path, layer)]
+            used.update(n for n in own if n in layer.fastlora)
+            others = [n for n in names if n not in selections]
+            found.append((component, path, layer, own or others))
     for name in selections:
         if name not in used:
             raise AdapterError(

@@ -1,5 +1,7 @@
 """Looking at a model's adapters and changing their strength."""
 
+from __future__ import annotations
+
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -8,6 +10,13 @@ from typing import Any
 from torch import nn
 
 from fastlora.adapters.arena import Arena, Scale, checked
+from fastlora.adapters.components import (
+    Models,
+    as_one,
+    components_of,
+    info_of_parts,
+    without_text_encoders,
+)
 from fastlora.adapters.folded_weight import fold_layers
 from fastlora.adapters.folding import check_strengths, folded_by, unfold
 from fastlora.adapters.lookup import (
@@ -26,8 +35,24 @@ Changes = list[tuple[Arena, dict[str, Any], dict[str, bool]]]
 _tiling = threading.RLock()
 
 
-def adapters(model: nn.Module) -> dict[str, AdapterInfo]:
-    """The adapters of a model by name."""
+def adapters(model: Models) -> dict[str, AdapterInfo]:
+    """The adapters of a model by name.
+
+    `model`: a module, a dict of them by component ("unet", "text_encoder", ...), or a diffusers
+    pipeline. Of several components, `modules` have the component in front, `rank` is the largest
+    and `parameters` the sum; `scale` and `enabled` are dicts by component where they differ, as
+    after `set_scale(pipe.unet, ...)`.
+    """
+    if isinstance(model, nn.Module):
+        return adapters_of(model)
+    found = {c: adapters_of(part) for c, part in components_of(model, "adapters").items()}
+    return {
+        name: info_of_parts({c: infos[name] for c, infos in found.items() if name in infos})
+        for name in dict.fromkeys(name for infos in found.values() for name in infos)
+    }
+
+
+def adapters_of(model: nn.Module) -> dict[str, AdapterInfo]:
     layers = adapted_layers(model)
     result = {}
     for arena in arenas(model):
@@ -56,63 +81,79 @@ def numbers_of(slot: nn.Module) -> int:
     return sum(p.numel() for p in slot._parameters.values() if p is not None)
 
 
-def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
+def parameters(model: Models, name: str | None = None) -> list[nn.Parameter]:
     """What an optimiser should train: the parameters of one adapter, or of all."""
+    one = as_one(model, "parameters")
     if name is not None:
-        require_known(model, name)
+        require_known(one, name)
     return [
         p
-        for layer in adapted_layers(model).values()
+        for layer in adapted_layers(one).values()
         for other, slot in layer.fastlora.items()
         if name is None or other == name
         for p in slot.parameters()
     ]
 
 
-def set_scale(model: nn.Module, scales: Scales) -> None:
+def set_scale(model: Models, scales: Scales) -> None:
     """Sets strengths by adapter name, or of all adapters at once.
+
+    Of a dict of models or a pipeline: in each component that has the adapter.
 
     A number, or a tensor `[batch]`: one strength per sample; then the leading size of the input of
     every layer with that adapter has to be `batch`. A tensor that requires a gradient gets it. The
     gates are `scale · α/r`, float32 also beside float64 weights. A scale of 0.0 leaves the base
     layer alone, bit for bit. A folded model is folded again.
 
-    Raises AdapterError, and changes nothing, for unknown names, for a strength per sample where the
-    model is folded or the adapter is more than low-rank products somewhere (DoRA, spectral shifts,
-    LoHa, a bias, ...), and for strengths that are not finite, by themselves or times α/r. Values of
-    tensors on an accelerator are not looked at, which would wait for the device.
+    The samples of a pipeline's denoiser are images, those of its text encoders prompts. One tensor
+    for both works where there are as many of one as of the other; where not, the call of a layer
+    raises ContractError and names it: set the components' strengths apart, `set_scale(pipe.unet,
+    {"a": rows})`.
+
+    Raises AdapterError, and changes nothing, for names that no component has, for a strength per
+    sample where the model is folded or the adapter is more than low-rank products somewhere (DoRA,
+    spectral shifts, LoHa, a bias, ...), and for strengths that are not finite, by themselves or
+    times α/r. Values of tensors on an accelerator are not looked at, which would wait for the
+    device.
     """
+    one = as_one(model, "set_scale")
     if not isinstance(scales, Mapping):
-        scales = dict.fromkeys(some_names(model, "set_scale"), scales)
-    apply(model, scales, {})
+        scales = dict.fromkeys(some_names(one, "set_scale"), scales)
+    apply(one, scales, {})
 
 
-def enable(model: nn.Module, *names: str) -> AbstractContextManager[nn.Module]:
+def enable(model: Models, *names: str) -> AbstractContextManager[Any]:
     """Switches adapters on (all of them without names); their scales are what they were.
 
     Stays so, or for a block of code: `with fastlora.enable(model): ...`.
     """
-    before = strengths(model)
-    apply(model, {}, dict.fromkeys(names or some_names(model, "enable"), True))
-    return restoring(model, before)
+    return switched(model, "enable", names, True)
 
 
-def disable(model: nn.Module, *names: str) -> AbstractContextManager[nn.Module]:
+def disable(model: Models, *names: str) -> AbstractContextManager[Any]:
     """Switches adapters off (all of them without names): the plain base layers run.
 
     Stays so, or for a block of code: `with fastlora.disable(model): ...`.
     """
-    before = strengths(model)
-    apply(model, {}, dict.fromkeys(names or some_names(model, "disable"), False))
-    return restoring(model, before)
+    return switched(model, "disable", names, False)
+
+
+def switched(
+    model: Models, what: str, names: tuple[str, ...], on: bool
+) -> AbstractContextManager[Any]:
+    one = as_one(model, what)
+    before = strengths(one)
+    apply(one, {}, dict.fromkeys(names or some_names(one, what), on))
+    return restoring(one, before, model)
 
 
 @contextmanager
-def scaled(model: nn.Module, scales: Scales) -> Iterator[nn.Module]:
+def scaled(model: Models, scales: Scales) -> Iterator[Any]:
     """`set_scale` for a block of code; scales and switches are put back at its end."""
-    before = strengths(model)
-    set_scale(model, scales)
-    with restoring(model, before):
+    one = as_one(model, "scaled")
+    before = strengths(one)
+    set_scale(one, scales)
+    with restoring(one, before, model):
         yield model
 
 
@@ -128,10 +169,10 @@ def strengths(model: nn.Module) -> Changes:
 
 
 @contextmanager
-def restoring(model: nn.Module, before: Changes) -> Iterator[nn.Module]:
-    """Puts scales and switches back at the end of a block."""
+def restoring(model: nn.Module, before: Changes, given: Models = None) -> Iterator[Any]:
+    """Puts scales and switches back at the end of a block; `given` is what it is a block of."""
     try:
-        yield model
+        yield model if given is None else given
     finally:
         now = arenas(model)
         changes = []
@@ -153,16 +194,19 @@ def restoring(model: nn.Module, before: Changes) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def tiled(model: nn.Module, copies: int) -> Iterator[nn.Module]:
+def tiled(model: Models, copies: int) -> Iterator[Any]:
     """Within it, per-sample strengths repeat `copies` times along the batch, as classifier-free
     guidance concatenates its conditional and unconditional halves.
+
+    Not those of a pipeline's text encoders, through which prompts and negative prompts go in calls
+    of their own; a dict means all of its models.
 
     Blocks multiply: inside of two, nested or in two threads, strengths repeat as often as both say,
     and after both as often as before. Raises AdapterError unless `copies` is an integer >= 1.
     """
     if not isinstance(copies, int) or isinstance(copies, bool) or copies < 1:
         raise AdapterError(f"tiled: copies: expected an integer >= 1, got {copies!r}")
-    found = arenas(model)
+    found = arenas(without_text_encoders(model, "tiled"))
     try:
         retile(found, copies, 1)
         yield model

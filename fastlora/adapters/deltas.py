@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.adapters.slots import Slot
-from fastlora.formats.changes import Change, Parts, norms
+from fastlora.formats.changes import Change, Parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,30 +128,16 @@ def updated_weight(weight: Tensor, updates: Iterable[Update]) -> Tensor:
     """`W' = W + Σ strength ΔW`, computed in the weight's dtype.
 
     A magnitude is that of its own update, as for LoRA's DoRA beside other adapters: it adds
-    `V · magnitude / ‖V‖ - W` with `V = W + strength ΔW`. The norm carries no gradient, and a
-    strength of exactly zero means no change.
+    `V · magnitude / ‖V‖ - W` with `V = W + strength ΔW`, as `Change.changed` has it.
     """
     total = weight
     for change, strength in updates:
-        whole = weight
-        if change.weight is not None:
-            update = strength * change.delta(tuple(weight.shape), weight.dtype)
-            if change.magnitude is None:
-                total = total + update
-                continue
-            whole = weight + update
-        if change.magnitude is not None:
-            whole = whole * ratio_of_norms(whole, change, strength)
-            total = whole if total is weight else total + (whole - weight)
+        if change.magnitude is None:
+            total = change.changed(total, strength)
+            continue
+        whole = change.changed(weight, strength)
+        total = whole if total is weight else total + (whole - weight)
     return total
-
-
-def ratio_of_norms(whole: Tensor, change: Change, strength: Tensor) -> Tensor:
-    """`magnitude / ‖V‖`, [out, 1, ...] or [1, in, 1, ...]; ones at strength zero."""
-    assert change.magnitude is not None
-    length = norms(whole.detach(), change.axis)
-    wanted = change.magnitude.to(whole.dtype).view(length.shape)
-    return torch.where(strength.detach() == 0, 1.0, wanted / length)
 
 
 def updated_bias(bias: Tensor | None, dtype: torch.dtype, updates: Iterable[Update]) -> Any:

@@ -1,5 +1,7 @@
 """`fold` writes the adapters into weights of their own; the pristine ones stay where they are."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 
 from fastlora.adapters.adapted import Adapted, adapted_class, base_class
 from fastlora.adapters.arena import Arena, Scale
-from fastlora.adapters.beside import AdaptedLinearLike
+from fastlora.adapters.components import Models, as_one
 from fastlora.adapters.folded_weight import fold_layers
 from fastlora.adapters.lookup import adapted_layers, arenas, layers_of, unwrapped, walked
 from fastlora.adapters.specs import AdapterError
@@ -16,8 +18,9 @@ from fastlora.adapters.surgery import remove_all
 from fastlora.adapters.tensors import is_plain
 
 
-def fold(model: nn.Module, permanent: bool = False) -> None:
-    """`W' = W + U diag(g) D` (or its spectral form) for every adapted layer, in one grouped call.
+def fold(model: Models, permanent: bool = False) -> None:
+    """`W' = W + U diag(g) D` (or its spectral form) for every adapted layer, in one grouped call,
+    of all components that have adapters.
 
     The folded weights are buffers beside the pristine ones (one more copy of the adapted weights in
     memory), which `.weight` and `state_dict()` go on showing; `unfold` is therefore exact. Changing
@@ -32,7 +35,8 @@ def fold(model: nn.Module, permanent: bool = False) -> None:
     unchanged then.
     """
     # A layer with nothing but a reserve is the plain one.
-    layers = {path: layer for path, layer in adapted_layers(model).items() if len(layer.fastlora)}
+    one = as_one(model, "fold")
+    layers = {path: layer for path, layer in adapted_layers(one).items() if len(layer.fastlora)}
     if not layers:
         raise AdapterError("fold: the model has no adapters")
     for path, layer in layers.items():
@@ -40,7 +44,7 @@ def fold(model: nn.Module, permanent: bool = False) -> None:
     check_strengths(layers.values())
     if permanent:
         check_biases(layers)
-        check_unshared(model, layers)
+        check_unshared(one, layers)
     fold_layers(layers.values())
     if permanent:
         with torch.no_grad():
@@ -49,16 +53,17 @@ def fold(model: nn.Module, permanent: bool = False) -> None:
                 bias, folded = layer.bias_or_none(), layer.folded_bias()
                 if bias is not None and folded is not None and changes_bias(layer):
                     bias.copy_(folded)
-        unfold(model)
-        remove_all(unwrapped(model))
+        unfold(one)
+        remove_all(unwrapped(one))
 
 
-def unfold(model: nn.Module) -> None:
+def unfold(model: Models) -> None:
     """Back to pristine weights plus adapters. The buffers stay for the next fold."""
-    for layer in layers_of(model):
+    one = as_one(model, "unfold")
+    for layer in layers_of(one):
         layer._state.merged = layer._state.stale = False
         layer._state.forget()
-    for arena in arenas(model):
+    for arena in arenas(one):
         arena.folded = any(layer._state.merged for layer in arena.layers())
 
 
@@ -87,9 +92,10 @@ def check_plain(path: str, layer: nn.Module) -> None:
     """Raises AdapterError for a layer, adapted or about to be, that has no plain weight."""
     kind = type(layer) if isinstance(layer, Adapted) else adapted_class(type(layer))
     assert kind is not None
-    if issubclass(kind, AdaptedLinearLike) or not is_plain(layer._parameters.get("weight")):
+    if kind.beside or not is_plain(layer._parameters.get("weight")):
+        base = type(layer.base_module) if kind.foreign else base_class(kind)
         raise AdapterError(
-            f"fold: {path}: a {base_class(kind).__name__} computes with its weight in a way of its "
+            f"fold: {path}: a {base.__name__} computes with its weight in a way of its "
             "own; only plain Linear, Conv2d, Embedding and norms can be folded. Leave a quantised "
             "model unfolded, or fold(model, permanent=True) before quantising"
         )

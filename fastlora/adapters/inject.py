@@ -1,5 +1,7 @@
 """`inject` and `remove`: adapters go in and out of a model whose layers stay the same objects."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
@@ -11,6 +13,14 @@ from torch.nn.parameter import is_lazy
 
 from fastlora.adapters.adapted import Adapted, adapted_class, base_class
 from fastlora.adapters.arena import Arena, Scale, require_finite
+from fastlora.adapters.components import (
+    Models,
+    all_or_none,
+    as_one,
+    chosen_components,
+    components_of,
+    info_of_parts,
+)
 from fastlora.adapters.control import adapters
 from fastlora.adapters.deltas import Delta
 from fastlora.adapters.dora import magnitude
@@ -25,12 +35,12 @@ from fastlora.adapters.folding import (
     refolding,
 )
 from fastlora.adapters.lookup import (
-    adapted_layers,
     arenas,
+    base_modules,
     known_names,
     layers_of,
+    modules_by_path,
     require_known,
-    unwrapped,
 )
 from fastlora.adapters.slots import (
     LoRASlot,
@@ -48,7 +58,7 @@ from fastlora.adapters.surgery import (
     freeze_base,
     merge,
     restore,
-    set_fused_encoders,
+    tell_neighbours,
     thaw,
 )
 from fastlora.adapters.tensors import COMPUTED, is_plain, too_large
@@ -61,7 +71,7 @@ NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 # What is made under inference mode has to serve training later.
 @torch.inference_mode(False)
 def inject(
-    model: nn.Module,
+    model: Models,
     spec: LoRA | Spectral,
     where: Where = None,
     name: str = "default",
@@ -78,6 +88,10 @@ def inject(
     Each layer object stays what it was: it changes class, keeps its parameters and state-dict keys,
     and gets a child module `fastlora`.
 
+    `model`: a module, or a dict of them by component ("unet", "text_encoder", ...), each of which
+    gets the adapter as if it was the only one: paths are those within it. Those in which `where`
+    selects nothing are left as they are. A pipeline does not say which of its parts are meant.
+
     `seed` fixes the initial values; without it they come from torch's default generator. `freeze`
     (the default) stops gradients of the model's own parameters; `remove` gives them back. `dtype`
     of the new parameters: the layer's or float32; by default the layer's, and float32 on a 16-bit
@@ -86,18 +100,25 @@ def inject(
     Raises AdapterError when the name is taken or has a dot, nothing matches, a selected layer
     cannot be adapted, or the model is on the meta device. The model is unchanged then.
     """
-    model = unwrapped(model)
-    check_name(model, name)
+    parts = chosen_components(model, "inject")
+    check_name(as_one(model, "inject"), name)
     if not isinstance(spec, LoRA | Spectral):
         raise TypeError(f"inject: spec: expected LoRA or Spectral, got {type(spec).__name__}")
-    chosen = select(model, spec, where)
-    check_paths(spec, chosen, "inject")
-    generator = torch.default_generator
-    if seed is not None:
-        generator = torch.Generator()
-        generator.manual_seed(seed)
-    slots = {path: build(path, m, spec, generator, dtype) for path, m in chosen.items()}
-    return attach(model, slots, name, freeze=freeze)
+    chosen = select_each(parts, spec, where, "inject")
+    check_paths(spec, {path for layers in chosen.values() for path in layers}, "inject")
+    slots: dict[str, dict[str, Slot]] = {}
+    for component, layers in chosen.items():
+        generator = torch.default_generator
+        if seed is not None:
+            generator = torch.Generator()
+            generator.manual_seed(seed)
+        slots[component] = {p: build(p, m, spec, generator, dtype) for p, m in layers.items()}
+    infos = all_or_none(
+        slots,
+        lambda component: attach(parts[component], slots[component], name, freeze=freeze),
+        undo=lambda component: remove(parts[component], name),
+    )
+    return info_of_parts(infos)
 
 
 def check_paths(spec: LoRA | Spectral, chosen: Iterable[str], what: str) -> None:
@@ -128,7 +149,7 @@ def attach(
 ) -> AdapterInfo:
     """Puts ready slots into the layers at their paths, with a strength (a checked one; None: what
     the name has, or 1); raises AdapterError before the first change or never."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = modules_by_path(model)
     found = arenas(model)
     new = {} if scale is None else {name: scale}
     check_mergeable(found, new)
@@ -170,7 +191,7 @@ def attach(
             slot.train(layer.training)
         arena.scales |= new
         arena.layout()
-    set_fused_encoders(model)
+    tell_neighbours(model)
     cache.warn()
     return adapters(model)[name]
 
@@ -201,17 +222,30 @@ def check_room(path: str, module: nn.Module, slot: Slot) -> None:
                 )
 
 
-def remove(model: nn.Module, name: str) -> None:
-    """Takes the adapter out. Layers without any adapter and reserve get their class back: the plain
-    model, with the same keys and the same bits. What injecting froze is given back once no adapter
-    is left that was injected with `freeze`. Raises AdapterError for an unknown name."""
-    model = unwrapped(model)
-    require_known(model, name)
-    for layer in layers_of(model):
-        base_class(type(layer))  # there is one to go back to
+def remove(model: Models, name: str) -> None:
+    """Takes the adapter out, of all components that have it. Layers without any adapter and reserve
+    get their class back: the plain model, with the same keys and the same bits. What injecting
+    froze is given back once no adapter is left that was injected with `freeze`. Raises AdapterError
+    for an unknown name."""
+    one = as_one(model, "remove")
+    require_known(one, name)
+    for layer in layers_of(one):
+        if not layer.foreign:
+            base_class(type(layer))  # there is one to go back to
+        elif name in layer.fastlora:
+            raise AdapterError(
+                f"remove: {name!r} is PEFT's: model.delete_adapter({name!r}), or of a pipeline "
+                f"delete_adapters({name!r})"
+            )
+    for part in components_of(model, "remove").values():
+        if name in known_names(part):
+            take_out(part, name)
+
+
+def take_out(model: nn.Module, name: str) -> None:
     with refolding(model):
         found = arenas(model)
-        for layer in adapted_layers(model).values():
+        for layer in layers_of(model):
             if name in layer.fastlora:
                 if name in layer.fastlora.reserved_rows:
                     layer.fastlora.leave(name)
@@ -222,13 +256,17 @@ def remove(model: nn.Module, name: str) -> None:
                     restore(layer)
         for arena in found:
             arena.layout()
-    set_fused_encoders(model)
+    tell_neighbours(model)
     thaw(model, found)
     if not layers_of(model):
         forget_walks(model)
 
 
 # --- selection ------------------------------------------------------------------------------------
+
+
+class NoLayer(AdapterError):
+    """Nothing is selected, which is no error where another model of several has what is meant."""
 
 
 def select(
@@ -241,11 +279,11 @@ def select(
     """The layers that `where` names, each of which `spec` can adapt; `what` is for messages. With
     `meta` they need no values."""
     matches = matcher(where, what)
-    inside = {id(s) for layer in adapted_layers(model).values() for s in layer.fastlora.modules()}
+    base = {id(module) for _, module in base_modules(model)}
     chosen: dict[str, nn.Module] = {}
     refused: list[str] = []
-    for path, module in model.named_modules(remove_duplicate=False):
-        if id(module) in inside or not matches(path, module):
+    for path, module in modules_by_path(model).items():
+        if id(module) not in base or not matches(path, module):
             continue
         reason = unsuitable(module, spec)
         if reason is None:
@@ -258,8 +296,8 @@ def select(
             f"{what}: where selects layers that cannot be adapted: " + "; ".join(refused)
         )
     if not chosen:
-        candidates = [p for p, m in model.named_modules() if unsuitable(m, spec) is None][:5]
-        raise AdapterError(
+        candidates = [p for p, m in base_modules(model) if unsuitable(m, spec) is None][:5]
+        raise NoLayer(
             f"{what}: where: {where!r} matches no layer that {type(spec).__name__} can adapt; "
             f"this model has for example {candidates}" + "".join(f"; {r}" for r in refused[:1])
         )
@@ -269,6 +307,24 @@ def select(
             f"{what}: {empty[0]}: the model is on the meta device and has no weights to adapt; "
             "load it first (model.to_empty and load_state_dict)"
         )
+    return chosen
+
+
+def select_each(
+    parts: Mapping[str, nn.Module], spec: LoRA | Spectral, where: Where, what: str
+) -> dict[str, dict[str, nn.Module]]:
+    """`select` in each of several models, by component; those in which `where` matches nothing are
+    left out. Raises AdapterError, as `select`, if it matches nothing in any."""
+    chosen: dict[str, dict[str, nn.Module]] = {}
+    nothing: list[NoLayer] = []
+    for component, part in parts.items():
+        named = f"{what}: {component}" if component else what
+        try:
+            chosen[component] = select(part, spec, where, named)
+        except NoLayer as error:
+            nothing.append(error)
+    if not chosen:
+        raise nothing[0]
     return chosen
 
 
@@ -305,7 +361,8 @@ def unsuitable(module: nn.Module, spec: LoRA | Spectral | Delta) -> str | None:
     if adapted_class(base) is None:
         if is_peft(module):
             return (
-                f"it is PEFT's ({base.__module__}); merge_and_unload() or unload() its model first"
+                f"it is PEFT's ({base.__module__}); first fastlora.accelerate(model), after which "
+                "its base layer can be adapted, or model.unload()"
             )
         if issubclass(base, nn.Linear):
             return (
@@ -313,7 +370,7 @@ def unsuitable(module: nn.Module, spec: LoRA | Spectral | Delta) -> str | None:
                 "cannot be exchanged; quantise with torchao or bitsandbytes instead"
             )
         return "this kind of layer is not supported"
-    if any(map(is_lazy, module._parameters.values())):
+    if any(is_lazy(p) for p in module._parameters.values() if p is not None):
         return "its weight has no shape yet; run the model once first"
     if base in NORMS:
         if isinstance(spec, LoRA):

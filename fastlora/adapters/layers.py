@@ -11,10 +11,10 @@ from fastlora.adapters.adapted import Adapted, adapts
 from fastlora.adapters.beside import (
     Gated,
     add_low_rank,
-    beside,
     dropped,
     packed,
     quantised_since,
+    with_low_rank,
 )
 from fastlora.adapters.changed_weight import Recipe, changed_bias
 from fastlora.adapters.dora import row_scale
@@ -99,7 +99,7 @@ class AdaptedLinear(Adapted, nn.Linear):
         if not is_plain(weight):  # torchao's, for one: the class stays nn.Linear
             if dora:
                 raise quantised_since(self, "DoRA")
-            return beside(self, self.base(x), x, slots)
+            return with_low_rank(self, self.base(x), x, slots)
         dropout = self.training and any(s.spec.dropout for s, _ in slots)
         if not dropout and (not dora or len(slots) == 1):
             down, up, gate = packed(self, slots, weight.dtype)

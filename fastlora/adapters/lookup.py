@@ -12,6 +12,7 @@ from fastlora.adapters.specs import AdapterError
 from fastlora.ops._define import kernels
 
 WALK = "_fastlora_walk"  # in a model's __dict__: its latest walk
+HOST = "_fastlora_host"  # in a module's: the adapted layer that computes for it
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -24,16 +25,35 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         seen.add(id(module))
         yield path, module
-        own = isinstance(module, Adapted)
+        own, hosted = isinstance(module, Adapted), HOST in module.__dict__
         prefix = path and f"{path}."
         for name, child in reversed(module._modules.items()):
-            if child is not None and not (own and name == "fastlora"):
+            brought = (own and name == "fastlora") or (hosted and name != "base_layer")
+            if child is not None and not brought:
                 stack.append((prefix + name, child))
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
     """The adapted layers of a model by path."""
-    return {p: m for p, m in base_modules(unwrapped(model)) if isinstance(m, Adapted)}
+    found = ((p, layer_of(m)) for p, m in base_modules(unwrapped(model)))
+    return {path: layer for path, layer in found if layer is not None}
+
+
+def layer_of(module: nn.Module) -> Adapted | None:
+    """The adapted layer that a module is, or that computes for it."""
+    return module if isinstance(module, Adapted) else module.__dict__.get(HOST)
+
+
+def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
+    """`model.named_modules()`, also the same module under several paths. Where another library's
+    layers are hosted, their base layers stand at their paths: what is for a path is for these."""
+    found = dict(model.named_modules(remove_duplicate=False))
+    for path, module in found.items():
+        base: nn.Module | None = module
+        while base is not None and HOST in base.__dict__:
+            base = base._modules["base_layer"]
+        found[path] = base or module
+    return found
 
 
 @dataclass(frozen=True)
@@ -51,7 +71,7 @@ class Walk:
     children: tuple[Any, ...]  # and what they were, one after another
 
     def holds(self) -> bool:
-        same = self.generation == Arena.generation
+        same = self.generation == Arena.generation and not any(a.unsettled for a in self.arenas)
         return same and kernels.same_children(self.dicts, self.children)
 
     def require(self, *names: str) -> None:
@@ -91,11 +111,19 @@ def walked(model: nn.Module) -> Walk:
             if len(module._modules) == 1:  # nothing but its adapters
                 continue
         dicts.append(module._modules)
-        stack.extend(reversed(module._modules.values()))
+        if HOST in module.__dict__:
+            found[id(module)] = module.__dict__[HOST]
+            stack.append(module._modules["base_layer"])
+        else:
+            stack.extend(reversed(module._modules.values()))
     layers = list(found.values())
+    arenas = {id(m._state.arena): m._state.arena for m in layers}
+    for arena in arenas.values():
+        if arena.unsettled:
+            arena.layout()
     walk = Walk(
         layers,
-        list({id(m._state.arena): m._state.arena for m in layers}.values()),
+        list(arenas.values()),
         sorted({name for layer in layers for name in layer.fastlora}),
         Arena.generation,
         tuple(dicts),
@@ -114,8 +142,8 @@ def layers_of(model: nn.Module) -> list[Adapted]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of torch.compile's and DistributedDataParallel's modules: paths are its.
-    Raises AdapterError for what is no module."""
+    """The model inside of torch.compile's, DistributedDataParallel's and PEFT's modules: paths are
+    its. Raises AdapterError for what is no module."""
     if not isinstance(model, nn.Module):
         raise no_module(model)
     while True:
@@ -123,6 +151,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model._modules["_orig_mod"]  # type: ignore[assignment]
         elif isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
+        elif type(model).__module__.startswith("peft.") and "base_model" in model._modules:
+            tuner: Any = model._modules["base_model"]  # PeftModel has a LoraModel with the model
+            model = getattr(tuner, "model", tuner)
         else:
             return model
 

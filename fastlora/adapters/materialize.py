@@ -1,22 +1,22 @@
 """How long training keeps the weights under spectral shifts."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import nn
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from fastlora.adapters.components import Models, as_one
 from fastlora.adapters.lookup import arenas
 from fastlora.adapters.specs import AdapterError
 
 
 @contextmanager
-def materialize(
-    model: nn.Module, when: Literal["forward", "step"] = "forward"
-) -> Iterator[nn.Module]:
+def materialize(model: Models, when: Literal["forward", "step"] = "forward") -> Iterator[Any]:
     """How the weights `W'` under spectral shifts are made where gradients are recorded.
 
     "forward", which also is what happens outside of such a block: in each layer when it is called.
@@ -40,7 +40,7 @@ def materialize(
     """
     if when not in ("forward", "step"):
         raise AdapterError(f"materialize: expected 'forward' or 'step', got {when!r}")
-    before = [(arena, arena.materialize) for arena in arenas(model)]
+    before = [(arena, arena.materialize) for arena in arenas(as_one(model, "materialize"))]
     if not before:
         raise AdapterError("materialize: the model has no adapters; inject them first")
     watch = register_optimizer_step_post_hook(_raise_versions) if when == "step" else None

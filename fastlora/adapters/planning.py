@@ -7,15 +7,14 @@ from torch import Tensor, nn
 
 from fastlora.adapters.deltas import mapped, tensors_of
 from fastlora.adapters.fitting import slot_from
-from fastlora.adapters.inject import is_peft
 from fastlora.adapters.load_report import Applied
+from fastlora.adapters.lookup import modules_by_path
 from fastlora.adapters.slots import Slot
 from fastlora.adapters.specs import AdapterError
 from fastlora.formats.changes import AdapterFile, Change, LowRank, Target
 from fastlora.formats.files import FormatError
 from fastlora.formats.names import Index, find
 
-INSIDE = "model.unload() or merge_and_unload()"  # get_base_model() still has PEFT's layers
 Modules = Mapping[str, Mapping[str, nn.Module]]  # of every component by path
 
 
@@ -50,7 +49,7 @@ def planned(models: Mapping[str, nn.Module], file: AdapterFile, any_base: bool) 
     or on another device, the file's are freed before the next one is made.
     """
     plan = Plan(file)
-    modules = {c: dict(m.named_modules(remove_duplicate=False)) for c, m in models.items()}
+    modules = {component: modules_by_path(model) for component, model in models.items()}
     taken: dict[int, str] = {}
     seen: set[int] = set()
     places = dict(located(plan, models, modules, file.changes))
@@ -146,10 +145,6 @@ def beside_embedding(layer: nn.Module, change: Change) -> Change:
 
 
 def absent(target: Target, models: Mapping[str, nn.Module]) -> str:
-    given = models.get("", models.get(target.component))
-    if given is not None and is_peft(given):
-        kind = type(given).__name__
-        return f"the {kind} has no module {target.path!r}: give the model inside, {INSIDE}"
     if "" in models or not target.component or target.component in models:
         return f"the model has no module {target.path!r}"
     return f"it is for the {target.component}, and there are {sorted(models)}"

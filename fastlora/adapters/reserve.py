@@ -1,5 +1,7 @@
 """`reserve`: room in a model's layers for adapters that come and go while all else stays."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +10,9 @@ from torch import Tensor, nn
 
 from fastlora.adapters.adapted import Adapted
 from fastlora.adapters.arena import Arena
-from fastlora.adapters.inject import Where, parameter_dtype, select
-from fastlora.adapters.lookup import arenas, layers_of, unwrapped
+from fastlora.adapters.components import Models, adaptable, path_in
+from fastlora.adapters.inject import Where, parameter_dtype, select_each
+from fastlora.adapters.lookup import arenas, layers_of
 from fastlora.adapters.slots import LoRASlot, shapes_lora
 from fastlora.adapters.specs import AdapterError, LoRA
 from fastlora.adapters.surgery import (
@@ -19,15 +22,18 @@ from fastlora.adapters.surgery import (
     freeze_base,
     merge,
     restore,
-    set_fused_encoders,
+    tell_neighbours,
     thaw,
 )
 from fastlora.adapters.tensors import COMPUTED
 
+Room = tuple[nn.Module, Tensor | None, Tensor | None]  # a layer, its D and U
+
 
 @dataclass(frozen=True)
 class ReserveInfo:
-    """What `reserve` holds ready: layers by path, ranks in each, and the memory of D and U."""
+    """What `reserve` holds ready: layers by path (of several models "unet.down..."), ranks in each,
+    and the memory of D and U."""
 
     modules: tuple[str, ...]
     rank: int
@@ -37,13 +43,17 @@ class ReserveInfo:
 # What is made under inference mode has to serve training later.
 @torch.inference_mode(False)
 def reserve(
-    model: nn.Module,
+    model: Models,
     rank: int,
     where: Where = None,
     dtype: torch.dtype | None = None,
     freeze: bool = True,
 ) -> ReserveInfo:
     """Gives the layers that `where` selects (as in `inject`) room for adapters of `rank` together.
+
+    `model`: a module, a dict of them by component, or a pipeline: of that its denoisers and text
+    encoders, the components that adapter files are for; give a dict to choose others. `where` looks
+    at paths within each component, and those in which it selects nothing are left as they are.
 
     Each layer gets D `[rank, in]`, U `[out, rank]` and gates `[rank]` of zeros. The LoRAs of the
     layer, those that are there and those that `inject` and `load` bring later, live in them one
@@ -68,42 +78,64 @@ def reserve(
     AdapterError, and changes nothing, where `where` selects what cannot have a reserve or the rank
     is less than the adapters of a layer have.
     """
-    model = unwrapped(model)
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
         raise AdapterError(f"reserve: rank: expected an integer >= 0, got {rank!r}")
-    chosen = select(model, LoRA(max(rank, 1)), where, "reserve")
-    grouped = [p for p, m in chosen.items() if getattr(m, "groups", 1) != 1]
+    parts = adaptable(model, "reserve")
+    chosen = select_each(parts, LoRA(max(rank, 1)), where, "reserve")
+    # All is checked, and all memory there, before the first component is changed.
+    rooms = {c: rooms_of(c, layers, rank, where, dtype) for c, layers in chosen.items()}
+    for component in rooms:
+        check_mergeable(arenas(parts[component]), {})
+    for component, layers in rooms.items():
+        install(parts[component], layers, freeze and rank > 0)
+    paths = tuple(path_in(c, path) for c, layers in rooms.items() for path in layers)
+    buffers = [t for layers in rooms.values() for _, *pair in layers.values() for t in pair]
+    return ReserveInfo(paths, rank, sum(t.nbytes for t in buffers if t is not None))
+
+
+def rooms_of(
+    component: str,
+    chosen: dict[str, nn.Module],
+    rank: int,
+    where: Where,
+    dtype: torch.dtype | None,
+) -> dict[str, Room]:
+    """A reserve for each layer that can have one, and for rank 0 for each that has one."""
+    grouped = [path for path, module in chosen.items() if getattr(module, "groups", 1) != 1]
     if grouped and where is not None:
-        raise AdapterError(f"reserve: where: {grouped[0]} is a grouped convolution and has none")
-    chosen = {path: m for path, m in chosen.items() if path not in grouped}
-    for path, module in chosen.items():
-        check_fits(path, module, rank)
+        path = path_in(component, grouped[0])
+        raise AdapterError(f"reserve: where: {path} is a grouped convolution and has none")
+    plain = {path: module for path, module in chosen.items() if path not in grouped}
     if rank == 0:
-        chosen = {p: m for p, m in chosen.items() if isinstance(m, Adapted) and m.fastlora.capacity}
-    buffers = {path: room(path, module, rank, dtype) for path, module in chosen.items()}
+        reserved = [p for p, m in plain.items() if isinstance(m, Adapted) and m.fastlora.capacity]
+        return {path: (plain[path], None, None) for path in reserved}
+    for path, module in plain.items():
+        check_fits(path_in(component, path), module, rank)
+    return {p: (m, *room(path_in(component, p), m, rank, dtype)) for p, m in plain.items()}
+
+
+def install(model: nn.Module, rooms: dict[str, Room], freeze: bool) -> None:
+    """Puts the reserves of a model's layers there, or takes them away."""
     found = arenas(model)
-    check_mergeable(found, {})
     arena = merge(found) if found else Arena()
-    if freeze and rank:
+    if freeze:
         freeze_base(model)
         arena.reserve_froze = True
-    for path, module in chosen.items():
+    for path, (module, down, up) in rooms.items():
         layer = adapt(module, path, arena)
-        layer.fastlora.set_reserve(*buffers[path])
-        if not len(layer.fastlora) and rank == 0:
+        layer.fastlora.set_reserve(down, up)
+        if not len(layer.fastlora) and down is None:
             restore(layer)
     arena.layout()
-    set_fused_encoders(model)
+    tell_neighbours(model)
     thaw(model, [arena])
     if not layers_of(model):
         forget_walks(model)
-    size = sum(t.numel() * t.element_size() for pair in buffers.values() for t in pair if rank)
-    return ReserveInfo(tuple(chosen), rank, size)
 
 
 def check_fits(path: str, module: nn.Module, rank: int) -> None:
     """Raises AdapterError where the adapters of a layer have more ranks than that."""
-    if not isinstance(module, Adapted) or rank == 0:
+    if not isinstance(module, Adapted):
         return
     slots = [s for s in module.fastlora.values() if isinstance(s, LoRASlot) and not s.spec.dora]
     needed = sum(slot.width for slot in slots)
@@ -113,10 +145,8 @@ def check_fits(path: str, module: nn.Module, rank: int) -> None:
         )
 
 
-def room(path: str, module: Any, rank: int, dtype: torch.dtype | None) -> tuple[Any, Any]:
-    """Zeros for D and U of a layer; (None, None) for no rank."""
-    if rank == 0:
-        return None, None
+def room(path: str, module: Any, rank: int, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """Zeros for D and U of a layer."""
     weight: Tensor = module.weight
     if dtype is None and weight.dtype in COMPUTED:
         dtype = weight.dtype

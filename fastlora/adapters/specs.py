@@ -105,8 +105,9 @@ class AdapterInfo:
     """One named adapter of a model, as `fastlora.adapters(model)` reports it."""
 
     kind: str  # "lora", "dora", "spectral", "loha", "lokr", "full", ...; several: "lora+full"
-    modules: tuple[str, ...]  # paths of the adapted layers
+    modules: tuple[str, ...]  # paths of the adapted layers, of several models "unet.down..."
     rank: int | None  # the largest over the modules; None where none has a rank
     parameters: int  # numbers that the adapter adds
-    scale: float | Tensor  # a tensor [batch]: one strength per sample
-    enabled: bool
+    # A tensor [batch]: one strength per sample. By component where those of several models differ.
+    scale: float | Tensor | dict[str, float | Tensor]
+    enabled: bool | dict[str, bool]

@@ -1,11 +1,13 @@
 """A block of code in which weights stay as they are, so that what is made of them is kept."""
 
+from __future__ import annotations
+
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
-
+from fastlora.adapters.components import Models, as_one
 from fastlora.adapters.lookup import arenas
 from fastlora.adapters.state import is_capturing
 
@@ -13,7 +15,7 @@ _counting = threading.RLock()  # re-entrant, as in `control`
 
 
 @contextmanager
-def steady(model: nn.Module) -> Iterator[nn.Module]:
+def steady(model: Models) -> Iterator[Any]:
     """Within it DoRA's norms take `W Dᵀ`, `D Dᵀ` and `‖W‖²` from the first call, on every device.
 
     The caller says that base weights and adapters keep their values until its end: what is written
@@ -25,7 +27,7 @@ def steady(model: nn.Module) -> Iterator[nn.Module]:
     and nothing that is from outside of it.
     """
     capturing = is_capturing()
-    found = arenas(model)
+    found = arenas(as_one(model, "steady"))
     with _counting:
         for arena in found:
             arena.steady[capturing] += 1

@@ -10,7 +10,14 @@ from torch import nn
 
 from fastlora.adapters.adapted import Adapted, adapted_class, base_class
 from fastlora.adapters.arena import Arena, Scale
-from fastlora.adapters.lookup import WALK, adapted_layers, arenas, base_modules, layers_of
+from fastlora.adapters.lookup import (
+    HOST,
+    WALK,
+    adapted_layers,
+    arenas,
+    base_modules,
+    layers_of,
+)
 from fastlora.adapters.slots import Slots
 from fastlora.adapters.specs import AdapterError
 from fastlora.adapters.state import LayerState
@@ -44,10 +51,11 @@ def remove_all(model: nn.Module) -> None:
     """The plain model again."""
     found = arenas(model)
     for layer in layers_of(model):
-        restore(layer)
+        if not layer.foreign:
+            restore(layer)
     for arena in found:
         arena.layout()
-    set_fused_encoders(model)
+    tell_neighbours(model)
     unfreeze_base(model)
     forget_walks(model)
 
@@ -119,10 +127,16 @@ def merge(found: list[Arena]) -> Arena:
     return first
 
 
-def set_fused_encoders(model: nn.Module) -> None:
-    """The inference path of nn.TransformerEncoderLayer reads the weights of its layers and never
-    calls them. Where layers are adapted it is switched off, and on again where none is left."""
+def tell_neighbours(model: nn.Module) -> None:
+    """Who has to know that layers have been adapted, or are plain again.
+
+    The inference path of nn.TransformerEncoderLayer reads the weights of its layers and never calls
+    them: where layers are adapted it is switched off, and on again where none is left. Hosts
+    compute in the place of their base layer, as that would.
+    """
     for _, module in base_modules(model):
+        if HOST in module.__dict__:
+            module.follow_base()  # type: ignore[reportCallIssue]
         if isinstance(module, nn.TransformerEncoderLayer):
             switch = "activation_relu_or_gelu"
         elif isinstance(module, nn.TransformerEncoder):

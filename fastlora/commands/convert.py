@@ -6,17 +6,14 @@ import argparse
 from pathlib import Path
 
 from fastlora.commands.approximating import approximated, refuse_others
-from fastlora.commands.naming import family_for
-from fastlora.commands.outputs import (
+from fastlora.commands.arguments import (
     FORMATS,
     add_output_arguments,
-    check_output,
     explain,
-    finish,
-    read,
-    torch_dtype,
     whole,
 )
+from fastlora.commands.naming import family_for
+from fastlora.commands.outputs import check_output, finish, read, torch_dtype
 
 HELP = "another format of an adapter file"
 DESCRIPTION = (

@@ -10,16 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from fastlora.commands import CommandError
 from fastlora.commands.approximating import Losses
-from fastlora.commands.naming import add_family_argument, choice, family_for
-from fastlora.commands.outputs import (
+from fastlora.commands.arguments import (
     DTYPES,
     FORMATS,
-    check_output,
     explain,
-    size_of,
-    torch_dtype,
     whole,
 )
+from fastlora.commands.naming import add_family_argument, choice, family_for
+from fastlora.commands.outputs import check_output, size_of, torch_dtype
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastlora.commands import CommandError
-from fastlora.commands.outputs import add_files, filled, only_part
+from fastlora.commands.arguments import add_files, filled
+from fastlora.commands.outputs import only_part
 from fastlora.commands.resolving import require, resolve
 
 if TYPE_CHECKING:

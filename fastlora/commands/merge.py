@@ -6,18 +6,15 @@ import argparse
 from pathlib import Path
 
 from fastlora.commands.approximating import approximated, refuse_others
-from fastlora.commands.naming import family_for
-from fastlora.commands.outputs import (
+from fastlora.commands.arguments import (
     FORMATS,
     add_files,
     add_output_arguments,
-    check_output,
     explain,
-    finish,
-    read,
-    torch_dtype,
     whole,
 )
+from fastlora.commands.naming import family_for
+from fastlora.commands.outputs import check_output, finish, read, torch_dtype
 
 HELP = "several adapters with strengths in one file"
 DESCRIPTION = (

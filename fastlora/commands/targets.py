@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.adapters.decomposing import usable_device
 from fastlora.commands import CommandError
+from fastlora.commands.models import PIPELINE, chosen_device, model_folder, pretrained
 from fastlora.samplers import Schedule, Table, ddim
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -41,26 +41,14 @@ class Target:
 def load_target(name: str, size: int | None, device: str | None, dtype: str) -> Target:
     """`digits`, or the Stable Diffusion in that folder. Raises CommandError, AdapterError for a
     device that is not there, and ImportError."""
-    at = usable_device(device, "--device") if device else default_device()
-    if name == "digits":
-        if size not in (None, 32):
-            raise CommandError(f"--size: the digits model draws 32 pixels, got {size}")
-        if dtype != "float32":
-            raise CommandError(f"--dtype: the digits model is trained in float32, got {dtype}")
-        return digits_target(at)
-    if not (Path(name) / "model_index.json").is_file():
-        raise CommandError(
-            f"--model: expected digits or a folder with model_index.json (Stable Diffusion as"
-            f" diffusers saves it), got {name}"
-        )
-    return diffusion_target(Path(name), size, at, getattr(torch, dtype))
-
-
-def default_device() -> torch.device:
-    from fastlora.ops._define import kernels
-
-    usable = torch.cuda.is_available() and bool(kernels.build_info()["cuda"])
-    return torch.device("cuda" if usable else "cpu")
+    at, folder = chosen_device(device), model_folder(name, PIPELINE)
+    if folder is not None:
+        return diffusion_target(folder, size, at, getattr(torch, dtype))
+    if size not in (None, 32):
+        raise CommandError(f"--size: the digits model draws 32 pixels, got {size}")
+    if dtype != "float32":
+        raise CommandError(f"--dtype: the digits model is trained in float32, got {dtype}")
+    return digits_target(at)
 
 
 def digits_target(device: torch.device) -> Target:
@@ -102,20 +90,7 @@ def diffusion_target(
     folder: Path, size: int | None, device: torch.device, dtype: torch.dtype
 ) -> Target:
     """Stable Diffusion 1.x or 2.x: a UNet on 4 latent channels and one CLIP text encoder."""
-    try:
-        from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
-            StableDiffusionPipeline,
-        )
-    except ImportError as error:
-        raise CommandError(
-            'diffusers is not installed; try: pip install "fastlora[diffusers]" transformers'
-        ) from error
-    try:
-        pipe: Any = StableDiffusionPipeline.from_pretrained(
-            folder, torch_dtype=dtype, local_files_only=True, safety_checker=None
-        )
-    except (OSError, ValueError, TypeError) as error:  # missing parts, another kind of pipeline
-        raise CommandError(f"--model: {folder}: {' '.join(str(error).split())}") from error
+    pipe = pretrained(folder, "diffusers", "StableDiffusionPipeline", dtype, safety_checker=None)
     unet, vae = pipe.unet, pipe.vae.to(device).requires_grad_(False).eval()
     if vae.dtype != torch.float32:  # half precision overflows in it
         vae.float()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="float32",
         help="of the model",
     )
+    add("--json", action="store_true", help="print JSON")
 
 
 def _checked(text: str, kind: Any, least: float, most: float, expected: str) -> Any:
@@ -87,10 +89,10 @@ def _checked(text: str, kind: Any, least: float, most: float, expected: str) -> 
     return value
 
 
-def run(options: argparse.Namespace, progress: bool = True) -> int:
+def run(options: argparse.Namespace) -> int:
     """Trains and writes `--out`; 0. Raises CommandError for what cannot be done, OSError."""
     try:
-        return _run(options, progress)
+        return _run(options)
     except (ValueError, FloatingPointError) as error:  # what recipes and files refuse
         # The command's name is said already, and the training loop has the same.
         raise CommandError(" ".join(str(error).split()).removeprefix("train: ")) from error
@@ -110,9 +112,10 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, known) or "DefaultCPUAllocator" in str(error)
 
 
-def _run(options: argparse.Namespace, progress: bool) -> int:
+def _run(options: argparse.Namespace) -> int:
     from fastlora import Spectral, decompose, save
     from fastlora.commands.targets import find_pictures, load_target
+    from fastlora.commands.terminal import say_json
     from fastlora.methods import personalise
     from fastlora.training import ensure_writable
 
@@ -125,10 +128,10 @@ def _run(options: argparse.Namespace, progress: bool) -> int:
     target = load_target(options.model, options.size, options.device, options.dtype)
     images = target.read(files)
     own = _condition(target, options.caption, options.text_encoder)
-    prior = _prior(target, options, progress)
+    prior = _prior(target, options)
     where = None if options.text_encoder else rf"{target.unet}\..*"
     factors = options.cache / "factors" if options.cache else True
-    decompose(target.model, where, cache=factors, progress=progress)
+    decompose(target.model, where, cache=factors, progress=True)
     result = personalise(
         target.model,
         images,
@@ -147,20 +150,27 @@ def _run(options: argparse.Namespace, progress: bool) -> int:
         checkpoint=checkpoint,
         checkpoint_every=CHECKPOINT_EVERY,
         materialize=options.materialize,
-        progress=progress,
+        progress=True,
         description="training",
         **prior,
     )
-    written = []
+    saved = []
     for part, module in target.parts.items():
         if part and not options.text_encoder:
             continue
         path = out.with_name(f"{out.stem}.{part}{out.suffix}") if part else out
         save(module, path, name=NAME)
-        written.append((path, part, module))
+        saved.append(_facts(path, part, module))
     checkpoint.unlink(missing_ok=True)
-    if progress:
-        _say(written, result.metrics, len(files), time.perf_counter() - start)
+    report = {
+        "model": options.model,
+        "pictures": len(files),
+        "steps": options.steps,
+        "loss": _first_and_last(result.metrics),
+        "seconds": time.perf_counter() - start,
+        "files": saved,
+    }
+    say_json(report) if options.json else print("\n".join(_lines(report)))
     return 0
 
 
@@ -207,7 +217,7 @@ def _encoded(target: Target, caption: str) -> torch.Tensor:
         return target.encode([caption])
 
 
-def _prior(target: Target, options: argparse.Namespace, progress: bool) -> dict[str, Any]:
+def _prior(target: Target, options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `personalise` about the class."""
     from fastlora.methods import sample_prior
 
@@ -228,7 +238,7 @@ def _prior(target: Target, options: argparse.Namespace, progress: bool) -> dict[
         guidance_scale=target.guidance,
         seed=options.seed,
         cache=options.cache,
-        progress=progress,
+        progress=True,
     )
     return {
         "prior_images": images,
@@ -236,16 +246,27 @@ def _prior(target: Target, options: argparse.Namespace, progress: bool) -> dict[
     }
 
 
-def _say(written: list[Any], metrics: dict[str, list[float]], count: int, seconds: float) -> None:
+def _facts(path: Path, part: str, module: Any) -> dict[str, Any]:
+    """A file that was written, and what of a user's to load it into."""
     from fastlora import adapters
 
+    into = f"pipe.{part or 'unet'}" if part or hasattr(module, "config") else "model"
+    shifts = adapters(module)[NAME].parameters
+    return {"file": str(path), "into": into, "shifts": shifts, "bytes": path.stat().st_size}
+
+
+def _first_and_last(metrics: dict[str, list[float]]) -> dict[str, float]:
+    """The subject's loss: means of the first and the last tenth of the steps."""
     losses = metrics["subject" if "subject" in metrics else "loss"]
     few = max(1, len(losses) // 10)
-    first, last = sum(losses[:few]) / few, sum(losses[-few:]) / few
-    print(f"{count} pictures, loss {first:.4f} -> {last:.4f}, {seconds:.0f} s")
-    for path, part, module in written:
-        shifts = adapters(module)[NAME].parameters
-        size = path.stat().st_size / 1e6
-        into = f"pipe.{part or 'unet'}" if len(str(part)) or hasattr(module, "config") else "model"
-        print(f"{path}: {shifts:,} shifts, {size:.2f} MB; fastlora.load({into}, {str(path)!r})")
-    sys.stdout.flush()
+    return {"first": sum(losses[:few]) / few, "last": sum(losses[-few:]) / few}
+
+
+def _lines(report: Mapping[str, Any]) -> list[str]:
+    loss = "{first:.4f} -> {last:.4f}".format(**report["loss"])
+    said = [f"{report['pictures']} pictures, loss {loss}, {report['seconds']:.0f} s"]
+    for own in report["files"]:
+        load = f"fastlora.load({own['into']}, {own['file']!r})"
+        megabytes = own["bytes"] / 1e6
+        said.append(f"{own['file']}: {own['shifts']:,} shifts, {megabytes:.2f} MB; {load}")
+    return said

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastlora.commands import CommandError
-from fastlora.commands.outputs import strength
+from fastlora.commands.arguments import strength
 
 if TYPE_CHECKING:
     from fastlora.commands.verifying import Row
@@ -49,8 +49,7 @@ def run(options: argparse.Namespace) -> int:
     """0, or 1 where a layer is wrong. Raises CommandError, AdapterError, FormatError, OSError."""
     import torch
 
-    from fastlora.commands.models import load_models
-    from fastlora.commands.targets import default_device
+    from fastlora.commands.models import chosen_device, load_models
     from fastlora.commands.terminal import progress, say_json
     from fastlora.commands.verifying import adapted_changes, checked, folding
     from fastlora.formats import detect
@@ -58,10 +57,7 @@ def run(options: argparse.Namespace) -> int:
     if not Path(options.file).exists():
         raise CommandError(f"{options.file}: no such file or folder")
     file = detect.read(options.file)
-    try:
-        device = torch.device(options.device) if options.device else default_device()
-    except RuntimeError as error:  # no device of that name
-        raise CommandError(f"--device: {str(error).splitlines()[0]}") from None
+    device = chosen_device(options.device)
     parts = {target.component for target in file.changes}
     models = load_models(options.model, parts, device, getattr(torch, options.dtype))
     changes = adapted_changes(models, options.file, file, options.strength)

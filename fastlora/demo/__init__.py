@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 import time
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from fastlora.commands.terminal import say_json
 from fastlora.demo.settings import Settings
 
 __all__ = ["Settings", "main", "missing_packages", "run"]
@@ -16,13 +20,31 @@ __all__ = ["Settings", "main", "missing_packages", "run"]
 NEEDED = {"pillow": "PIL", "scikit-learn": "sklearn", "transformers": "transformers"}
 
 
-def main(out: str | Path = "out", seed: int = 0, settings: Settings | None = None) -> int:
+def main(
+    out: str | Path = "out",
+    seed: int = 0,
+    settings: Settings | None = None,
+    as_json: bool = False,
+) -> int:
     """Runs the demo with progress bars; 0, or 1 if what it verifies does not hold.
 
     Raises ModuleNotFoundError where packages of the extra `demo` are missing, before `out` is made,
     and OSError for a directory that cannot be written, before anything is trained.
     """
-    return 0 if run(out, seed, settings)["verify"]["passed"] else 1
+    numbers = told(run, out, seed, settings, as_json)
+    return 0 if numbers["verify"]["passed"] else 1
+
+
+def told(
+    run: Callable[..., dict[str, Any]], out: str | Path, seed: int, settings: Any, as_json: bool
+) -> dict[str, Any]:
+    """What `run` returns. As JSON: printed, and all that it says itself goes to stderr."""
+    if not as_json:
+        return run(out, seed, settings)
+    with redirect_stdout(sys.stderr):
+        numbers = run(out, seed, settings)
+    say_json({"output": str(out), **numbers})
+    return numbers
 
 
 def missing_packages() -> list[str]:

@@ -213,19 +213,26 @@ class Change:
             raise FormatError(f"expected {last - first} rows, got {list(shape)}")
         return self.weight.delta((total, *shape[1:]), dtype)[first:last]
 
-    def changed(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+    def changed(self, weight: Tensor, strength: float | Tensor = 1.0) -> Tensor:
         """W' of a weight, computed in its dtype: `V = W + strength ΔW`, with a magnitude
-        `V · magnitude / ‖V‖`. Raises FormatError where the shapes do not fit."""
-        changed = weight + strength * self.delta(tuple(weight.shape), weight.dtype).to(
-            weight.device
-        )
-        if self.magnitude is None or strength == 0:
-            return changed
-        along = _along(changed, self.axis)
-        length = changed.shape[along.index(-1)]
-        if self.magnitude.numel() != length:
-            raise FormatError(f"expected a magnitude of {length}, got {[*self.magnitude.shape]}")
-        return changed * (self.magnitude.to(changed).view(along) / norms(changed, self.axis))
+        `V · magnitude / ‖V‖`. The norm carries no gradient (DoRA's section 4.3), and a strength of
+        exactly zero means no change. Raises FormatError where the shapes do not fit."""
+        whole = weight
+        if self.weight is not None:
+            update = self.delta(tuple(weight.shape), weight.dtype)
+            whole = weight + strength * update.to(weight.device)
+        return whole if self.magnitude is None else whole * self._rescaling(whole, strength)
+
+    def _rescaling(self, whole: Tensor, strength: float | Tensor) -> Tensor:
+        """`magnitude / ‖V‖`, [out, 1, ...] or [1, in, 1, ...]; ones at strength zero."""
+        assert self.magnitude is not None
+        length = norms(whole.detach(), self.axis)
+        if self.magnitude.numel() != length.numel():
+            got = [*self.magnitude.shape]
+            raise FormatError(f"expected a magnitude of {length.numel()}, got {got}")
+        ratio = self.magnitude.to(whole).view(length.shape) / length
+        # No `if`: a strength that is a tensor may be on a GPU, or a traced one.
+        return torch.where(torch.as_tensor(strength == 0, device=whole.device), 1.0, ratio)
 
 
 @dataclass(frozen=True)
@@ -253,12 +260,6 @@ def norms(weight: Tensor, axis: Literal["out", "in"]) -> Tensor:
     return (
         weight.square().sum(others, keepdim=True).sqrt().clamp_min(torch.finfo(weight.dtype).tiny)
     )
-
-
-def _along(weight: Tensor, axis: Literal["out", "in"]) -> list[int]:
-    shape = [1] * weight.dim()
-    shape[0 if axis == "out" else 1] = -1
-    return shape
 
 
 def _factor(a: Tensor | None, b: Tensor | None, core: Tensor | None, dtype: torch.dtype) -> Tensor:

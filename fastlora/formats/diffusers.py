@@ -23,16 +23,8 @@ from fastlora.formats import peft
 from fastlora.formats.changes import AdapterFile, Change, LowRank, Packed, Target
 from fastlora.formats.files import FormatError
 from fastlora.formats.peft_config import Settings, read_settings, write_settings
-from fastlora.formats.peft_layers import (
-    Entry,
-    Layer,
-    all_dora,
-    change_of,
-    gather,
-    layers_of,
-    magnitude_of,
-    tensors_of,
-)
+from fastlora.formats.peft_layers import Entry, change_of, gather
+from fastlora.formats.peft_writing import Layer, all_dora, layers_of, magnitude_of, tensors_of
 
 Style = Literal["peft", "lora", "old"]
 NAMES: dict[Style, str] = {"peft": "diffusers", "lora": "diffusers-lora", "old": "diffusers-old"}

@@ -17,14 +17,8 @@ from torch import Tensor
 from fastlora.formats.changes import AdapterFile, Change, Packed, Target
 from fastlora.formats.files import FormatError
 from fastlora.formats.peft_config import read_settings, write_settings
-from fastlora.formats.peft_layers import (
-    Entry,
-    all_dora,
-    change_of,
-    gather,
-    layers_of,
-    tensors_of,
-)
+from fastlora.formats.peft_layers import Entry, change_of, gather
+from fastlora.formats.peft_writing import all_dora, layers_of, tensors_of
 
 PREFIX = "base_model.model."
 KEY = re.compile(

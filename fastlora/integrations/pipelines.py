@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from fastlora.samplers.arguments import describe
 
 
@@ -33,6 +35,10 @@ def accelerate(pipeline: Any) -> Accelerated:
     warning where nothing was replaced. Raises TypeError for what is no pipeline, ImportError where
     diffusers is missing.
     """
+    if isinstance(pipeline, nn.Module):
+        from fastlora.integrations.peft import accelerate_layers
+
+        return accelerate_layers(pipeline)  # type: ignore[return-value]
     from fastlora.integrations import diffusers as fast
 
     counterparts = {getattr(fast, name).replaces: getattr(fast, name) for name in fast.__all__}
@@ -67,6 +73,10 @@ def restore(pipeline: Any) -> Accelerated:
     A scheduler that `accelerate` did not put there is left. Raises TypeError for what is no
     pipeline.
     """
+    if isinstance(pipeline, nn.Module):
+        from fastlora.integrations.peft import restore_layers
+
+        return restore_layers(pipeline)  # type: ignore[return-value]
     replaced: dict[str, str] = {}
     left: dict[str, str] = {}
     for path, owner, name, scheduler in _schedulers(pipeline, "restore"):

@@ -229,41 +229,6 @@ def test_the_second_model_s_failure_leaves_the_first_as_it_was(tmp_path: Path, m
     assert after.keys() == before.keys() and all(same_bits(after[k], before[k]) for k in before)
 
 
-CALLS: dict[str, Any] = {
-    "adapters": fastlora.adapters,
-    "parameters": fastlora.parameters,
-    "set_scale": lambda m: fastlora.set_scale(m, {"style": 0.5}),
-    "set_scale of all": lambda m: fastlora.set_scale(m, 0.5),
-    "scaled": lambda m: fastlora.scaled(m, {"style": 0.5}).__enter__(),
-    "enable": fastlora.enable,
-    "disable": fastlora.disable,
-    "fold": fastlora.fold,
-    "fold for good": lambda m: fastlora.fold(m, permanent=True),
-    "unfold": fastlora.unfold,
-    "remove": lambda m: fastlora.remove(m, "style"),
-    "inject": lambda m: fastlora.inject(m, fastlora.LoRA(rank=2)),
-}
-
-
-@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
-def test_calls_for_one_model_name_the_parts_of_a_pipeline(call: Any) -> None:
-    pipe = adapted()
-    for whole, parts in (
-        (pipe, "Pipeline: call it for each of its parts, pipe.unet, pipe.text_encoder"),
-        (
-            pipe.components,
-            r"dict: call it for each of its parts, models\['unet'\], models\['text_enc",
-        ),
-        (3, "int$"),
-        ({}, "dict$"),
-    ):
-        with pytest.raises(fastlora.AdapterError, match=f"expected a module, got {parts}"):
-            call(whole)
-    assert all(
-        fastlora.adapters(part)["style"].scale == 1.0 for part in (pipe.unet, pipe.text_encoder)
-    )
-
-
 def test_the_report_of_several_parts_has_no_one_adapter(tmp_path: Path) -> None:
     fastlora.save(adapted(), tmp_path / "a.safetensors", format="diffusers")
     report = fastlora.load(Pipeline(), tmp_path / "a.safetensors")
@@ -304,11 +269,10 @@ def test_a_model_of_peft_s_is_told_how_to_get_at_the_layers(tmp_path: Path) -> N
     peft = pytest.importorskip("peft")
     fastlora.save(adapted().unet, tmp_path / "a")
     model = peft.get_peft_model(Pipeline().unet, peft.LoraConfig(target_modules=["to_q", "to_k"]))
-    with pytest.raises(fastlora.AdapterError, match=r"the PeftModel has no module .*unload\(\)"):
-        fastlora.load(model, tmp_path / "a")
-    said = r"to_q: a Linear cannot take it: it is PEFT's \(peft.tuners.lora.layer\)"
-    with pytest.raises(fastlora.AdapterError, match=said):
-        fastlora.load(model.get_base_model(), tmp_path / "a")
+    said = r"to_q: a Linear cannot take it: it is PEFT's \(.*first fastlora.accelerate.*unload\(\)"
+    for whole in (model, model.get_base_model()):
+        with pytest.raises(fastlora.AdapterError, match=said):
+            fastlora.load(whole, tmp_path / "a")
     fastlora.load(model.unload(), tmp_path / "a")
 
 

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fastlora import cli
-from fastlora.commands.outputs import file_and_strength
+from fastlora.commands.arguments import file_and_strength
 from fastlora.formats import detect
 from tests.commands.adapter_files import ATTENTION, UNET, deltas, kohya, lycoris
 

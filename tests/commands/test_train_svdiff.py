@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from fastlora.methods import personalise
 from fastlora.models import digits
 from fastlora.samplers import Schedule
 from fastlora.training import save_checkpoint
+from tests.commands import pipelines
 
 QUIET = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -87,6 +89,19 @@ def test_the_file_loads_and_holds_what_the_recipe_trains(folder, tmp_path, capsy
     for key, value in own.items():
         torch.testing.assert_close(value, theirs[key])
     assert [p.name for p in out.parent.iterdir()] == ["subject.safetensors"]
+
+
+def test_json_says_what_the_text_says(folder, tmp_path, capsys):
+    out = tmp_path / "subject.safetensors"
+    assert cli.main(arguments(folder, out)) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert cli.main(arguments(folder, out, json=None)) == 0
+    report = json.loads(capsys.readouterr().out)  # the whole of it
+    (own,) = report["files"]
+    loss = "loss {first:.4f} -> {last:.4f}".format(**report["loss"])
+    assert first.startswith(f"{report['pictures']} pictures, {loss}, ") and report["seconds"] > 0
+    assert own["file"] == str(out) and own["bytes"] == out.stat().st_size
+    assert f"{own['shifts']:,} shifts" in second and f"({own['into']}, " in second
 
 
 def test_a_prior_norms_and_the_text_encoder(folder, tmp_path):
@@ -258,63 +273,10 @@ def test_an_empty_folder_and_a_single_file(folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def stable_diffusion(tmp_path_factory) -> Path:
-    """A pipeline of tiny random parts, saved as Stable Diffusion is."""
-    diffusers = pytest.importorskip("diffusers")
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    torch.manual_seed(0)
-    made = tmp_path_factory.mktemp("sd")
-    letters = sorted(set("aphotofvdgcu12"))
-    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{x}</w>" for x in letters)]
-    (made / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
-    (made / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(
-        str(made / "vocab.json"), str(made / "merges.txt"), model_max_length=16
-    )
-    text = CLIPTextConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=4,
-    )
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-    )
-    scheduler = diffusers.PNDMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True
-    )
-    pipe = diffusers.StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.save_pretrained(made / "pipeline")
-    return made / "pipeline"
+    pytest.importorskip("diffusers")
+    folder = tmp_path_factory.mktemp("sd")
+    pipelines.stable_diffusion(folder).save_pretrained(folder / "pipeline")
+    return folder / "pipeline"
 
 
 @QUIET
@@ -324,8 +286,12 @@ def test_stable_diffusion_to_files_that_load(folder, tmp_path, stable_diffusion,
     out = tmp_path / "dog.safetensors"
     options = {"model": stable_diffusion, "caption": "a photo of v1 dog", "prior": 2}
     options |= {"class_caption": "a photo of a dog", "text_encoder": None}
-    assert cli.main(arguments(folder, out, **options)) == 0
-    assert "fastlora.load(pipe.text_encoder," in capsys.readouterr().out
+    assert cli.main(arguments(folder, out, **options, json=None)) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {own["into"]: Path(own["file"]).name for own in report["files"]} == {
+        "pipe.unet": "dog.safetensors",
+        "pipe.text_encoder": "dog.text_encoder.safetensors",
+    }
     pipe = StableDiffusionPipeline.from_pretrained(stable_diffusion)
     for module, name in ((pipe.unet, "dog"), (pipe.text_encoder, "dog.text_encoder")):
         fastlora.load(module, tmp_path / f"{name}.safetensors", name="dog")
@@ -371,6 +337,23 @@ def test_a_caption_that_is_cut_off_is_a_warning(stable_diffusion):
         with pytest.warns(UserWarning, match="cut off"):
             same = target.encode([fits + " of a photo of a cup"])
     assert torch.equal(cut, same)  # what was cut off
+
+
+@pytest.mark.parametrize("missing", ["diffusers", "transformers"])
+def test_a_package_that_is_missing_is_one_line(missing, folder, tmp_path, monkeypatch, capsys):
+    if missing == "transformers":
+        pipeline = pytest.importorskip("diffusers").StableDiffusionPipeline
+
+        def refuse(*arguments, **options):  # as diffusers' stand-in does
+            raise ImportError("\nIt requires the transformers library.\nTry pip.\n")
+
+        monkeypatch.setattr(pipeline, "from_pretrained", refuse)
+    else:
+        monkeypatch.setitem(sys.modules, missing, None)
+    (tmp_path / "model_index.json").write_text("{}")
+    assert cli.main(arguments(folder, tmp_path / "x.safetensors", model=tmp_path)) == 2
+    said = capsys.readouterr().err
+    assert missing in said and said.count("\n") == 1
 
 
 @QUIET

@@ -207,6 +207,8 @@ def test_what_cannot_be_verified_is_an_error_in_one_line(unet, tmp_path, capsys)
         "no such file": [tmp_path / "no.safetensors", "--model", unet],
         "expected digits or a folder": [file, "--model", tmp_path],
         "fastlora verify": [file, "--model", "digits"],  # which has other layers
+        "--device: expected one that is there": [file, "--model", unet, "--device", "cuda:99"],
+        "--device: expected one that computes": [file, "--model", unet, "--device", "meta"],
     }
     for expected, arguments in cases.items():
         assert main(["verify", *map(str, arguments)]) == 2

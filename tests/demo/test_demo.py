@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import html
+import io
 import json
 import re
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -28,11 +30,22 @@ ADAPTERS = {"thickness.safetensors", "mirrored.safetensors"}
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """One quick run: everything once, nothing well."""
+def printed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str, str]:
+    """One quick run (everything once, nothing well) with --json: the folder, the exit code and what
+    was written to stdout and stderr."""
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("demo") / "made" / "by it"
-    return out, demo.run(out, seed=3, settings=Settings.quick(), progress=False)
+    said, aside = io.StringIO(), io.StringIO()
+    with redirect_stdout(said), redirect_stderr(aside):
+        code = demo.main(out, seed=3, settings=Settings.quick(), as_json=True)
+    return out, code, said.getvalue(), aside.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(printed: tuple[Path, int, str, str]) -> tuple[Path, dict[str, Any]]:
+    """The folder, and what the run found."""
+    out, _, said, _ = printed
+    return out, {key: value for key, value in json.loads(said).items() if key != "output"}
 
 
 class Page(HTMLParser):
@@ -67,6 +80,21 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self.open and self.open[-1] in ("h1", "h2"):
             self.headings.append(data)
+
+
+def test_json_is_alone_on_stdout(printed):
+    out, code, said, aside = printed
+    report = json.loads(said)  # the whole of it
+    assert code == 0 and report["verify"]["passed"]
+    assert all((Path(report["output"]) / name).is_file() for name in report["files"])
+    slider = report["slider"]
+    told = (
+        f"{slider['parameters']:,} numbers in {slider['modules']} layers",
+        f"stroke {slider['thickness_mean'][0]:.2f} to {slider['thickness_mean'][-1]:.2f} pixels",
+        f"distance {report['subject']['svdiff']['distance']:5.2f}",
+        str(out / "report.html"),
+    )
+    assert [words for words in told if words not in aside] == []
 
 
 def test_writes_all_files_and_nothing_else(finished):
@@ -230,10 +258,11 @@ def test_a_broken_package_is_found_before_the_folder_is_made(untouched, tmp_path
     assert not (tmp_path / "made").exists()
 
 
-def test_exit_code_says_whether_verification_passed(monkeypatch):
+@pytest.mark.parametrize("as_json", [False, True])
+def test_exit_code_says_whether_verification_passed(monkeypatch, as_json):
     for passed, code in ((True, 0), (False, 1)):
         monkeypatch.setattr(demo, "run", lambda *_, p=passed: {"verify": {"passed": p}})
-        assert demo.main("nowhere") == code
+        assert demo.main("nowhere", as_json=as_json) == code
 
 
 # --- parts ----------------------------------------------------------------------------------------

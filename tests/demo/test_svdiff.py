@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
@@ -24,7 +26,12 @@ from tests.demo.test_demo import Page
 def finished(tmp_path_factory: pytest.TempPathFactory):
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("demo") / "made"
-    return out, svdiff.run(out, seed=1, settings=ShiftSettings.quick(), progress=False)
+    said, aside = io.StringIO(), io.StringIO()
+    with redirect_stdout(said), redirect_stderr(aside):
+        assert svdiff.main(out, seed=1, settings=ShiftSettings.quick(), as_json=True) == 0
+    numbers = json.loads(said.getvalue())  # the whole of it
+    assert numbers.pop("output") == str(out) and "two subjects in one picture" in aside.getvalue()
+    return out, numbers
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +42,8 @@ def world() -> World:
 @pytest.mark.slow
 def test_files(finished):
     out, numbers = finished
-    assert {path.name for path in out.iterdir()} == {"svdiff.html", "svdiff.json"}
+    names = {path.name for path in out.iterdir()}
+    assert names == {"svdiff.html", "svdiff.json"} == set(numbers["files"])
     assert json.loads((out / "svdiff.json").read_text()) == json.loads(json.dumps(numbers))
     text = (out / "svdiff.html").read_text()
     shown = Page(text)

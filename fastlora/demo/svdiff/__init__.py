@@ -7,15 +7,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fastlora.demo import require_packages
+from fastlora.demo import require_packages, told
 from fastlora.demo.svdiff.settings import ShiftSettings
 
 __all__ = ["ShiftSettings", "main", "run"]
 
 
-def main(out: str | Path = "out", seed: int = 0, settings: ShiftSettings | None = None) -> int:
+def main(
+    out: str | Path = "out",
+    seed: int = 0,
+    settings: ShiftSettings | None = None,
+    as_json: bool = False,
+) -> int:
     """Runs it with progress bars; 0. Raises what `run` does."""
-    run(out, seed, settings)
+    told(run, out, seed, settings, as_json)
     return 0
 
 
@@ -52,6 +57,7 @@ def run(
             edited = make_edits(world, settings)
     found = Found(settings, compared, paired, edited)
     result = numbers(found, seed, {**world.seconds, "total": time.perf_counter() - start})
+    result["files"] = ["svdiff.html", "svdiff.json"]
     replace(out / "svdiff.html", page(found, result).encode())
     replace(out / "svdiff.json", json.dumps(result, indent=2).encode())
     world.say(f"\n{say(found)}\n\n{out / 'svdiff.html'}, {result['seconds']['total']:.0f} s in all")

@@ -1,0 +1,322 @@
+"""PEFT's layers, whose forward pass is fused where their state is one that fastlora computes, and
+PEFT's own everywhere else."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+
+from fastlora.adapters.arena import Arena
+from fastlora.adapters.lookup import HOST
+from fastlora.adapters.slots import Slots
+from fastlora.adapters.specs import AdapterError
+from fastlora.integrations.peft.hosts import Host, hooks_of, host_class
+from fastlora.integrations.peft.merging import Pristine
+from fastlora.integrations.peft.reading import Found, found_in
+from fastlora.integrations.peft.slots import PeftSlot
+from fastlora.integrations.peft.strengths import Scaling, Told
+from fastlora.ops import ContractError
+
+PRISTINE = "_fastlora_pristine"
+RESERVED = frozenset(dir(Slots()))  # names that a slot cannot have
+
+_is_compiling = torch.compiler.is_compiling
+
+
+class Plan(NamedTuple):
+    """Which way a layer's forward pass goes, until PEFT changes something."""
+
+    host: Any
+    fused: bool  # what is active is what the host computes
+    in_graph: bool  # so are all adapters: a graph has them all, and strengths of zero
+    drops: bool  # an active adapter has dropout
+    biases: tuple[tuple[str, dict[str, Any]], ...]  # lora_bias: adapters and parameters of theirs
+    base: nn.Module
+    base_class: type[nn.Module]
+    hooks: tuple[Any, ...]  # of the modules that the fused way does not call
+    uncalled: dict[str, Any]  # the base layer's attributes, where it is one of these; accelerate's
+    # hooks are a forward among them
+
+
+if TYPE_CHECKING:
+
+    class PeftLayer(nn.Module, LoraLayer):
+        def merge(self, safe_merge: bool = False, adapter_names: Any = None) -> None: ...
+        def unmerge(self) -> None: ...
+
+else:  # PEFT's class comes behind; a layer can change its class only to one of the same layout
+    PeftLayer = nn.Module
+
+
+class FastLayer(PeftLayer):
+    """Stands in front of the class that one of PEFT's layers had."""
+
+    _active_adapter = Told("_active_adapter", "default")  # type: ignore[assignment]
+    _disable_adapters = Told("_disable_adapters", False)  # type: ignore[assignment]
+    _fastlora_plan: Plan
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or self.merged_adapters:
+            return self.special(x, *args, **kwargs)
+        plan = self._fastlora_plan
+        if not self.goes(plan):
+            return self.by_peft(x)
+        try:
+            y = plan.host.forward(x)
+        except ContractError:  # dtypes that only PEFT casts; or it says what is wrong in its way
+            if _is_compiling():
+                raise
+            return self.by_peft(x)
+        return with_biases(plan, y) if plan.biases else y
+
+    def goes(self, plan: Plan) -> bool:
+        """Whether the fused way computes what PEFT's does."""
+        if plan.drops and self.training:
+            return False  # from the same random numbers
+        if _is_compiling():
+            return plan.in_graph
+        base = self.base_layer
+        return (
+            plan.fused
+            and base is plan.base
+            and type(base) is plan.base_class
+            and not any(plan.hooks)
+            and "forward" not in plan.uncalled
+        )
+
+    def special(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """With merged adapters, or arguments: of these the names of an adapter for each sample."""
+        names, plan = kwargs.get("adapter_names"), self._fastlora_plan
+        if names is None or len(kwargs) > 1 or args or self.disable_adapters or _is_compiling():
+            return self.by_peft(x, *args, **kwargs)
+        self._check_forward_args(x, adapter_names=names)
+        gates = self.gates_of(plan.host, tuple(names), x)
+        if gates is None or any(plan.hooks) or "forward" in plan.uncalled:
+            return self.by_peft(x, adapter_names=names)
+        try:
+            return plan.host.mixed(x, gates) if gates else self.base_layer(x)
+        except ContractError:
+            return self.by_peft(x, adapter_names=names)
+
+    def by_peft(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """PEFT's own forward pass, with the strengths that fastlora's functions have set beside
+        PEFT's scalings. Raises AdapterError for one per sample."""
+        state = vars(self)[HOST]._state
+        factors = {
+            n: s
+            for n in self.scaling
+            if isinstance(s := strength(state.arena, n), Tensor) or s != 1.0
+        }
+        if not factors:
+            return super().forward(x, *args, **kwargs)
+        for name, factor in factors.items():
+            if isinstance(factor, Tensor):
+                raise AdapterError(
+                    f"{state.path}: the strength of {name!r} is per sample, and PEFT computes this "
+                    "layer now, with one for all; use a number"
+                )
+        scaling = vars(self)["scaling"]
+        try:
+            vars(self)["scaling"] = {n: v * factors.get(n, 1.0) for n, v in scaling.items()}
+            return super().forward(x, *args, **kwargs)
+        finally:
+            vars(self)["scaling"] = scaling
+
+    def gates_of(self, host: Host, names: tuple[str, ...], x: Tensor) -> dict[str, Tensor] | None:
+        """Gates [batch, rank] of the adapters that are somebody's; None where not fused."""
+        arena, gates = host._state.arena, {}
+        for name in dict.fromkeys(names):
+            if name not in self.scaling:  # "__base__", or an adapter of other layers
+                continue
+            scale = strength(arena, name)
+            plain = name in host.fastlora and not self.lora_bias.get(name)
+            if not plain or isinstance(scale, Tensor) or name in self.lora_variant:
+                return None
+            mask = masks(names, x.device, host.anchor().dtype == torch.float64)[name]
+            gates[name] = (mask * (scale * self.scaling[name])).expand(
+                -1, host.fastlora[name].width
+            )
+        return gates
+
+    # --- what PEFT changes ------------------------------------------------------------------------
+
+    @property
+    def scaling(self) -> Any:
+        return vars(self)["scaling"]
+
+    @scaling.setter
+    def scaling(self, value: Any) -> None:
+        vars(self)["scaling"] = owned(value, self)
+        self.synchronise()
+
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        super().update_layer(*args, **kwargs)
+        self.synchronise()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.synchronise()
+
+    def synchronise(self) -> None:
+        """Takes up what PEFT's books say now: which adapters there are, and their strengths."""
+        host = vars(self).get(HOST)
+        if host is None:  # a layer in the making
+            return
+        found = {n: f for n, f in found_in(self).items() if n not in RESERVED}
+        names = [] if self.disable_adapters else self.active_adapters
+        active = [name for name in names if name in self.scaling]
+        update_slots(host, found, {n: float(self.scaling[n]) for n in active if n in found})
+        fused = [found[name] for name in active if name in found]
+        own = ((n, found[n].bias) for n in active if n in found)
+        base = self.base_layer
+        biases = tuple((name, bias) for name, bias in own if bias is not None)
+        alone = len(active) == 1 or not any(f.dora for f in fused)  # PEFT's order matters else
+        vars(self)["_fastlora_plan"] = Plan(
+            host,
+            fused=len(fused) == len(active) and alone,
+            in_graph=len(fused) == len(active) and alone and bool(found),
+            drops=any(f.drops for f in fused),
+            biases=biases,
+            base=base,
+            base_class=type(base),
+            hooks=(*(() if host.beside else hooks_of(base)), *(h for f in fused for h in f.hooks)),
+            uncalled={} if host.beside else vars(base),
+        )
+
+    def follow_base(self) -> None:
+        """Takes up another base layer, or another class of it: fastlora's own adapters make one."""
+        host, base = vars(self)[HOST], self.base_layer
+        if base is host.base_module and type(base) is self._fastlora_plan.base_class:
+            return
+        try:
+            make = host_class(base, self)
+        except AdapterError:  # PEFT's own forward calls any
+            return
+        vars(self)[HOST] = make(base, host._state.arena, host._state.path)
+        self.synchronise()
+
+    # --- merging ----------------------------------------------------------------------------------
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """PEFT's, which keeps what the base layer was."""
+        base = self.get_base_layer()
+        if not self.merged_adapters:
+            vars(self)[PRISTINE] = Pristine(base)
+        try:
+            super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        finally:
+            if self.merged_adapters and PRISTINE in vars(self):
+                vars(self)[PRISTINE].seal(base)
+            elif not self.merged_adapters:
+                vars(self).pop(PRISTINE, None)
+
+    def unmerge(self) -> None:
+        """Puts the base layer back, bit for bit; PEFT's where somebody has written it since."""
+        kept, base = vars(self).pop(PRISTINE, None), self.get_base_layer()
+        if kept is None or not kept.holds(base):
+            return super().unmerge()
+        kept.put_back(base)
+        for name in self.merged_adapters:  # what a variant has noted for its own way back
+            self._caches.pop(f"{name}-weight_norm", None)
+        self.merged_adapters.clear()
+
+    # --- what torch does to modules ---------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)  # type: ignore[misc]
+        if PRISTINE in vars(self):
+            vars(self)[PRISTINE].apply(fn)
+            vars(self)[PRISTINE].seal(self.get_base_layer())
+        vars(self)[HOST].moved(fn)
+        self.synchronise()
+        return result
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        owned(vars(self)["scaling"], self)
+        self.synchronise()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time; pickle finds it through PEFT's.
+        _, _, *state = super().__reduce_ex__(max(2, protocol))
+        return blank, (type(self).__mro__[2],), *state
+
+
+def update_slots(host: Host, found: dict[str, Found], ratios: dict[str, float]) -> None:
+    """Gives the host the slots of these adapters, with these ratios, and 0 for the others."""
+    arena, slots, laid_out = host._state.arena, host.fastlora, host._state.offsets
+    # Strengths are written at once, also where they will be laid out anew: a compiled graph reads
+    # them where they are.
+    for name in [name for name in slots if name not in found]:
+        if name in laid_out:
+            arena.set_ratio(host, name, 0.0)
+        del slots[name]
+        arena.unsettled = True
+    for name, adapter in found.items():
+        if name not in slots or not adapter.is_of(slots[name]):
+            slots[name] = PeftSlot(adapter.places, adapter.spec)
+            laid_out.pop(name, None)
+            arena.unsettled = True
+        ratio = ratios.get(name, 0.0)
+        if slots[name].ratio != ratio:
+            slots[name].ratio = ratio
+            if name in laid_out:
+                arena.set_ratio(host, name, ratio)
+    host._state.forget()
+    host._state.stale = host._state.merged
+
+
+def with_biases(plan: Plan, y: Tensor) -> Tensor:
+    """`y + Σ gate · bias` of the adapters that have a bias of their own (lora_bias)."""
+    for name, own in plan.biases:
+        gate = plan.host.gate(name)[..., :1]  # [1], or [batch, 1]
+        change = (gate * own["bias"].to(gate.dtype)).to(y.dtype)
+        if isinstance(plan.host.base_module, nn.Conv2d):
+            change = change[..., None, None]
+        elif change.dim() == 2:
+            change = change.view(len(change), *[1] * (y.dim() - 2), -1)
+        y = y + change
+    return y
+
+
+def strength(arena: Arena, name: str) -> float | Tensor:
+    """What fastlora's functions have set for an adapter; 1 where they know of none."""
+    return arena.scales.get(name, 1.0) if arena.enabled.get(name, True) else 0.0
+
+
+@lru_cache(8)
+@torch.inference_mode(False)
+def masks(names: tuple[str, ...], device: torch.device, double: bool) -> dict[str, Tensor]:
+    """[batch, 1] by name: 1 for the samples that have it."""
+    dtype = torch.float64 if double else torch.float32
+    rows = {name: [[float(n == name)] for n in names] for name in dict.fromkeys(names)}
+    return {name: torch.tensor(row, dtype=dtype, device=device) for name, row in rows.items()}
+
+
+def owned(scaling: dict[str, Any], layer: FastLayer) -> Scaling:
+    told = scaling if type(scaling) is Scaling else Scaling(scaling)
+    told.owner = weakref.ref(layer)
+    return told
+
+
+_FAST: dict[type[LoraLayer], type[FastLayer]] = {}
+
+
+def fast_class(peft: type[LoraLayer]) -> type[FastLayer]:
+    """The class of PEFT's layers of exactly this class once they are accelerated."""
+    if peft not in _FAST:
+        names = {"__module__": __name__, "__qualname__": peft.__qualname__}
+        _FAST[peft] = type(peft.__name__, (FastLayer, peft), names)
+    return _FAST[peft]
+
+
+def blank(peft: type[LoraLayer]) -> FastLayer:
+    """A layer without anything in it, for pickle to fill."""
+    cls = fast_class(peft)
+    return cls.__new__(cls)
