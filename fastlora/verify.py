@@ -130,9 +130,8 @@ def roundings(layer: Adapted, dtype: torch.dtype) -> float:
     roundings of a term; the factor was measured for n from 8 to 2048. In float64 the reference
     itself rounds as much. The terms of a folded layer have one rounding more, that of the weight.
     """
-    if isinstance(layer, nn.Linear):
-        n = layer.in_features
-    else:
+    n = getattr(layer, "in_features", None)  # of a quantised weight the shape may tell nothing
+    if n is None:
         n = layer.weight[0].numel() if layer.weight.dim() > 1 else 1
     sums = {torch.float32: 2 + n**0.5 / 4, torch.float64: 2 + n**0.5}.get(dtype, 1.0)
     return sums * (2 if layer._state.merged else 1)

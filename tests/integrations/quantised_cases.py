@@ -170,3 +170,29 @@ KINDS: dict[str, Callable[[], Kind]] = {
     ),
     "gguf": gguf,
 }
+
+
+# --- models and what they compute -----------------------------------------------------------------
+
+IN, HIDDEN, OUT = 128, 64, 128  # what blocks of 4 bits ask for
+
+
+def plain(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(IN, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, OUT)).to(dtype)
+
+
+def quantised(kind: Kind, dtype: torch.dtype = torch.float32) -> Any:
+    model = plain(dtype)
+    kind.quantise(model)
+    return model.requires_grad_(False)
+
+
+def low_rank(layer: Any, strengths: dict[str, Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`Σ ((x Dᵀ) g) Uᵀ` in plain PyTorch in `dtype`, each strength [] or [batch, 1]."""
+    total = torch.zeros((), dtype=dtype)
+    for name, strength in strengths.items():
+        slot = layer.fastlora[name]
+        h = F.linear(x.to(dtype), slot.down.to(dtype)) * (strength * slot.ratio).to(dtype)
+        total = total + F.linear(h, slot.up.to(dtype))
+    return total

@@ -5,7 +5,6 @@ What runs depends on what is installed; the stand-ins "packed" and "wrapped" alw
 
 from __future__ import annotations
 
-import abc
 import copy
 import re
 from pathlib import Path
@@ -17,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastlora
+from fastlora.adapters import beside
 from fastlora.adapters.fitting import slot_from
-from fastlora.formats.changes import Change, Dense, LowRank
-from tests.adapters.oracles import assert_twofold, randomise, same_bits, snapshot
-from tests.integrations.quantised_cases import KINDS, Int8Weight, Kind, PackedLinear, rounded, wrap
+from fastlora.formats.changes import Change, Dense
+from tests.adapters.oracles import assert_twofold, randomise, same_bits
+from tests.integrations.quantised_cases import HIDDEN, IN, KINDS, Kind, low_rank, plain, quantised
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-IN, HIDDEN, OUT = 128, 64, 128  # what blocks of 4 bits ask for
 ROUNDED = ("bitsandbytes int8",)  # rounds what comes in as well
 
 
@@ -34,27 +33,6 @@ def kind(request: pytest.FixtureRequest) -> Kind:
 
 def rounds_inputs(request: pytest.FixtureRequest) -> bool:
     return request.node.callspec.params["kind"] in ROUNDED
-
-
-def plain(dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(IN, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, OUT)).to(dtype)
-
-
-def quantised(kind: Kind, dtype: torch.dtype = torch.float32) -> Any:
-    model = plain(dtype)
-    kind.quantise(model)
-    return model.requires_grad_(False)
-
-
-def low_rank(layer: Any, strengths: dict[str, Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`Σ ((x Dᵀ) g) Uᵀ` in plain PyTorch in `dtype`, each strength [] or [batch, 1]."""
-    total = torch.zeros((), dtype=dtype)
-    for name, strength in strengths.items():
-        slot = layer.fastlora[name]
-        h = F.linear(x.to(dtype), slot.down.to(dtype)) * (strength * slot.ratio).to(dtype)
-        total = total + F.linear(h, slot.up.to(dtype))
-    return total
 
 
 def base_exact(kind: Kind, layer: Any, x: Tensor, whole: Tensor | None = None) -> Tensor:
@@ -272,6 +250,36 @@ def test_compiled_models_compute_the_same(kind: Kind, request: pytest.FixtureReq
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
 
 
+def test_several_adapters_are_one_pass(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = quantised(kind), []
+    for name in "abc":
+        fastlora.inject(model, fastlora.LoRA(4), where=["0"], name=name)
+    add = beside.lora_add_
+    monkeypatch.setattr(beside, "lora_add_", lambda *args: (calls.append(1), add(*args)))
+    model(torch.randn(3, IN))
+    assert len(calls) == 1
+
+
+@pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated without")
+def test_peft_s_layers_beside_them(kind: Kind) -> None:
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=4, target_modules=["0.0", "0.2"], init_lora_weights=False)
+    model = peft.get_peft_model(nn.Sequential(quantised(kind)), settings)
+    x = torch.randn(3, IN)
+    expected = model(x)
+    wanted = torch.autograd.grad(expected.square().sum(), trained(model))
+    fastlora.accelerate(model)
+    found = model(x)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    gradients = torch.autograd.grad(found.square().sum(), trained(model))
+    torch.testing.assert_close(gradients, wanted, rtol=1e-4, atol=1e-4)
+    assert fastlora.verify(model, x)
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 def test_under_autocast(kind: Kind) -> None:
     model = quantised(kind)
     fastlora.inject(model, fastlora.LoRA(4), name="a")
@@ -283,103 +291,6 @@ def test_under_autocast(kind: Kind) -> None:
     assert y.dtype == bare.dtype
     low = bare + low_rank(layer, {"a": torch.tensor(1.0)}, x, bare.dtype).detach()
     assert_twofold(y, exact, low)
-
-
-# --- weights that are tensors around others -------------------------------------------------------
-
-
-def test_a_weight_may_be_quantised_after_the_adapter_came() -> None:
-    model, x = plain(), torch.randn(3, IN)
-    fastlora.inject(model, fastlora.LoRA(4), name="a")
-    randomise(model)
-    with torch.no_grad():
-        model(x)  # by the shortest way
-        wrap(model)
-        for layer, given in ((model[0], x), (model[2], torch.randn(3, HIDDEN))):
-            exact = layer.base(given).double()
-            exact = exact + low_rank(layer, {"a": torch.tensor(1.0)}, given, torch.float64)
-            torch.testing.assert_close(layer(given).double(), exact, rtol=1e-5, atol=1e-5)
-    assert fastlora.verify(model, x)
-
-
-@pytest.mark.parametrize("spec", [fastlora.LoRA(4, dora=True), fastlora.Spectral()], ids=str)
-def test_but_not_under_one_that_needs_it(spec: Any) -> None:
-    model, x = plain(), torch.randn(3, IN)
-    fastlora.inject(model, spec, where=["0"], name="a")
-    randomise(model)
-    wrap(model)
-    for grad in (False, True):
-        with torch.set_grad_enabled(grad):
-            with pytest.raises(fastlora.AdapterError, match="0: .*has become of type Int8Weight"):
-                model(x)
-    fastlora.remove(model, "a")
-    assert model(x).isfinite().all()
-
-
-class Opaque(Int8Weight):
-    """Rounds its input as well and gives no gradient to it, as dynamic quantisation does."""
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear:
-            args = (args[0].detach(), *args[1:])
-        return super().__torch_function__(func, types, args, kwargs)
-
-
-def test_a_base_that_stops_gradients_is_named() -> None:
-    model, x = plain(), torch.randn(3, IN)
-    weight = Opaque(*rounded(model[2].weight), torch.float32)
-    model[2].weight = nn.Parameter(weight, requires_grad=False)
-    fastlora.inject(model, fastlora.LoRA(4), name="a")
-    with pytest.warns(UserWarning, match="2: no gradient passes through its base.*Opaque"):
-        model(x)
-    model.eval()(x)  # nobody trains
-    with torch.no_grad():
-        model.train()(x)
-
-
-# --- shapes and dtypes that a quantised weight does not tell --------------------------------------
-
-
-def test_rows_of_a_fused_projection_fit_a_packed_layer() -> None:
-    layer = PackedLinear(nn.Linear(12, 8))
-    down, up = torch.randn(2, 12), torch.randn(24, 2)
-    for part in (LowRank(down, up), LowRank(down, up, alpha=1.0)):
-        slot = slot_from(layer, Change(part, rows=(8, 16, 24)))
-        assert torch.equal(slot.up, up[8:16]) and torch.equal(slot.down, down)
-    with pytest.raises(fastlora.AdapterError, match=r"24 rows, 7 of them for \[8, 12\]"):
-        slot_from(layer, Change(LowRank(down, up), rows=(0, 7, 24)))
-
-
-def test_stored_float8_is_refused() -> None:
-    """Layerwise casting converts whatever parameters a layer has, at every call."""
-    model = nn.Sequential(nn.Linear(8, 8)).to(torch.float8_e4m3fn)
-    before = snapshot(model)
-    with pytest.raises(
-        fastlora.AdapterError, match="0 .*float8_e4m3fn, in which no layer computes"
-    ):
-        fastlora.inject(model, fastlora.LoRA(2), where=["0"])
-    with pytest.raises(fastlora.AdapterError, match="layerwise casting"):
-        slot_from(model[0], Change(LowRank(torch.randn(2, 8), torch.randn(8, 2))))
-    assert snapshot(model)["classes"] == before["classes"]
-
-
-class Mixin(abc.ABC):  # noqa: B024 (nothing to implement)
-    """It comes first and settles the layout of what is made of it, as quanto's does."""
-
-
-class Foreign(Mixin, nn.Linear):
-    pass
-
-
-def test_classes_that_cannot_be_exchanged_are_refused() -> None:
-    model = nn.Sequential(Foreign(4, 4))
-    with pytest.raises(fastlora.AdapterError, match=r"0 \(Foreign\): this kind of layer is not"):
-        fastlora.inject(model, fastlora.LoRA(2))
-    assert type(model[0]) is Foreign
-
-
-# --- docs/quantised.md ----------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore")  # of older libraries
