@@ -4,6 +4,7 @@ and by stand-ins that do it in the same ways."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import pytest
@@ -170,6 +171,8 @@ KINDS: dict[str, Callable[[], Kind]] = {
     ),
     "gguf": gguf,
 }
+LIBRARIES = ("torchao", "bitsandbytes", "gguf")
+MISSING = tuple(name for name in LIBRARIES if find_spec(name) is None)
 
 
 # --- models and what they compute -----------------------------------------------------------------

@@ -20,15 +20,31 @@ from fastlora.adapters import beside
 from fastlora.adapters.fitting import slot_from
 from fastlora.formats.changes import Change, Dense
 from tests.adapters.oracles import assert_twofold, randomise, same_bits
-from tests.integrations.quantised_cases import HIDDEN, IN, KINDS, Kind, low_rank, plain, quantised
+from tests.integrations.quantised_cases import (
+    HIDDEN,
+    IN,
+    KINDS,
+    LIBRARIES,
+    MISSING,
+    Kind,
+    low_rank,
+    plain,
+    quantised,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROUNDED = ("bitsandbytes int8",)  # rounds what comes in as well
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=[name for name in KINDS if not name.startswith(MISSING)])
 def kind(request: pytest.FixtureRequest) -> Kind:
     return KINDS[request.param]()
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_what_was_run(library: str) -> None:
+    """Says once, and not for every test, what is not installed."""
+    pytest.importorskip(library)
 
 
 def rounds_inputs(request: pytest.FixtureRequest) -> bool:
