@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from fastlora.adapters.adapted import Adapted
 from fastlora.adapters.deltas import DeltaSlot
 from fastlora.adapters.layers import AdaptedConv2d, AdaptedEmbedding
-from fastlora.adapters.lookup import adapted_layers
+from fastlora.adapters.lookup import adapted_layers, base_modules, unwrapped
 from fastlora.adapters.slots import LoRASlot, SpectralSlot
 from fastlora.adapters.specs import AdapterError
+from fastlora.adapters.tensors import COMPUTED, is_plain
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,9 @@ def verify(model: nn.Module, *inputs: Any, **keywords: Any) -> VerifyReport:
     PyTorch happens to be closer than `roundings` says: twice so many roundings of the largest
     value.) An adapted layer that the model does not call fails, and so does a NaN.
 
+    Layers that are quantised are not widened: what they are computes in the dtype of the fused run,
+    in either of the references, and only the low-rank part beside it in float64.
+
     Costs memory for one float64 copy of the model. Raises AdapterError if there are no adapters.
     """
     layers = adapted_layers(model)
@@ -83,13 +87,19 @@ def verify(model: nn.Module, *inputs: Any, **keywords: Any) -> VerifyReport:
     model.eval()  # dropout has no reference
     try:
         seen: dict[str, tuple[Tensor, Tensor]] = {}
-        with recording(layers, seen):
+        others = {path: m for path, m in quantised(model).items() if path not in layers}
+        dtypes: dict[str, torch.dtype] = {}
+        with recording(layers, seen), noting(others, dtypes):
             fused = [t.clone() for t in flat(model(*inputs, **keywords))]
         rows = [layer_row(path, layer, seen.get(path)) for path, layer in layers.items()]
         with by_reference(layers):
             plain = [t.clone() for t in flat(model(*inputs, **keywords))]
-        double = copy.deepcopy(model).double()
-        with by_reference(adapted_layers(double)):
+        # Of what is quantised nothing is computed in the copy, and not every kind can be copied.
+        left_out = {id(m.weight): nothing_like(m.weight) for m in quantised(model).values()}
+        double = copy.deepcopy(model, left_out).double()
+        dtypes |= {path: x.dtype for path, (x, _) in seen.items()}
+        keep_quantised(model, double, dtypes)
+        with by_reference(adapted_layers(double), torch.float64):
             exact = flat(double(*widened(inputs), **widened(keywords)))
         for i, (f, p, e) in enumerate(zip(fused, plain, exact, strict=True)):
             path = f"output {i}" if len(fused) > 1 else "output"
@@ -120,7 +130,9 @@ def roundings(layer: Adapted, dtype: torch.dtype) -> float:
     roundings of a term; the factor was measured for n from 8 to 2048. In float64 the reference
     itself rounds as much. The terms of a folded layer have one rounding more, that of the weight.
     """
-    n = layer.upright(layer.weight)[0].numel() if layer.weight.dim() > 1 else 1
+    n = getattr(layer, "in_features", None)  # of a quantised weight the shape may tell nothing
+    if n is None:
+        n = layer.upright(layer.weight)[0].numel() if layer.weight.dim() > 1 else 1
     sums = {torch.float32: 2 + n**0.5 / 4, torch.float64: 2 + n**0.5}.get(dtype, 1.0)
     return sums * (2 if layer._state.merged else 1)
 
@@ -154,12 +166,14 @@ def reference(layer: Adapted, x: Tensor, dtype: torch.dtype) -> Tensor:
     """The layer by its formula in plain PyTorch: nothing fused, packed, folded or cached."""
     if isinstance(layer, AdaptedConv2d) and x.dim() == 3:
         return reference(layer, x[None], dtype)[0]
-    x = widened(x, dtype)
+    given, x = x, widened(x, dtype)
     slots = [(slot, gate_value(layer, name)) for name, slot in layer.fastlora.items()]
     bias = bias_reference(layer, slots, dtype)
-    if layer.beside:
-        low = layer.weight.dtype if layer.weight.is_floating_point() else x.dtype
-        y: Any = layer.base(x.to(low) if x.is_floating_point() else x).to(dtype)
+    if not is_plain(layer.weight):
+        y: Any = layer.base(given).to(dtype)
+        weight = None
+    elif layer.beside:
+        y = layer.base(x.to(layer.weight.dtype) if x.is_floating_point() else x).to(dtype)
         weight = None
     else:
         weight = spectral_reference(layer, slots, dtype)
@@ -275,7 +289,7 @@ def dora_reference(layer: Adapted, weight: Any, slot: LoRASlot, gate: Tensor, dt
 
 
 @contextmanager
-def forwards(layers: dict[str, Adapted], make: Callable[[str, Adapted], Any]) -> Iterator[None]:
+def forwards(layers: Mapping[str, Any], make: Callable[[str, Any], Any]) -> Iterator[None]:
     """Every layer has `make(path, layer)` as its forward. Not hooks: modules that go past their
     layers (the fused path of nn.TransformerEncoderLayer) do not where there are hooks."""
     before = {path: vars(layer).get("forward") for path, layer in layers.items()}
@@ -307,14 +321,65 @@ def recording(layers: dict[str, Adapted], seen: dict[str, tuple[Tensor, Tensor]]
     return forwards(layers, make)
 
 
-def by_reference(layers: dict[str, Adapted]) -> Any:
-    """Replaces every layer by its formula in the dtype of its weight."""
+def by_reference(layers: dict[str, Adapted], dtype: torch.dtype | None = None) -> Any:
+    """Replaces every layer by its formula in `dtype`; None: that of its weight, and of its input
+    where the weight is packed."""
 
     def make(path: str, layer: Adapted) -> Any:
-        dtype = layer.weight.dtype if layer.weight.is_floating_point() else torch.float32
-        return lambda *args, **keywords: reference(layer, first(args, keywords), dtype)
+        def forward(*args: Any, **keywords: Any) -> Tensor:
+            x = first(args, keywords)
+            own = layer.weight if dtype is None and layer.weight.dtype in COMPUTED else x
+            return reference(layer, x, dtype or own.dtype)
+
+        return forward
 
     return forwards(layers, make)
+
+
+def quantised(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules with a weight that is no plain one, adapted or not, by path."""
+    return {
+        path: module
+        for path, module in base_modules(unwrapped(model))
+        if module._parameters.get("weight") is not None and not is_plain(module.weight)
+    }
+
+
+def nothing_like(weight: Any) -> nn.Parameter:
+    """No values, of a dtype that none would be computed in."""
+    empty = torch.empty(0, dtype=torch.int8, device=weight.device)
+    return nn.Parameter(empty, requires_grad=False)
+
+
+def noting(modules: dict[str, nn.Module], dtypes: dict[str, torch.dtype]) -> Any:
+    """Notes the dtype of every module's input."""
+
+    def make(path: str, module: nn.Module) -> Any:
+        inner = module.forward
+
+        def forward(*args: Any, **keywords: Any) -> Any:
+            dtypes[path] = first(args, keywords).dtype
+            return inner(*args, **keywords)
+
+        return forward
+
+    return forwards(modules, make)
+
+
+def keep_quantised(model: nn.Module, double: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    """What is quantised computes in the model when it is called in the copy, in the dtype that its
+    input had there: libraries do not widen such weights."""
+    twins = dict(base_modules(unwrapped(double)))
+
+    def narrow(compute: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
+        return lambda *args, **keywords: widened(
+            compute(*widened(args, dtype), **widened(keywords, dtype))
+        )
+
+    for path, module in quantised(model).items():
+        name = "base" if isinstance(module, Adapted) else "forward"
+        if path in dtypes:  # it was called
+            twins[path].__dict__[name] = narrow(getattr(module, name), dtypes[path])
 
 
 def first(args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:

@@ -344,7 +344,7 @@ class Adapted(nn.Module):
 
 # --- which class adapts which ---------------------------------------------------------------------
 
-_ADAPTED: dict[type[nn.Module], type[Adapted]] = {}
+_ADAPTED: dict[type[nn.Module], type[Adapted] | None] = {}
 _BASE: dict[type[nn.Module], type[nn.Module]] = {}
 _LIKE: dict[type[nn.Module], type[Adapted]] = {}
 _LATER: dict[str, str] = {}
@@ -387,8 +387,22 @@ def adapted_class(base: type[nn.Module]) -> type[Adapted] | None:
             return _ADAPTED.get(base)
         for ancestor, like in _LIKE.items():
             if issubclass(base, ancestor):
-                adapts(base)(type(f"Adapted{base.__name__}", (like, base), {}))
+                adapted = type(f"Adapted{base.__name__}", (like, base), {})
+                if exchangeable(base, adapted):
+                    adapts(base)(adapted)
+                else:
+                    _ADAPTED[base] = None
     return _ADAPTED.get(base)
+
+
+def exchangeable(base: type[nn.Module], adapted: type[Adapted]) -> bool:
+    """Whether an object of one class can become one of the other: not where abstract classes
+    before nn.Linear have given it another layout, as that of quanto's QLinear."""
+    try:
+        object.__setattr__(object.__new__(base), "__class__", adapted)
+    except TypeError:
+        return False
+    return True
 
 
 def base_class(adapted: type[nn.Module]) -> type[nn.Module]:

@@ -13,7 +13,13 @@ from fastlora.adapters.adapted import Adapted, adapted_class
 from fastlora.adapters.base_hash import base_hash, same_base
 from fastlora.adapters.deltas import Delta, DeltaSlot, mapped, tensors_of
 from fastlora.adapters.factorising import full_rank
-from fastlora.adapters.inject import NORMS, parameter_dtype, shift_count, unsuitable
+from fastlora.adapters.inject import (
+    NORMS,
+    dtypes_beside,
+    parameter_dtype,
+    shift_count,
+    unsuitable,
+)
 from fastlora.adapters.slots import LoRASlot, Slot, SpectralSlot, shapes_lora
 from fastlora.adapters.specs import AdapterError, LoRA, Spectral, fits_float32
 from fastlora.adapters.tensors import too_large
@@ -53,7 +59,7 @@ def lora_slot(layer: nn.Module, change: Change, part: LowRank) -> LoRASlot:
     """The LoRASlot of a low-rank Change. Raises AdapterError where it does not fit the layer."""
     weight: Any = layer.weight
     if part.mid is not None:
-        require_update(change, tuple(weight.shape))
+        require_update(change, shape_of(layer))
     part = oriented(layer, part.without_mid())
     if isinstance(layer, nn.Conv2d) and part.rank % layer.groups:
         raise AdapterError(f"rank {part.rank} is not divisible by {layer.groups} groups")
@@ -229,13 +235,7 @@ def placed(weight: Tensor, tensor: Tensor) -> Tensor:
 
 def fitting_dtype(weight: Tensor, dtype: torch.dtype) -> torch.dtype:
     """The file's dtype if the operators take it beside this weight, else what inject chooses."""
-    if weight.is_floating_point():
-        fits = dtype == weight.dtype or (
-            dtype == torch.float32 and weight.dtype in (torch.float16, torch.bfloat16)
-        )
-    else:
-        fits = dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return dtype if fits else parameter_dtype("", weight, None)
+    return dtype if dtype in dtypes_beside(weight) else parameter_dtype("", weight, None)
 
 
 def require_shifts(layer: nn.Module, spec: Spectral, shift: Tensor | None) -> None:

@@ -15,6 +15,7 @@ from fastlora.adapters.folded_weight import fold_layers
 from fastlora.adapters.lookup import adapted_layers, arenas, layers_of, unwrapped, walked
 from fastlora.adapters.specs import AdapterError
 from fastlora.adapters.surgery import remove_all
+from fastlora.adapters.tensors import is_plain
 
 
 def fold(model: Models, permanent: bool = False) -> None:
@@ -91,11 +92,12 @@ def check_plain(path: str, layer: nn.Module) -> None:
     """Raises AdapterError for a layer, adapted or about to be, that has no plain weight."""
     kind = type(layer) if isinstance(layer, Adapted) else adapted_class(type(layer))
     assert kind is not None
-    if kind.beside or layer._parameters.get("weight") is None:
+    if kind.beside or not is_plain(layer._parameters.get("weight")):
         base = type(layer.base_module) if kind.foreign else base_class(kind)
         raise AdapterError(
             f"fold: {path}: a {base.__name__} computes with its weight in a way of its "
-            "own; only plain Linear, Conv2d, Embedding and norms can be folded"
+            "own; only plain Linear, Conv2d, Embedding and norms can be folded. Leave a quantised "
+            "model unfolded, or fold(model, permanent=True) before quantising"
         )
 
 

@@ -64,7 +64,7 @@ from fastlora.adapters.surgery import (
     tell_neighbours,
     thaw,
 )
-from fastlora.adapters.tensors import too_large
+from fastlora.adapters.tensors import COMPUTED, is_plain, too_large
 
 Where = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 PLAIN = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Embedding)
@@ -292,9 +292,9 @@ def select(
         if reason is None:
             if not any(module is m for m in chosen.values()):
                 chosen[path] = module
-        elif reason and where is not None and is_layer(module):
+        elif reason and is_layer(module):
             refused.append(f"{path} ({type(module).__name__}): {reason}")
-    if refused:
+    if refused and where is not None:
         raise AdapterError(
             f"{what}: where selects layers that cannot be adapted: " + "; ".join(refused)
         )
@@ -302,7 +302,7 @@ def select(
         candidates = [p for p, m in base_modules(model) if unsuitable(m, spec) is None][:5]
         raise NoLayer(
             f"{what}: where: {where!r} matches no layer that {type(spec).__name__} can adapt; "
-            f"this model has for example {candidates}"
+            f"this model has for example {candidates}" + "".join(f"; {r}" for r in refused[:1])
         )
     empty = [p for p, m in chosen.items() if any(q.is_meta for q in m.parameters(recurse=False))]
     if empty and not meta:
@@ -368,6 +368,11 @@ def unsuitable(module: nn.Module, spec: LoRA | Spectral | Delta) -> str | None:
                 f"it is PEFT's ({base.__module__}); first fastlora.accelerate(model), after which "
                 "its base layer can be adapted, or model.unload()"
             )
+        if issubclass(base, nn.Linear):
+            return (
+                f"this kind of layer is not supported: {base.__module__} made it of classes that "
+                "cannot be exchanged; quantise with torchao or bitsandbytes instead"
+            )
         return "this kind of layer is not supported"
     if is_bypassed(module):
         return (
@@ -387,6 +392,12 @@ def unsuitable(module: nn.Module, spec: LoRA | Spectral | Delta) -> str | None:
         return "its weight is empty"
     if weight.is_complex():
         return "its weight is complex"
+    if base in PLAIN and weight.is_floating_point() and weight.dtype not in COMPUTED:
+        return (
+            f"its weight is {weight.dtype}, in which no layer computes: what converts it at every "
+            "call (layerwise casting) would round the adapter to it; quantise the model instead "
+            "(torchao, bitsandbytes), or load it in 16 bits"
+        )
     if isinstance(spec, LoRA) and issubclass(base, nn.ConvTranspose2d):
         return "LoRA of transposed convolutions is not supported; spectral shifts of them are"
     # Who needs the whole weight, not just its product.
@@ -394,8 +405,11 @@ def unsuitable(module: nn.Module, spec: LoRA | Spectral | Delta) -> str | None:
     if isinstance(spec, LoRA):
         needs = "DoRA needs" if spec.dora else ""
     whole = base in PLAIN or issubclass(kind, LinearForward)
-    if needs and (not whole or module._parameters.get("weight") is None):
-        return f"{needs} the plain weight of a Linear, Conv2d, ConvTranspose2d or Embedding"
+    if needs and (not whole or not is_plain(module._parameters.get("weight"))):
+        return (
+            f"{needs} the plain weight of a Linear, Conv2d, ConvTranspose2d or Embedding; beside a "
+            "quantised one goes LoRA, or fold(model, permanent=True) before quantising"
+        )
     if needs and getattr(module, "sparse", False):
         return f"{needs} dense gradients, and the embedding's are sparse"
     rows = needs and not isinstance(spec, Spectral)
@@ -450,18 +464,27 @@ def check_groups(path: str, module: nn.Conv2d, rank: int, what: str) -> None:
         )
 
 
+def dtypes_beside(weight: Tensor) -> tuple[torch.dtype, ...]:
+    """The dtypes that parameters beside `weight` can have. One that no layer computes in (integers,
+    float8) does not tell which the layer does."""
+    if weight.dtype not in COMPUTED:
+        return torch.float32, torch.float16, torch.bfloat16
+    if weight.dtype == torch.float64:
+        return (torch.float64,)
+    return tuple(dict.fromkeys((weight.dtype, torch.float32)))
+
+
 def parameter_dtype(
     path: str, weight: Tensor, dtype: torch.dtype | None, what: str = "inject"
 ) -> torch.dtype:
     """The dtype of new parameters beside `weight`: what is asked for if the operators take it."""
+    fits = dtypes_beside(weight)
     if dtype is None:
-        low = not weight.is_floating_point() or weight.dtype in (torch.float16, torch.bfloat16)
-        return torch.float32 if low else weight.dtype
+        return torch.float32 if torch.float32 in fits else weight.dtype
     if not isinstance(dtype, torch.dtype):
         raise AdapterError(f"{what}: dtype: expected a torch.dtype, got {dtype!r}")
-    fits = (weight.dtype,) if weight.dtype == torch.float64 else (weight.dtype, torch.float32)
-    if not dtype.is_floating_point or (weight.is_floating_point() and dtype not in fits):
-        names = " or ".join(map(str, dict.fromkeys(fits)))
+    if dtype not in fits:
+        names = " or ".join(map(str, fits))
         raise AdapterError(f"{what}: {path}: dtype: expected {names}, got {dtype}")
     return dtype
 

@@ -7,19 +7,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlora.adapters.adapted import Adapted, adapts, adapts_subclasses
+from fastlora.adapters.adapted import Adapted, adapts
+from fastlora.adapters.beside import (
+    Gated,
+    add_low_rank,
+    dropped,
+    packed,
+    quantised_since,
+    with_low_rank,
+)
 from fastlora.adapters.changed_weight import Recipe, changed_bias
 from fastlora.adapters.dora import row_scale
 from fastlora.adapters.slots import LoRASlot, in_place
 from fastlora.adapters.spectral import in_activations, operands
 from fastlora.adapters.state import is_capturing
+from fastlora.adapters.tensors import is_plain
 from fastlora.ops import ContractError, lora_add_, lora_linear, spectral_linear
 
 # Bound once: the shortest way through an adapted Linear looks up as little as it can.
 _lora_linear = lora_linear.eager  # type: ignore[attr-defined]
 _is_compiling = torch.compiler.is_compiling
-
-Gated = list[tuple[Any, Tensor]]  # LoRASlots, or what a reserve holds as one, with their gates
 
 
 class LinearForward(Adapted):
@@ -56,13 +63,13 @@ class LinearForward(Adapted):
         """
         state, holder, own = self._state, self.fastlora, self._parameters
         names = [name for name, _ in state.active]
-        packed = bool(names) and all(name in holder.reserved_rows for name in names)
-        if state.merged or state.arena.learned or not (packed or len(names) == 1):
+        reserved = bool(names) and all(name in holder.reserved_rows for name in names)
+        if state.merged or state.arena.learned or not (reserved or len(names) == 1):
             return None
-        if own.get("weight") is None or self.weight.dtype == torch.float64:
+        if not is_plain(own.get("weight")) or self.weight.dtype == torch.float64:
             return None
         with torch.no_grad():  # the buffer itself, not a copy
-            if packed and state.packed is not None and not holder.drops:
+            if reserved and state.packed is not None and not holder.drops:
                 down, up, _ = state.packed
                 gate = self.gates(state.offset, len(down), state.rows)
                 return {"down": down, "up": up}, gate, own, holder.pins
@@ -73,26 +80,32 @@ class LinearForward(Adapted):
                 return None
             return slot._parameters, self.gate(name), own, None if len(holder) == 1 else ()
 
+    def register_parameter(self, name: str, param: Any) -> None:
+        super().register_parameter(name, param)
+        self._state.forget()  # the weight may be quantised from here on
+
     def with_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
     def changed(self, x: Tensor, recipe: Recipe, slots: Gated) -> Tensor:
+        if not is_plain(self.weight):
+            raise quantised_since(self, "one of its adapters")
         whole = recipe.weight_updates or any(s.spec.dora for s, _ in slots)
         if recipe.shift is None or whole or not in_activations(self, x):
             return super().changed(x, recipe, slots)
         weight, *factors = operands(self, recipe.shift)
         y = spectral_linear(x, weight, changed_bias(self, recipe), *factors)
-        for slot, gate in slots:
-            x_in = dropped(slot, x, self.training).to(y.dtype)
-            add: Any = lora_add_  # in place
-            self.explaining(x, add, y, x_in, slot.down, slot.up, gate)
-        return y
+        return self.explaining(x, add_low_rank, self, y, x, slots) if slots else y
 
     def low_rank(self, x: Tensor, weight: Tensor, bias: Tensor | None, slots: Gated) -> Tensor:
         dora = any(s.spec.dora for s, _ in slots)
+        if not is_plain(weight):  # torchao's, for one: the class stays nn.Linear
+            if dora:
+                raise quantised_since(self, "DoRA")
+            return with_low_rank(self, self.base(x), x, slots)
         dropout = self.training and any(s.spec.dropout for s, _ in slots)
         if not dropout and (not dora or len(slots) == 1):
-            down, up, gate = self.packed(slots)
+            down, up, gate = packed(self, slots, weight.dtype)
             scale = row_scale(self, weight, *slots[0]) if dora else None
             return lora_linear(x, weight, bias, down, up, gate, scale)
         # Dropout needs the adapter's own input; several DoRA share no single row scale.
@@ -103,51 +116,10 @@ class LinearForward(Adapted):
             lora_add_(y, dropped(slot, x, self.training), slot.down, scaled_up(slot, scale), gate)
         return y if bias is None else y + bias.to(y.dtype)
 
-    def packed(self, slots: Gated) -> tuple[Tensor, Tensor, Tensor]:
-        """D, U and g of all slots, concatenated along rank. Never kept: a kept copy would not see
-        what an optimiser or an average writes. `reserve` makes this one slot."""
-        if len(slots) == 1:
-            return slots[0][0].down, slots[0][0].up, slots[0][1]
-        dtype = self.weight.dtype if self.weight.is_floating_point() else slots[0][0].down.dtype
-        downs, ups = [s.down.to(dtype) for s, _ in slots], [s.up.to(dtype) for s, _ in slots]
-        batches = [len(g) for _, g in slots if g.dim() == 2]
-        if len(slots) == len(self.fastlora) and not self.fastlora.capacity:  # neighbours there
-            width = sum(s.width for s, _ in slots)
-            gate = self.gates(self._state.offset, width, per_sample=bool(batches))
-        else:
-            gates = [g for _, g in slots]
-            if batches:
-                gates = [g if g.dim() == 2 else g.expand(batches[0], -1) for g in gates]
-            gate = torch.cat(gates, -1)
-        return torch.cat(downs), torch.cat(ups, 1), gate
-
 
 @adapts(nn.Linear)
 class AdaptedLinear(LinearForward, nn.Linear):
     pass
-
-
-@adapts_subclasses(nn.Linear)
-class AdaptedLinearLike(Adapted):
-    """A subclass of nn.Linear that computes in a way of its own (quantised, parametrised): its own
-    forward, then the low-rank part added in place."""
-
-    beside = True
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        y = self.base(*args, **kwargs)
-        slots = self.low_rank_slots(self.active())
-        if not slots:
-            return y
-        x = args[0] if args else next(iter(kwargs.values()))
-        if y.requires_grad:  # what its backward has saved may be the output itself
-            y = y.clone()
-        return self.explaining(x, self.add_low_rank, y, x, slots)
-
-    def add_low_rank(self, y: Tensor, x: Tensor, slots: Gated) -> Tensor:
-        for slot, gate in slots:
-            lora_add_(y, dropped(slot, x, self.training).to(y.dtype), slot.down, slot.up, gate)
-        return y
 
 
 @adapts(nn.Conv2d)
@@ -239,10 +211,6 @@ class AdaptedRMSNorm(AdaptedNorm, nn.RMSNorm):
 
 
 # --- parts of a low-rank forward ------------------------------------------------------------------
-
-
-def dropped(slot: LoRASlot, x: Tensor, training: bool) -> Tensor:
-    return F.dropout(x, slot.spec.dropout, training) if slot.spec.dropout else x
 
 
 def row_scales(layer: Adapted, weight: Tensor, slots: Gated) -> list[Tensor | None]:

@@ -25,6 +25,7 @@ from fastlora.adapters.surgery import (
     tell_neighbours,
     thaw,
 )
+from fastlora.adapters.tensors import COMPUTED
 
 Room = tuple[nn.Module, Tensor | None, Tensor | None]  # a layer, its D and U
 
@@ -147,7 +148,7 @@ def check_fits(path: str, module: nn.Module, rank: int) -> None:
 def room(path: str, module: Any, rank: int, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
     """Zeros for D and U of a layer."""
     weight: Tensor = module.weight
-    if dtype is None and weight.is_floating_point():
+    if dtype is None and weight.dtype in COMPUTED:
         dtype = weight.dtype
     at = {"dtype": parameter_dtype(path, weight, dtype, "reserve"), "device": weight.device}
     shapes = shapes_lora(module, weight, LoRA(rank))

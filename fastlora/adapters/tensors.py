@@ -4,7 +4,18 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+COMPUTED = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # what products are of
+
+
+def is_plain(weight: Any) -> bool:
+    """Whether a weight is memory of its values: not None, and not quantised. What kinds of tensors
+    that are not torch's hold, and in which layout, nobody knows."""
+    if weight is None or weight.dtype not in COMPUTED:
+        return False
+    kind = type(weight)
+    return kind in (Tensor, nn.Parameter) or kind.__module__.partition(".")[0] == "torch"
 
 
 def memory(t: Tensor) -> tuple[int, int] | None:

@@ -11,12 +11,8 @@ from torch import Tensor, nn
 
 from fastlora.adapters.adapted import Adapted
 from fastlora.adapters.arena import Arena
-from fastlora.adapters.layers import (
-    AdaptedConv2d,
-    AdaptedEmbedding,
-    AdaptedLinear,
-    AdaptedLinearLike,
-)
+from fastlora.adapters.beside import AdaptedLinearLike
+from fastlora.adapters.layers import AdaptedConv2d, AdaptedEmbedding, AdaptedLinear
 from fastlora.adapters.slots import Slots
 from fastlora.adapters.specs import AdapterError
 from fastlora.adapters.state import LayerState
@@ -123,7 +119,9 @@ class BesideHost(Host):
 
     def added(self, x: Tensor, slots: list[tuple[Any, Tensor]]) -> Tensor:
         y = self.base(x)
-        if slots and y.requires_grad:  # what its backward has saved may be the output itself
+        if slots and torch.is_grad_enabled():
+            # What its backward has saved may be the output itself; it may be a view of a custom
+            # function's (LLM.int8), which nobody may write to.
             y = y.clone()
         for slot, gate in slots:
             y = self.add(y, x, slot, gate)
