@@ -167,8 +167,10 @@ class Arena:
         offset, width = layer._state.offsets[name], layer.fastlora[name].width
         first, count = offset // self._block, width // self._block
         self._largest[name] = max(self._largest.get(name, 0.0), abs(ratio))
-        for ratios in (self._ratios, *(known for _, known in self._index.values())):
-            ratios.narrow(0, first, count).fill_(ratio)
+        self._ratios.numpy()[first : first + count] = ratio
+        for _, known in self._index.values():
+            if known is not self._ratios:
+                known.narrow(0, first, count).fill_(ratio)
         number = self.scales[name] if self.enabled[name] else 0.0
         for device, values in self._values.items():
             if isinstance(number, Tensor) or values.dim() == 2:

@@ -5,21 +5,26 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from fastlora.adapters.arena import Arena
 from fastlora.adapters.lookup import HOST
 from fastlora.adapters.slots import Slots
 from fastlora.adapters.specs import AdapterError
-from fastlora.integrations.peft.hosts import Host, hooks_of, host_class
+from fastlora.integrations.peft.hosts import Host, host_class
 from fastlora.integrations.peft.merging import Pristine
+from fastlora.integrations.peft.plans import (
+    Plan,
+    masks,
+    plan_of,
+    strength,
+    update_slots,
+    with_biases,
+)
 from fastlora.integrations.peft.reading import Found, found_in
-from fastlora.integrations.peft.slots import PeftSlot
 from fastlora.integrations.peft.strengths import Scaling, Told
 from fastlora.ops import ContractError
 
@@ -27,21 +32,6 @@ PRISTINE = "_fastlora_pristine"
 RESERVED = frozenset(dir(Slots()))  # names that a slot cannot have
 
 _is_compiling = torch.compiler.is_compiling
-
-
-class Plan(NamedTuple):
-    """Which way a layer's forward pass goes, until PEFT changes something."""
-
-    host: Any
-    fused: bool  # what is active is what the host computes
-    in_graph: bool  # so are all adapters: a graph has them all, and strengths of zero
-    drops: bool  # an active adapter has dropout
-    biases: tuple[tuple[str, dict[str, Any]], ...]  # lora_bias: adapters and parameters of theirs
-    base: nn.Module
-    base_class: type[nn.Module]
-    hooks: tuple[Any, ...]  # of the modules that the fused way does not call
-    uncalled: dict[str, Any]  # the base layer's attributes, where it is one of these; accelerate's
-    # hooks are a forward among them
 
 
 if TYPE_CHECKING:
@@ -171,8 +161,13 @@ class FastLayer(PeftLayer):
         """Takes up another scaling of an adapter, where nothing else has changed; whether that was
         so. A pipeline sets those of hundreds of layers."""
         host = vars(self).get(HOST)
-        slot = None if host is None else host.fastlora._modules.get(name)
-        if slot is None or name not in host._state.offsets or bool(slot.ratio) != bool(value):
+        slot: Any = None if host is None else host.fastlora._modules.get(name)
+        if (
+            host is None
+            or slot is None
+            or name not in host._state.offsets
+            or bool(slot.ratio) != bool(value)
+        ):
             return False
         if slot.ratio != value:
             slot.ratio = float(value)
@@ -184,26 +179,21 @@ class FastLayer(PeftLayer):
         host = vars(self).get(HOST)
         if host is None:  # a layer in the making
             return
-        found = {n: f for n, f in found_in(self).items() if n not in RESERVED}
+        self.switch({n: f for n, f in found_in(self).items() if n not in RESERVED})
+
+    def switch(self, found: dict[str, Found] | None = None) -> None:
+        """Takes up which adapters are active, of those that were `found` before."""
+        host = vars(self).get(HOST)
+        if host is None:
+            return
         names = [] if self.disable_adapters else self.active_adapters
         active = [name for name in names if name in self.scaling]
+        if found is None:
+            found = self._fastlora_plan.found
+            if tuple(active) == self._fastlora_plan.active:
+                return
         update_slots(host, found, {n: float(self.scaling[n]) for n in active if n in found})
-        fused = [found[name] for name in active if name in found]
-        own = ((n, found[n].bias) for n in active if n in found)
-        base = self.base_layer
-        biases = tuple((name, bias) for name, bias in own if bias is not None)
-        alone = len(active) == 1 or not any(f.dora for f in fused)  # PEFT's order matters else
-        vars(self)["_fastlora_plan"] = Plan(
-            host,
-            fused=len(fused) == len(active) and alone,
-            in_graph=len(fused) == len(active) and alone and bool(found),
-            drops=any(f.drops for f in fused),
-            biases=biases,
-            base=base,
-            base_class=type(base),
-            hooks=(*(() if host.beside else hooks_of(base)), *(h for f in fused for h in f.hooks)),
-            uncalled={} if host.beside else vars(base),
-        )
+        vars(self)["_fastlora_plan"] = plan_of(host, self.base_layer, found, active)
 
     def follow_base(self) -> None:
         """Takes up another base layer, or another class of it: fastlora's own adapters make one."""
@@ -262,57 +252,6 @@ class FastLayer(PeftLayer):
         # The class is made at run time; pickle finds it through PEFT's.
         _, _, *state = super().__reduce_ex__(max(2, protocol))
         return blank, (type(self).__mro__[2],), *state
-
-
-def update_slots(host: Host, found: dict[str, Found], ratios: dict[str, float]) -> None:
-    """Gives the host the slots of these adapters, with these ratios, and 0 for the others."""
-    arena, slots, laid_out = host._state.arena, host.fastlora, host._state.offsets
-    # Strengths are written at once, also where they will be laid out anew: a compiled graph reads
-    # them where they are.
-    for name in [name for name in slots if name not in found]:
-        if name in laid_out:
-            arena.set_ratio(host, name, 0.0)
-        del slots[name]
-        arena.unsettled = True
-    for name, adapter in found.items():
-        if name not in slots or not adapter.is_of(slots[name]):
-            slots[name] = PeftSlot(adapter.places, adapter.spec)
-            laid_out.pop(name, None)
-            arena.unsettled = True
-        ratio = ratios.get(name, 0.0)
-        if slots[name].ratio != ratio:
-            slots[name].ratio = ratio
-            if name in laid_out:
-                arena.set_ratio(host, name, ratio)
-    host._state.forget()
-    host._state.stale = host._state.merged
-
-
-def with_biases(plan: Plan, y: Tensor) -> Tensor:
-    """`y + Σ gate · bias` of the adapters that have a bias of their own (lora_bias)."""
-    for name, own in plan.biases:
-        gate = plan.host.gate(name)[..., :1]  # [1], or [batch, 1]
-        change = (gate * own["bias"].to(gate.dtype)).to(y.dtype)
-        if isinstance(plan.host.base_module, nn.Conv2d):
-            change = change[..., None, None]
-        elif change.dim() == 2:
-            change = change.view(len(change), *[1] * (y.dim() - 2), -1)
-        y = y + change
-    return y
-
-
-def strength(arena: Arena, name: str) -> float | Tensor:
-    """What fastlora's functions have set for an adapter; 1 where they know of none."""
-    return arena.scales.get(name, 1.0) if arena.enabled.get(name, True) else 0.0
-
-
-@lru_cache(8)
-@torch.inference_mode(False)
-def masks(names: tuple[str, ...], device: torch.device, double: bool) -> dict[str, Tensor]:
-    """[batch, 1] by name: 1 for the samples that have it."""
-    dtype = torch.float64 if double else torch.float32
-    rows = {name: [[float(n == name)] for n in names] for name in dict.fromkeys(names)}
-    return {name: torch.tensor(row, dtype=dtype, device=device) for name, row in rows.items()}
 
 
 def owned(scaling: dict[str, Any], layer: FastLayer) -> Scaling:

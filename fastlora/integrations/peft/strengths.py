@@ -56,4 +56,4 @@ class Told:
 
     def __set__(self, layer: Any, value: Any) -> None:
         vars(layer)[self.name] = value
-        layer.synchronise()
+        layer.switch()
