@@ -26,6 +26,7 @@ from fastlora.adapters.reserve import ReserveInfo, reserve
 from fastlora.adapters.saving import save
 from fastlora.adapters.specs import AdapterError, AdapterInfo, LoRA, Spectral
 from fastlora.adapters.steady import steady
+from fastlora.adapters.swapping import Prepared, prepare, swap
 
 if TYPE_CHECKING:  # when they are asked for: `import fastlora` stays light
     from fastlora.adapters.counting import parameter_counts
@@ -40,6 +41,7 @@ __all__ = [
     "DecomposeReport",
     "LoRA",
     "LoadReport",
+    "Prepared",
     "ReserveInfo",
     "Spectral",
     "adapted_layers",
@@ -55,12 +57,14 @@ __all__ = [
     "parameter_counts",
     "parameters",
     "phases",
+    "prepare",
     "remove",
     "reserve",
     "save",
     "scaled",
     "set_scale",
     "steady",
+    "swap",
     "tiled",
     "unfold",
 ]

@@ -184,9 +184,11 @@ class Adapted(nn.Module):
 
     def anchor(self) -> Tensor:
         """A tensor of the adapters: all have its device, and are float64 if it is."""
-        if self.fastlora.reserved_down is not None:
-            return self.fastlora.reserved_down
-        slot = next(iter(self.fastlora._modules.values()))
+        holder: Any = self._modules["fastlora"]
+        reserved = holder._buffers["reserved_down"]
+        if reserved is not None:
+            return reserved
+        slot = next(iter(holder._modules.values()))
         return next(iter(slot._parameters.values()))
 
     # --- gates ------------------------------------------------------------------------------------
@@ -220,7 +222,7 @@ class Adapted(nn.Module):
             if isinstance(s, LoRASlot) and (in_graph() or not state.arena.off(name))
         ]
         if packed is not None:
-            slots.insert(0, (packed, self.gates(state.offset, packed.width, state.rows)))
+            slots.insert(0, (packed, self.gates(0, packed.width, state.rows)))
         return slots
 
     def gate(self, name: str) -> Tensor:
@@ -241,13 +243,17 @@ class Adapted(nn.Module):
         return gate.reshape(())
 
     def gates(self, offset: int, width: int, per_sample: bool) -> Tensor:
-        """Gates of this layer out of the arena, float32, float64 beside float64.
+        """Gates of this layer, from its `offset`-th on, float32, float64 beside float64.
 
         A copy where gradients are recorded: `set_scale` writes the arena in place, and that may
         come between a forward pass and its backward pass.
         """
         anchor = self.anchor()
-        gate = self._state.arena.gate(anchor.device, offset, width)
+        state = self._state
+        if is_compiling() and not state.arena.learned:
+            gate = state.parts[anchor.device].narrow(-1, offset, width)
+        else:
+            gate = state.arena.gate(anchor.device, state.offset + offset, width)
         if gate.dim() == 2 and not per_sample:  # another adapter's scale is per sample
             gate = gate[0]
         if anchor.dtype == torch.float64:
@@ -326,9 +332,9 @@ class Adapted(nn.Module):
         super().__setstate__(state)
         arena = self._state.arena
         arena.join(self)
-        arena.prepare(
-            self.anchor().device
-        )  # now: a compiled graph finds gates and does not make them
+        # Now: a compiled graph finds gates and does not make them.
+        arena.prepare(self.anchor().device)
+        arena.share([self])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         new = type(self).__new__(type(self))

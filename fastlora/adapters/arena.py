@@ -3,7 +3,7 @@
 import copy
 import math
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,7 +73,7 @@ class Arena:
     @torch.inference_mode(False)
     def layout(self) -> None:
         """Gives every layer its entries. Adapters without a layer are forgotten."""
-        layers = sorted(self.layers(), key=lambda layer: not layer.fastlora.capacity)
+        layers = sorted(self.layers(), key=lambda layer: not slots_of(layer).capacity)
         self._layers = {id(layer): weakref.ref(layer) for layer in layers}
         self.unsettled = False
         self._largest, self._whole = {}, {}
@@ -81,7 +81,7 @@ class Arena:
         edges: list[int] = []  # a part of the gates begins and ends with a block
         before, total = self._total, 0
         for layer in layers:
-            holder, state = layer.fastlora, layer._state
+            holder, state = slots_of(layer), layer._state
             state.forget()
             state.offset, state.offsets, state.outside = total, {}, holder.outside()
             edges += [total, holder.capacity]
@@ -92,10 +92,11 @@ class Arena:
                 total += 0 if inside else slot.width
                 spans.append((at, slot.width, name, slot.ratio))
                 edges += [at, slot.width]
-                state.offsets[name] = at
+                state.offsets[name] = at - state.offset
                 self._largest[name] = max(self._largest.get(name, 0.0), abs(slot.ratio))
                 if slot.whole and name not in self._whole:
                     self._whole[name] = one_strength(state.path, name, slot)
+            state.width = total - state.offset
         names = list(dict.fromkeys(name for _, _, name, _ in spans))
         for name in names:
             self.scales.setdefault(name, 1.0)
@@ -103,7 +104,7 @@ class Arena:
         for name in set(self.scales) - set(names):
             del self.scales[name], self.enabled[name]
         self.froze &= set(names)
-        self.reserve_froze &= any(layer.fastlora.capacity for layer in layers)
+        self.reserve_froze &= any(slots_of(layer).capacity for layer in layers)
         order = {name: i for i, name in enumerate(self.scales)}
         self._total, self._block = total, math.gcd(total, *edges) or 1
         block = self._block
@@ -125,6 +126,25 @@ class Arena:
         self.write()
         for layer in layers:
             self.prepare(layer.anchor().device)
+        if total == before:
+            self.share(layers)
+
+    @torch.inference_mode(False)
+    def renew_ratios(self, name: str) -> None:
+        """Takes up other α/r of an adapter whose ranks and places stay: a part of `layout`, in a
+        fraction of its time."""
+        self._ratios = self._ratios.clone()
+        blocks, largest = self._ratios.numpy(), 0.0
+        for layer in self.layers():
+            slot, state = slots_of(layer)._modules.get(name), layer._state
+            if slot is not None:
+                first = (state.offset + state.offsets[name]) // self._block
+                blocks[first : first + slot.width // self._block] = ratio = slot.ratio
+                largest = max(largest, abs(ratio))
+        if name in self._largest:
+            self._largest[name] = largest
+        self._index.clear()
+        self.write()
 
     # --- scales ---------------------------------------------------------------------------------
 
@@ -164,7 +184,8 @@ class Arena:
 
     def set_ratio(self, layer: Any, name: str, ratio: float) -> None:
         """Writes another α/r of one adapter of one layer, which has been laid out."""
-        offset, width = layer._state.offsets[name], layer.fastlora[name].width
+        state, width = layer._state, layer.fastlora[name].width
+        offset = state.offset + state.offsets[name]
         first, count = offset // self._block, width // self._block
         self._largest[name] = max(self._largest.get(name, 0.0), abs(ratio))
         self._ratios.numpy()[first : first + count] = ratio
@@ -178,7 +199,7 @@ class Arena:
                 values.narrow(-1, offset, width).copy_(new)
             else:
                 values.narrow(-1, offset, width).fill_(number * ratio)
-        layer._state.stale = layer._state.merged
+        state.stale = state.merged
 
     def off(self, name: str) -> bool:
         """Known on the host to have no effect: the layer need not be computed."""
@@ -193,7 +214,7 @@ class Arena:
     def _mark_rows(self) -> None:
         """Tells the layers whether a strength in their reserve is per sample."""
         for layer in self.layers():
-            names = layer.fastlora.reserved_rows
+            names = slots_of(layer).reserved_rows
             layer._state.rows = any(name in names for name in self.per_sample)
 
     def _pattern(self) -> Any:
@@ -211,8 +232,24 @@ class Arena:
             if old.shape == new.shape:
                 old.copy_(new)
             else:
-                self._values[device] = new
-                self.epoch += 1
+                self._replace(device, new)
+
+    def _replace(self, device: torch.device, values: Tensor) -> None:
+        """Other values for a device, at another address."""
+        self._values[device] = values
+        self.epoch += 1
+        self.share(self.layers())
+
+    # A view that is made under inference mode has to serve training later.
+    @torch.inference_mode(False)
+    def share(self, layers: Iterable[Any]) -> None:
+        """Gives layers their parts of the values."""
+        for layer in layers:
+            state = layer._state
+            state.parts = {
+                device: values.narrow(-1, state.offset, state.width)
+                for device, values in self._values.items()
+            }
 
     @torch.no_grad()
     def _write_numbers(self, device: torch.device, values: Tensor) -> None:
@@ -247,7 +284,8 @@ class Arena:
         """Makes the gates exist on a device."""
         if device not in self._values and self._total:
             values = self._compute(device, 0, self._total).detach()
-            self._values.setdefault(device, values)  # of two threads the first
+            if self._values.setdefault(device, values) is values:  # of two threads the first
+                self.share(self.layers())
 
     def gates(self, device: torch.device, enabled: Mapping[str, bool], copies: int) -> Tensor:
         """All gates `[total]` or `[copies · batch, total]` as they would be with these switches, in
@@ -262,16 +300,15 @@ class Arena:
     @contextmanager
     def lent(self, device: torch.device, values: Tensor) -> Iterator[None]:
         """Within it the layers read their gates from `values`, whatever the strengths are."""
+        self.prepare(device)
         own = self._values.get(device)
-        self._values[device] = values
-        self.epoch += 1
+        self._replace(device, values)
         try:
             yield
         finally:
-            self._values.pop(device)
+            del self._values[device]
             if own is not None:
-                self._values[device] = own
-            self.epoch += 1
+                self._replace(device, own)
 
     # Also when first called under inference mode, the buffer has to serve training later.
     @torch.inference_mode(False)
@@ -330,6 +367,11 @@ class Arena:
         rebuilt: dict[str, Any] = {"_index": {}, "_values": {}, "_writers": {}, "_layers": {}}
         rebuilt |= {"steady": [0, 0], "materialize": "forward"}
         return {**self.__dict__, "scales": scales, **rebuilt}
+
+
+def slots_of(layer: Any) -> Any:
+    """`layer.fastlora` without the search that a module's attribute is: models have hundreds."""
+    return layer._modules["fastlora"]
 
 
 def checked(name: str, scale: Any) -> Scale:

@@ -84,7 +84,7 @@ def packed(layer: Adapted, slots: Gated, dtype: torch.dtype) -> tuple[Tensor, Te
     batches = [len(g) for _, g in slots if g.dim() == 2]
     if len(slots) == len(layer.fastlora) and not layer.fastlora.capacity:  # neighbours there
         width = sum(s.width for s, _ in slots)
-        gate = layer.gates(layer._state.offset, width, per_sample=bool(batches))
+        gate = layer.gates(0, width, per_sample=bool(batches))
     else:
         gates = [g for _, g in slots]
         if batches:

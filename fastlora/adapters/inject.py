@@ -206,15 +206,16 @@ def check_per_sample(name: str, slots: Mapping[str, Slot]) -> None:
             raise AdapterError(one_strength(path, name, slot))
 
 
-def check_room(path: str, module: nn.Module, slot: Slot) -> None:
+def check_room(path: str, module: nn.Module, slot: Slot, without: str = "") -> None:
     """Raises AdapterError where the layer has a reserve and the slot does not fit into it, for its
-    rank or the range of its values."""
+    rank or the range of its values; `without` is an adapter that leaves."""
     if isinstance(module, Adapted) and module.fastlora.takes(slot):
         holder = module.fastlora
-        if slot.width > holder.room():
+        room = holder.room(without)
+        if slot.width > room:
             raise AdapterError(
-                f"{path}: its reserve of rank {holder.capacity} has room for {holder.room()} more "
-                f"and the adapter has rank {slot.width}; reserve more, or remove an adapter"
+                f"{path}: its reserve of rank {holder.capacity} has room for {room} more and the "
+                f"adapter has rank {slot.width}; reserve more, or remove an adapter"
             )
         for key in slot.owned:
             largest = too_large(getattr(slot, key), holder.reserved_down.dtype)
@@ -250,19 +251,26 @@ def take_out(model: nn.Module, name: str) -> None:
         found = arenas(model)
         for layer in layers_of(model):
             if name in layer.fastlora:
-                if name in layer.fastlora.reserved_rows:
-                    layer.fastlora.leave(name)
-                del layer.fastlora[name]
-                if not layer.fastlora.shifted():
-                    layer.fastlora.svd_u = layer.fastlora.svd_s = layer.fastlora.svd_vh = None
-                if not len(layer.fastlora) and not layer.fastlora.capacity:
-                    restore(layer)
+                take_slot(layer, name)
         for arena in found:
             arena.layout()
     tell_neighbours(model)
     thaw(model, found)
     if not layers_of(model):
         forget_walks(model)
+
+
+def take_slot(layer: Adapted, name: str, keep: bool = False) -> None:
+    """Takes an adapter out of one layer, which is the plain one again where nothing else is in it
+    unless another is about to come (`keep`). The arena keeps its entries until it is laid out."""
+    holder = layer.fastlora
+    if name in holder.reserved_rows:
+        holder.leave(name)
+    del holder[name]
+    if not holder.shifted():
+        holder.svd_u = holder.svd_s = holder.svd_vh = None
+    if not keep and not len(holder) and not holder.capacity:
+        restore(layer)
 
 
 # --- selection ------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ class LinearForward(Adapted):
         with torch.no_grad():  # the buffer itself, not a copy
             if reserved and state.packed is not None and not holder.drops:
                 down, up, _ = state.packed
-                gate = self.gates(state.offset, len(down), state.rows)
+                gate = self.gates(0, len(down), state.rows)
                 return {"down": down, "up": up}, gate, own, holder.pins
             name, slot = state.active[0]
             if len(names) > 1 or not isinstance(slot, LoRASlot):

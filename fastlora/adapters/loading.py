@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastlora.adapters.arena import checked
 from fastlora.adapters.components import Models, components_of
@@ -53,29 +53,11 @@ def load(
     AdapterError for one that does not fit the model, and for a `scale` that `set_scale` would
     refuse.
     """
-    # The formats are imported where a file is read: `import fastlora` stays light.
-    from fastlora.adapters.planning import planned
-    from fastlora.formats import detect
-
     models = components_of(model, "load")
     for module in models.values():
         check_name(module, name)
     scale = checked(name, scale)
-    source = str(path)
-    if not os.path.exists(path):
-        raise FileNotFoundError(
-            f"{source}: no such file or folder; load reads local ones: download an adapter of the "
-            "Hub first (huggingface_hub.snapshot_download)"
-        )
-    file = detect.read(path)
-    plan = planned(models, file, any_base)
-    if strict and plan.unused:
-        raise _refusal(source, file, plan, models)
-    if not plan.applied:
-        raise AdapterError(
-            f"{source}: nothing in it fits the model"
-            + "".join(f"\n{line}" for line in problems_of(file, plan))
-        )
+    file, plan = fitted(models, path, any_base, strict, "load")
     if isinstance(scale, Tensor):  # before the first of several parts is changed
         for slots in plan.slots.values():
             check_per_sample(name, slots)
@@ -90,8 +72,39 @@ def load(
             remove(module, name)
         raise
     return LoadReport(
-        source, file.format, name, tuple(plan.applied), plan.unused, tuple(plan.missing), infos
+        str(path), file.format, name, tuple(plan.applied), plan.unused, tuple(plan.missing), infos
     )
+
+
+def fitted(
+    models: Mapping[str, nn.Module],
+    path: str | os.PathLike[str],
+    any_base: bool,
+    strict: bool,
+    what: str,
+) -> tuple[AdapterFile, Plan]:
+    """A file and the slots that it becomes in models by component, which stay as they are. Raises
+    what `load` says; `what` is for messages."""
+    # The formats are imported where a file is read: `import fastlora` stays light.
+    from fastlora.adapters.planning import planned
+    from fastlora.formats import detect
+
+    source = str(path)
+    if not os.path.exists(path):
+        raise FileNotFoundError(
+            f"{source}: no such file or folder; {what} reads local ones: download an adapter of "
+            "the Hub first (huggingface_hub.snapshot_download)"
+        )
+    file = detect.read(path)
+    plan = planned(models, file, any_base)
+    if strict and plan.unused:
+        raise _refusal(source, file, plan, models)
+    if not plan.applied:
+        raise AdapterError(
+            f"{source}: nothing in it fits the model"
+            + "".join(f"\n{line}" for line in problems_of(file, plan))
+        )
+    return file, plan
 
 
 def _refusal(

@@ -126,8 +126,9 @@ def one_strength(path: str, name: str, slot: Slot) -> str:
     )
 
 
-# Of each adapter: the parameters of its slot by name, D, its address, U, its address.
-Pins = tuple[tuple[dict[str, Any], nn.Parameter, int, nn.Parameter, int], ...]
+# Of an adapter: the parameters of its slot by name, D, its address, U, its address.
+Pin = tuple[dict[str, Any], nn.Parameter, int, nn.Parameter, int]
+Pins = tuple[Pin, ...]
 
 
 class Packed(NamedTuple):
@@ -184,19 +185,21 @@ class Slots(nn.ModuleDict):
     @property
     def capacity(self) -> int:
         """The rank of the reserve; 0 without one."""
-        return 0 if self.reserved_down is None else self.reserved_down.shape[0]
+        down = self._buffers["reserved_down"]  # at once: a model has hundreds of these
+        return 0 if down is None else down.shape[0]
 
     def takes(self, slot: Slot) -> bool:
         """Whether such a slot belongs into the reserve."""
-        return self.reserved_down is not None and isinstance(slot, LoRASlot) and not slot.spec.dora
+        reserved = self._buffers["reserved_down"] is not None
+        return reserved and isinstance(slot, LoRASlot) and not slot.spec.dora
 
     def outside(self) -> tuple[tuple[str, Slot], ...]:
         """The slots that are not in the reserve."""
         return tuple((n, s) for n, s in self.items() if n not in self.reserved_rows)
 
-    def room(self) -> int:
-        """Ranks of the reserve that no adapter has."""
-        return self.capacity - sum(self[name].width for name in self.reserved_rows)
+    def room(self, without: str = "") -> int:
+        """Ranks of the reserve that no adapter has, or none but `without`."""
+        return self.capacity - sum(self[n].width for n in self.reserved_rows if n != without)
 
     @torch.no_grad()
     def set_reserve(self, down: Tensor | None, up: Tensor | None) -> None:
@@ -226,43 +229,47 @@ class Slots(nn.ModuleDict):
                 self.enter(other)
             row = self.capacity - self.room()
         self.reserved_rows[name] = row
-        self.drops = any(self[n].spec.dropout > 0 for n in self.reserved_rows)
-        self.settle()
+        self.drops |= self[name].spec.dropout > 0
+        self.pins += (self.moved(name),)
 
     @torch.no_grad()
     def leave(self, name: str) -> None:
         """Gives a slot memory of its own again, and zeros its rows."""
         self.renew()
         slot = self[name]
-        views = self.places(slot, self.reserved_rows.pop(name))
-        for parameter, view in zip((slot.down, slot.up), views, strict=True):
+        own, row = slot._parameters, self.reserved_rows.pop(name)
+        for parameter, view in zip((own["down"], own["up"]), self.places(slot, row), strict=True):
             parameter.data = parameter.detach().clone(memory_format=torch.contiguous_format)
             view.zero_()
         self.drops = any(self[n].spec.dropout > 0 for n in self.reserved_rows)
-        self.pins = tuple(pin for pin in self.pins if pin[0] is not slot._parameters)
+        self.pins = tuple(pin for pin in self.pins if pin[0] is not own)
 
     def places(self, slot: Slot, row: int) -> tuple[Tensor, Tensor]:
-        assert self.reserved_down is not None and self.reserved_up is not None
-        down, up = self.reserved_down, self.reserved_up
+        down, up = self._buffers["reserved_down"], self._buffers["reserved_up"]
+        assert down is not None and up is not None
         return down.narrow(0, row, slot.width), up.narrow(1, row, slot.width)
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Moves the parameters to their places. Whatever memory the buffers have had before may be
-        somebody's backup, so this is for buffers that nobody has seen yet."""
-        pins: list[tuple[dict[str, Any], nn.Parameter, int, nn.Parameter, int]] = []
-        for name, row in self.reserved_rows.items():
-            slot = self[name]
-            for parameter, view in zip((slot.down, slot.up), self.places(slot, row), strict=True):
-                if not same_place(parameter, view):
-                    view.copy_(parameter)
-                    gradient, parameter.grad = parameter.grad, None
-                    parameter.data = view
-                    if gradient is not None:
-                        parameter.grad = gradient.to(view.dtype)
-            down, up = slot.down, slot.up
-            pins.append((slot._parameters, down, down.data_ptr(), up, up.data_ptr()))
-        self.pins = tuple(pins)
+        """Moves all parameters to their places."""
+        self.pins = tuple(self.moved(name) for name in self.reserved_rows)
+
+    def moved(self, name: str) -> Pin:
+        """Moves the parameters of a slot to their place; where they are now. Whatever memory the
+        buffers have had before may be somebody's backup, so this is for rows that nobody has."""
+        slot = self[name]
+        own = slot._parameters
+        down, up = own["down"], own["up"]
+        for parameter, view in zip(
+            (down, up), self.places(slot, self.reserved_rows[name]), strict=True
+        ):
+            if not same_place(parameter, view):
+                view.copy_(parameter)
+                gradient, parameter.grad = parameter.grad, None
+                parameter.data = view
+                if gradient is not None:
+                    parameter.grad = gradient.to(view.dtype)
+        return own, down, down.data_ptr(), up, up.data_ptr()
 
     def renew(self) -> None:
         """New buffers where somebody has exchanged parameters or their memory: what was exchanged

@@ -30,14 +30,18 @@ class LayerState:
     """What an adapted layer caches; rebuilt when the arena's epoch moves on."""
 
     __slots__ = (
-        "arena", "path", "offset", "offsets", "outside", "rows", "merged", "stale",
-        "epoch", "fast", "active", "packed", "cache", "kept", "step",
+        "arena", "path", "offset", "offsets", "width", "parts", "outside", "rows", "merged",
+        "stale", "epoch", "fast", "active", "packed", "cache", "kept", "step",
     )  # fmt: skip
 
     def __init__(self, arena: Arena, path: str) -> None:
         self.arena, self.path = arena, path
         self.offset = 0  # of the layer's gates in the arena
-        self.offsets: dict[str, int] = {}  # of each adapter's
+        self.offsets: dict[str, int] = {}  # of each adapter's, from there
+        self.width = 0  # of all of them
+        # Those of the arena's values by device: what a compiled graph reads. An offset would be a
+        # number in it, other in every block of a model, and so one graph for each.
+        self.parts: dict[torch.device, torch.Tensor] = {}
         self.outside: tuple[tuple[str, Any], ...] = ()  # the slots that are not in the reserve
         self.rows = False  # a strength in the reserve is per sample
         self.merged = False  # the folded weight is in use
@@ -58,10 +62,12 @@ class LayerState:
         self.step: Any = None  # (made from, W'), kept for an optimiser's step
 
     def __getstate__(self) -> Any:
-        kept = self.offset, self.offsets, self.outside, self.rows, self.merged, self.stale
-        return self.arena, self.path, *kept
+        kept = self.offset, self.offsets, self.width, self.outside
+        return self.arena, self.path, *kept, self.rows, self.merged, self.stale
 
     def __setstate__(self, state: Any) -> None:
         self.arena, self.path, *kept = state
-        self.offset, self.offsets, self.outside, self.rows, self.merged, self.stale = kept
+        self.offset, self.offsets, self.width, self.outside, *kept = kept
+        self.rows, self.merged, self.stale = kept
+        self.parts = {}
         self.forget()

@@ -158,3 +158,31 @@ def test_a_call_in_a_reserve_allocates_its_output_and_h() -> None:
         y = layer(x)
         after = torch.cuda.memory_stats()["allocation.all.allocated"]
     assert y.shape == (2, 200, 320) and after - before <= 2
+
+
+@DTYPES
+def test_replays_follow_swaps_which_wait_for_nothing(dtype: torch.dtype, tmp_path: Path) -> None:
+    model, x = network(dtype)
+    eager = copy.deepcopy(model)
+    for name, rank in (("one", 8), ("same", 8), ("more", 16)):
+        donor = copy.deepcopy(eager)
+        fastlora.inject(donor, fastlora.LoRA(rank), name=name, seed=len(name))
+        randomise(donor, seed=rank, size=0.1)
+        fastlora.save(donor, tmp_path / f"{name}.safetensors", name)
+    fastlora.reserve(model, 16)
+    names = ("one", "same", "more")
+    ready = {n: fastlora.prepare(model, tmp_path / f"{n}.safetensors") for n in names}
+    replay = captured(model, x)
+
+    def check(name: str) -> None:
+        fastlora.load(eager, tmp_path / f"{name}.safetensors", name)
+        with torch.no_grad():
+            close(replay(x), eager(x))
+        fastlora.remove(eager, name)
+
+    for name in ("one", "more", "one"):
+        fastlora.swap(model, "x", ready[name])
+        check(name)
+    with no_waiting():
+        fastlora.swap(model, "x", ready["same"])
+    check("same")
