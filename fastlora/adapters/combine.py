@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.adapters.adapted import Adapted
+from fastlora.adapters.attaching import attach, check_name
+from fastlora.adapters.building import parameter_dtype
 from fastlora.adapters.components import (
     Models,
     all_or_none,
@@ -19,15 +21,9 @@ from fastlora.adapters.components import (
     path_in,
 )
 from fastlora.adapters.control import apply
-from fastlora.adapters.inject import (
-    Where,
-    attach,
-    check_name,
-    matcher,
-    parameter_dtype,
-    remove,
-)
+from fastlora.adapters.inject import remove
 from fastlora.adapters.lookup import adapted_layers, arenas, require_known
+from fastlora.adapters.selecting import Where, matcher
 from fastlora.adapters.slots import LoRASlot, Slot, SpectralSlot
 from fastlora.adapters.specs import AdapterError, AdapterInfo, LoRA, fits_float32, is_number
 

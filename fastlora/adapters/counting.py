@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import nn
 
-from fastlora.adapters.inject import Where, check_groups, check_paths, select, shift_count
+from fastlora.adapters.building import check_groups, shift_count
 from fastlora.adapters.lookup import unwrapped
+from fastlora.adapters.selecting import Where, check_paths, select
 from fastlora.adapters.slots import shapes_lora
 from fastlora.adapters.specs import LoRA, Spectral
 

@@ -13,8 +13,8 @@ from fastlora.adapters.adapted import Adapted
 from fastlora.adapters.decomposition import Settings, error_of
 from fastlora.adapters.factor_cache import Cache, FactorCache, folder_of
 from fastlora.adapters.factorising import HELD, Held, Task, factorise, full_rank, matrix_of
-from fastlora.adapters.inject import Where, select
 from fastlora.adapters.lookup import unwrapped
+from fastlora.adapters.selecting import Where, select
 from fastlora.adapters.specs import AdapterError, Spectral
 
 

@@ -11,15 +11,10 @@ from torch import Tensor, nn
 
 from fastlora.adapters.adapted import Adapted, adapted_class
 from fastlora.adapters.base_hash import base_hash, same_base
+from fastlora.adapters.building import dtypes_beside, parameter_dtype, shift_count
 from fastlora.adapters.deltas import Delta, DeltaSlot, mapped, tensors_of
 from fastlora.adapters.factorising import full_rank
-from fastlora.adapters.inject import (
-    NORMS,
-    dtypes_beside,
-    parameter_dtype,
-    shift_count,
-    unsuitable,
-)
+from fastlora.adapters.selecting import NORMS, unsuitable
 from fastlora.adapters.slots import LoRASlot, Slot, SpectralSlot, shapes_lora
 from fastlora.adapters.specs import AdapterError, LoRA, Spectral, fits_float32
 from fastlora.adapters.tensors import too_large

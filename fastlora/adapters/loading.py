@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.adapters.arena import checked
+from fastlora.adapters.attaching import attach, check_name, check_per_sample
 from fastlora.adapters.components import Models, components_of
-from fastlora.adapters.inject import attach, check_name, check_per_sample, remove
+from fastlora.adapters.inject import remove
 from fastlora.adapters.load_report import LoadReport, listed
 from fastlora.adapters.specs import AdapterError
 from fastlora.formats.files import FormatError

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from fastlora.adapters.adapted import Adapted
 from fastlora.adapters.arena import Arena
+from fastlora.adapters.building import parameter_dtype
 from fastlora.adapters.components import Models, adaptable, path_in
-from fastlora.adapters.inject import Where, parameter_dtype, select_each
 from fastlora.adapters.lookup import arenas, layers_of
+from fastlora.adapters.selecting import Where, select_each
 from fastlora.adapters.slots import LoRASlot, shapes_lora
 from fastlora.adapters.specs import AdapterError, LoRA
 from fastlora.adapters.surgery import (

@@ -12,18 +12,12 @@ from torch import Tensor, nn
 
 from fastlora.adapters.adapted import Adapted
 from fastlora.adapters.arena import Scale, checked, require_finite, slots_of
+from fastlora.adapters.attaching import attach, check_name, check_per_sample, check_room, take_slot
 from fastlora.adapters.components import Models, components_of
 from fastlora.adapters.control import apply
 from fastlora.adapters.fitting import placed, require_range
 from fastlora.adapters.folding import check_strengths, folded_by, refolding
-from fastlora.adapters.inject import (
-    attach,
-    check_name,
-    check_per_sample,
-    check_room,
-    remove,
-    take_slot,
-)
+from fastlora.adapters.inject import remove
 from fastlora.adapters.load_report import Applied
 from fastlora.adapters.loading import fitted
 from fastlora.adapters.lookup import arenas, modules_by_path, walked

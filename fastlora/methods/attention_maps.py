@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.adapters.inject import Where, matcher
+from fastlora.adapters.selecting import Where, matcher
 
 # Cross-attention by the name that diffusers, the first Stable Diffusion and our UNet give it.
 CROSS_ATTENTION = r"(.*\.)?attn2"

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastlora.adapters.inject import Where
+from fastlora.adapters.selecting import Where
 from fastlora.methods.arguments import not_negative, whole
 from fastlora.methods.attention_maps import (
     CROSS_ATTENTION,

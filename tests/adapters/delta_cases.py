@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import fastlora
+from fastlora.adapters.attaching import attach
 from fastlora.adapters.deltas import DeltaSlot
 from fastlora.adapters.fitting import slot_from
-from fastlora.adapters.inject import attach
 from fastlora.formats.changes import Change, Dense, Hadamard, Kronecker, LowRank
 
 RANK = 2

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import fastlora
+from fastlora.adapters.attaching import attach
 from fastlora.adapters.fitting import slot_from
-from fastlora.adapters.inject import attach
 from fastlora.formats.changes import Change, Dense, Hadamard, LowRank
 from tests.adapters.oracles import assert_twofold, assert_unchanged, randomise, same_bits, snapshot
 

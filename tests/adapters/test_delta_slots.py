@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora import AdapterError
+from fastlora.adapters.attaching import attach
 from fastlora.adapters.fitting import slot_from
-from fastlora.adapters.inject import attach
 from fastlora.formats.changes import Change
 from tests.adapters.delta_cases import (
     KINDS,

@@ -13,10 +13,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastlora
 from fastlora.adapters import changed_weight as module
+from fastlora.adapters.attaching import attach
 from fastlora.adapters.changed_weight import Recipe, changed_weight
 from fastlora.adapters.deltas import DeltaSlot, Update
 from fastlora.adapters.fitting import slot_from
-from fastlora.adapters.inject import attach
 from fastlora.formats.changes import Change
 from tests.adapters.delta_cases import (
     KINDS,

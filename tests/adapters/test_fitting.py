@@ -12,10 +12,10 @@ from torch import nn
 
 import fastlora
 from fastlora import AdapterError
+from fastlora.adapters.attaching import attach
 from fastlora.adapters.base_hash import base_hash
 from fastlora.adapters.deltas import DeltaSlot
 from fastlora.adapters.fitting import slot_from
-from fastlora.adapters.inject import attach
 from fastlora.adapters.slots import LoRASlot, SpectralSlot
 from fastlora.formats.changes import Change, Dense, Hadamard, LowRank, Shift
 from fastlora.formats.files import FormatError
