@@ -6,7 +6,7 @@ Works on the benchmarks of pytest-benchmark's JSON reports; knows nothing of tor
 from collections.abc import Iterable
 from typing import Any
 
-from bench import targets_files
+from bench import targets_files, targets_pipelines
 from bench.rows import (
     WITHOUT_GPU,
     Items,
@@ -66,7 +66,8 @@ def rows(report: dict[str, Any]) -> list[Row]:
     )  # fmt: skip
     found.append(cpu_forward(on_cpu, gpu))
     found += stepping(on_cpu, on_gpu, gpu)
-    return found + targets_files.rows(on_cpu, gpu)
+    found += targets_files.rows(on_cpu, gpu)
+    return found + targets_pipelines.rows(on_cpu, on_gpu, gpu)
 
 
 def some(missing: int) -> str:

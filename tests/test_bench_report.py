@@ -7,6 +7,8 @@ import pytest
 from bench import report, targets
 from bench.shapes import MODELS, counts, geometric_mean, weights
 
+OTHER_JOBS = ("fold", "step", "spectral", "load", "extract", "inspect", "pipeline", "swap")
+
 
 def item(group: str, contender: str, seconds: float = 1e-3, **extra: Any) -> dict[str, Any]:
     return {
@@ -33,7 +35,7 @@ def whole(models: tuple[str, ...], contender: str, ratio: float, **extra: Any) -
 
 def by_measure(items: list[Any], **machine: Any) -> dict[str, targets.Row]:
     found = targets.rows({"benchmarks": items, "machine_info": machine})
-    assert len(found) == 27
+    assert len(found) == 35
     return {row.measure: row for row in found}
 
 
@@ -73,7 +75,7 @@ def test_a_part_of_the_layers_meets_no_target():
 
 def test_without_a_gpu_its_rows_say_so():
     found = by_measure(whole(MODELS[:1], "fastlora", 1.0))
-    assert sum(row.measured == "needs a GPU" for row in found.values()) == 15
+    assert sum(row.measured == "needs a GPU" for row in found.values()) == 22
     assert all(row.met is None for row in found.values() if row.measured == "needs a GPU")
 
 
@@ -97,7 +99,19 @@ def test_rows_of_a_gpu():
     shown = {
         m.split(",")[0]: (r.measured, r.met)
         for m, r in found.items()
-        if not any(job in m for job in ("fold", "step", "spectral", "load", "extract", "inspect"))
+        if not any(
+            job in m
+            for job in (
+                "fold",
+                "step",
+                "spectral",
+                "load",
+                "extract",
+                "inspect",
+                "pipeline",
+                "swap",
+            )
+        )
     }
     assert shown == {
         "forward r=16": ("needs a run without a GPU", None),  # the CPU's; the GPU's below
@@ -120,6 +134,32 @@ def test_rows_of_a_gpu():
     measure = "main loop alone, 4096^3 bf16, of cuBLAS's rate"
     assert by_measure(items, gpu="NVIDIA A100", capability=80)[measure].met is False
     assert by_measure(items, gpu="another", capability=86)[measure].met is None
+
+
+def test_whole_pipelines_and_swaps():
+    def contender(name: str, size: str, device: str, median: float, **info: Any) -> Any:
+        return item(f"pipeline {size}, rank 16", name, median, device=device, **info)
+
+    small = [contender("fastlora", "small", "cpu", 1.0, over_peft=0.8)]
+    row = by_measure(small)["small pipeline with a LoRA, CPU, accelerated over PEFT"]
+    assert (row.measured, row.met) == ("0.80x", True)
+    times = {
+        "floor + compile": 1.0,
+        "fastlora + compile": 1.04,
+        "peft + compile": 1.08,
+        "peft": 3.0,
+    }
+    items = [contender(name, "SDXL", "cuda", t) for name, t in times.items()]
+    items.append(item("swap SDXL rank 16", "fastlora", 6e-3, device="cuda"))
+    found = by_measure(items, gpu="H200")
+    shown = {m: (r.measured, r.met) for m, r in found.items() if "SDXL" in m and "load" not in m}
+    del shown["new strengths of 3 adapters, SDXL-shaped"]
+    assert shown == {
+        "SDXL pipeline, r=16, over no adapter, both compiled": ("1.04x", True),
+        "SDXL pipeline, r=16, against PEFT eager": ("2.88x", True),
+        "SDXL pipeline, r=16, against PEFT, both compiled": ("1.04x", False),
+        "swap SDXL r=16, same ranks": ("6.0 ms", False),
+    }
 
 
 def test_layers_as_a_table():
