@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,25 +23,38 @@ class Accelerated:
     """What `accelerate` or `restore` did. `str(report)` says it in lines.
 
     `replaced`: what is another object now, by its name in the pipeline (schedulers), and the names
-    of both classes; `layers`: the report about the PEFT layers of each model, by component;
-    `pipeline`: what became of the pipeline itself, "" for what is none; `left`: what is as it was,
-    and why.
+    of both classes; `layers`: the paths of PEFT's layers that were changed, by component ("": the
+    model itself); `pipeline`: what became of the pipeline itself, "" for what is none; `left`: what
+    is as it was, and why, by name or path.
     """
 
     replaced: Mapping[str, str] = field(default_factory=dict)
     left: Mapping[str, str] = field(default_factory=dict)
-    layers: Mapping[str, Any] = field(default_factory=dict)
+    layers: Mapping[str, Sequence[str]] = field(default_factory=dict)
     pipeline: str = ""
+    undone: bool = False  # by `restore`
 
     def __str__(self) -> str:
         lines = [f"{name}: {what}" for name, what in self.replaced.items()]
-        for component, report in self.layers.items():
-            if report.replaced or report.left or len(self.layers) == 1:
-                name = component or "the model"
-                lines += [f"{name}: {line}" for line in str(report).splitlines()]
+        for component, paths in self.layers.items():
+            if paths:
+                which = f"{component}: " if component else ""
+                lines.append(f"{which}{counted(len(paths), self.undone)}")
         lines += [f"pipeline: {self.pipeline}"] * bool(self.pipeline)
-        lines += [f"{name}: left as it is, {why}" for name, why in self.left.items()]
+        reasons: dict[str, list[str]] = {}
+        for name, why in self.left.items():
+            reasons.setdefault(why, []).append(name or "the model")
+        for why, names in reasons.items():
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            verb = "are as they were" if len(names) > 1 else "is as it was"
+            lines.append(f"{', '.join(names[:3])}{more} {verb}: {why}")
         return "\n".join(lines) or "nothing to do"
+
+
+def counted(layers: int, undone: bool) -> str:
+    if layers == 1:
+        return f"1 layer of PEFT's {'is its own again' if undone else 'computes fused'}"
+    return f"{layers} layers of PEFT's {'are its own again' if undone else 'compute fused'}"
 
 
 def accelerate(target: Any) -> Accelerated:
@@ -88,15 +101,14 @@ def restore(target: Any) -> Accelerated:
 
         replaced, left = restore_schedulers(target)
         pipeline = restore_pipeline(target)
-    layers = {}
     peft = _peft_layers()
-    for component, model in _models(target).items() if peft else ():
-        layers[component] = peft.restore_layers(model)
-    return Accelerated(replaced, left, layers, pipeline)
+    models = _models(target).items() if peft else ()
+    layers = {component: peft.restore_layers(model) for component, model in models}
+    return Accelerated(replaced, left, layers, pipeline, undone=True)
 
 
 def _accelerate(target: Any, undo: Undo) -> Accelerated:
-    layers: dict[str, Any] = {}
+    layers: dict[str, Sequence[str]] = {}
     replaced: dict[str, str] = {}
     left: dict[str, str] = {}
     pipeline = ""
@@ -104,7 +116,8 @@ def _accelerate(target: Any, undo: Undo) -> Accelerated:
     for component, model in _models(target).items() if peft else ():
         if not peft.is_accelerated(model):
             undo.append(partial(peft.restore_layers, model))
-        layers[component] = peft.accelerate_layers(model)
+        layers[component], others = peft.accelerate_layers(model)
+        left |= {".".join(filter(None, (component, path))): why for path, why in others.items()}
     if _is_pipeline(target):
         from fastlora.integrations.pipelines import accelerate_pipeline
         from fastlora.integrations.schedulers import accelerate_schedulers

@@ -7,10 +7,9 @@ whose slots are views of PEFT's (`slots.py`).
 """
 
 from fastlora.integrations.peft.accelerating import (
-    Layers,
     accelerate_layers,
     is_accelerated,
     restore_layers,
 )
 
-__all__ = ["Layers", "accelerate_layers", "is_accelerated", "restore_layers"]
+__all__ = ["accelerate_layers", "is_accelerated", "restore_layers"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from peft.tuners.lora import layer as lora
@@ -20,29 +19,11 @@ from fastlora.adapters.surgery import check_mergeable, merge
 from fastlora.integrations.peft.hosts import host_class
 from fastlora.integrations.peft.layers import PRISTINE, FastLayer, fast_class, owned
 
+LINEAR = ("Linear", "Linear8bitLt", "Linear4bit", "TorchaoLoraLinear")
 MARK = "_fastlora_accelerated"  # on a model whose layers are accelerated, also those to come
 
 
-@dataclass
-class Layers:
-    """What happened to PEFT's layers of a model: the paths of those `replaced`, and why others were
-    `left` as they are."""
-
-    replaced: list[str] = field(default_factory=list)
-    left: dict[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        lines = [f"{len(self.replaced)} layers of PEFT's compute fused"] if self.replaced else []
-        reasons: dict[str, list[str]] = {}
-        for path, why in self.left.items():
-            reasons.setdefault(why, []).append(path)
-        for why, paths in reasons.items():
-            more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-            lines.append(f"left as they are: {', '.join(paths[:3])}{more}: {why}")
-        return "\n".join(lines) or "no layers of PEFT's"
-
-
-def accelerate_layers(model: nn.Module) -> Layers:
+def accelerate_layers(model: nn.Module) -> tuple[list[str], dict[str, str]]:
     """Makes PEFT's LoRA layers of a model compute fused: the same objects, under another class.
 
     All that PEFT and others read and do on them stays (adapters, scalings, merging, deleting,
@@ -53,19 +34,19 @@ def accelerate_layers(model: nn.Module) -> Layers:
     """
     install()
     model = unwrapped(model)
-    report, new = Layers(), {}
+    left, new = {}, {}
     for path, module in model.named_modules():
         if isinstance(module, FastLayer) or not isinstance(module, BaseTunerLayer):
             continue
         try:
             new[path] = module, host_of(module)
         except AdapterError as error:
-            report.left[path] = str(error)
+            left[path] = str(error)
     found = arenas(model)
     check_mergeable(found, {})
     vars(model)[MARK] = True
     if not new:
-        return report
+        return [], left
     arena = merge(found) if found else Arena()
     for path, (layer, make) in new.items():
         vars(layer)[HOST] = make(layer.base_layer, arena, path)
@@ -75,8 +56,7 @@ def accelerate_layers(model: nn.Module) -> Layers:
         rebind(layer, before)
         layer.synchronise()
     arena.layout()
-    report.replaced = list(new)
-    return report
+    return list(new), left
 
 
 def host_of(layer: Any) -> Callable[..., Any]:
@@ -84,19 +64,20 @@ def host_of(layer: Any) -> Callable[..., Any]:
     cls = type(layer)
     if not isinstance(layer, LoraLayer):
         raise AdapterError(f"a {cls.__module__.rpartition('.')[0].rpartition('.')[2]} adapter")
-    linear = cls.__name__ in ("Linear", "Linear8bitLt", "Linear4bit", "TorchaoLoraLinear")
-    if not linear and cls not in (lora.Conv2d, lora.Embedding):
+    own = cls.__module__.startswith("peft.")  # others may compute in other ways under these names
+    if not (own and cls.__name__ in LINEAR) and cls not in (lora.Conv2d, lora.Embedding):
         raise AdapterError(f"{cls.__module__}.{cls.__name__} has no fused form")
     return host_class(layer.base_layer, layer)
 
 
-def restore_layers(model: nn.Module) -> Layers:
-    """PEFT's layers as they were, the same objects, with what PEFT has done to them since.
+def restore_layers(model: nn.Module) -> list[str]:
+    """PEFT's layers as they were, the same objects, with what PEFT has done to them since; their
+    paths.
 
     Adapters that are merged stay merged, and are unmerged as PEFT does it.
     """
     model = unwrapped(model)
-    report, found = Layers(), arenas(model)
+    paths, found = [], arenas(model)
     for path, module in model.named_modules():
         vars(module).pop(MARK, None)
         if isinstance(module, FastLayer):
@@ -107,10 +88,10 @@ def restore_layers(model: nn.Module) -> Layers:
             own["scaling"] = dict(own["scaling"])
             for name in (HOST, PRISTINE, "_fastlora_plan"):
                 own.pop(name, None)
-            report.replaced.append(path)
+            paths.append(path)
     for arena in found:
         arena.layout()
-    return report
+    return paths
 
 
 def is_accelerated(model: nn.Module) -> bool:
