@@ -152,8 +152,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
         elif isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
         elif type(model).__module__.startswith("peft.") and "base_model" in model._modules:
-            tuner: Any = model._modules["base_model"]  # PeftModel has a LoraModel with the model
-            model = getattr(tuner, "model", tuner)
+            model = model._modules["base_model"]  # type: ignore[assignment]
+            if type(model).__module__.startswith("peft."):  # a LoraModel with the model
+                model = model._modules["model"]  # type: ignore[assignment]
         else:
             return model
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import fastlora
 from fastlora.adapters.specs import AdapterError
 
-pytest.importorskip("peft")
+peft = pytest.importorskip("peft")
 from peft import LoHaConfig, LoraConfig, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils import get_peft_model_state_dict
@@ -455,6 +455,21 @@ def test_types_that_are_not_lora_are_named():
     report = fastlora.accelerate(model)
     assert not report.replaced and "loha" in str(report)
     assert type(model.base_model.model.l1) is expected
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's of a newer transformers
+def test_the_model_inside_of_a_peft_model():
+    """Methods without layers have no model of PEFT's between theirs and the user's."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 9, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 9}
+    config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
+    inner = transformers.GPT2LMHeadModel(config)
+    inner.model = inner.transformer  # as other architectures have it
+    prompts = peft.PromptTuningConfig(task_type=peft.TaskType.CAUSAL_LM, num_virtual_tokens=2)
+    model = get_peft_model(inner, prompts)
+    info = fastlora.inject(model, fastlora.LoRA(rank=2), where=["lm_head"])
+    assert info.modules == ("lm_head",)
+    assert str(fastlora.accelerate(model)) == "nothing to do"
 
 
 @torch.no_grad()
