@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import fastlora
 from fastlora.adapters.specs import AdapterError
 
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
+import peft
 from peft import LoHaConfig, LoraConfig, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils import get_peft_model_state_dict
