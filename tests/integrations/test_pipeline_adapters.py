@@ -12,70 +12,18 @@ from torch import Tensor
 import fastlora
 from fastlora.adapters import tiled
 from tests.adapters.oracles import assert_unchanged, randomise, same_bits, snapshot
-from tests.integrations.diffusers_cases import diffusers
-
-transformers: Any = pytest.importorskip("transformers")
-tokenizers: Any = pytest.importorskip("tokenizers")
+from tests.integrations.tiny_pipelines import stable_diffusion
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # diffusers' own
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 
-WORDS = "<pad> <bos> <eos> a cat dog moon".split()
 PROMPTS = ["a cat", "a dog", "a moon"]
 
 
-def tokenizer() -> Any:
-    inner = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>")
-    )
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    inner.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
-    )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, model_max_length=6,
-        pad_token="<pad>", unk_token="<pad>", bos_token="<bos>", eos_token="<eos>",
-    )  # fmt: skip
-
-
-def pipeline() -> Any:
-    torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=12,
-        attention_head_dim=4,
-    )
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8,), latent_channels=4, norm_num_groups=4, sample_size=8
-    )
-    config = transformers.CLIPTextConfig(
-        vocab_size=len(WORDS), hidden_size=12, intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=2, max_position_embeddings=6, bos_token_id=1, eos_token_id=2,
-        pad_token_id=0,
-    )  # fmt: skip
-    pipe = diffusers.StableDiffusionPipeline(
-        vae=vae.eval(),
-        unet=unet.eval(),
-        text_encoder=transformers.CLIPTextModel(config).eval(),
-        tokenizer=tokenizer(),
-        scheduler=diffusers.DDIMScheduler(clip_sample=False),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def adapted() -> Any:
-    pipe = pipeline()
+    pipe = stable_diffusion()
     parts = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
     where = ["to_q", "to_k", "to_v", "q_proj", "v_proj"]
     fastlora.inject(parts, fastlora.LoRA(rank=4), where=where, name="style", freeze=False)
@@ -93,7 +41,7 @@ def images(pipe: Any, prompts: list[str] = PROMPTS, seeds: tuple[int, ...] = (1,
 
 
 def test_strengths_folding_and_removal() -> None:
-    pipe, plain = adapted(), pipeline()
+    pipe, plain = adapted(), stable_diffusion()
     base, before = images(plain), images(pipe)
     assert (before - base).abs().max() > 1e-2
     fastlora.set_scale(pipe, 0.0)
@@ -127,7 +75,7 @@ def test_strengths_per_image_with_guidance() -> None:
 
 
 def test_a_reserve_before_load(tmp_path: Path) -> None:
-    pipe, source = pipeline(), adapted()
+    pipe, source = stable_diffusion(), adapted()
     fastlora.save(source, tmp_path / "style.safetensors", format="diffusers")
     before = snapshot(pipe.vae)
     info = fastlora.reserve(pipe, 4, where=["to_q", "to_k", "to_v", "q_proj", "v_proj"])
@@ -138,7 +86,7 @@ def test_a_reserve_before_load(tmp_path: Path) -> None:
     torch.testing.assert_close(images(pipe), images(source), atol=1e-5, rtol=1e-5)
     fastlora.remove(pipe, "style")
     fastlora.reserve(pipe, 0)
-    assert same_bits(images(pipe), images(pipeline()))
+    assert same_bits(images(pipe), images(stable_diffusion()))
 
 
 def test_tune_takes_the_pipelines_own_arguments(monkeypatch: Any) -> None:
@@ -148,7 +96,7 @@ def test_tune_takes_the_pipelines_own_arguments(monkeypatch: Any) -> None:
     monkeypatch.setattr(tuning, "_measured", lambda plans, args: dict.fromkeys(plans, 1e-6))
     report = fastlora.tune(adapted(), "a cat", num_inference_steps=1, output_type="latent")
     assert [row.call for row in report.rows] == [
-        "6x12x12, rank 4, float32, bias",  # the text encoder's tokens
+        "8x12x12, rank 4, float32, bias",  # the text encoder's tokens
         "32x16x16, rank 4, float32",  # 4 x 4 positions of the UNet, twice for guidance
-        "12x12x16, rank 4, float32",  # cross-attention to both prompts
+        "16x12x16, rank 4, float32",  # cross-attention to both prompts
     ]
