@@ -19,6 +19,7 @@ class Pristine:
     another model; `holds` tells by a sum over all bits.
     """
 
+    @torch.inference_mode(False)  # what is put back has to serve training later
     def __init__(self, base: Any) -> None:
         self.tensors = {name: t.detach().clone() for name, t in plain(base).items()}
         self.sums: dict[str, Tensor] = {}
@@ -35,8 +36,13 @@ class Pristine:
         )
 
     def put_back(self, base: Any) -> None:
+        """Writes the copies to where the layer's tensors are: others may look at that memory."""
         for name, tensor in self.tensors.items():
-            getattr(base, name).data = tensor
+            own = getattr(base, name)
+            if own.is_inference():  # PEFT's variants make a new tensor, here in inference mode
+                own.data = tensor
+            else:
+                own.data.copy_(tensor)
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
         """What `module.to` does to the layer's own tensors."""
