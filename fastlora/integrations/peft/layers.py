@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fastlora.adapters.lookup import HOST
 from fastlora.adapters.slots import Slots
-from fastlora.adapters.specs import AdapterError
+from fastlora.adapters.specs import AdapterError, fits_float32
+from fastlora.adapters.state import interposed
 from fastlora.integrations.peft.hosts import Host, host_class
 from fastlora.integrations.peft.merging import Pristine
 from fastlora.integrations.peft.plans import (
@@ -70,7 +71,7 @@ class FastLayer(PeftLayer):
 
     def goes(self, plan: Plan) -> bool:
         """Whether the fused way computes what PEFT's does."""
-        if plan.drops and self.training:
+        if any(dropout.training for dropout in plan.dropouts):
             return False  # from the same random numbers
         if _is_compiling():
             return plan.in_graph
@@ -81,6 +82,7 @@ class FastLayer(PeftLayer):
             and type(base) is plan.base_class
             and not any(plan.hooks)
             and "forward" not in plan.uncalled
+            and not interposed()  # torch.func takes no gradients of the operators
         )
 
     def special(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -91,7 +93,7 @@ class FastLayer(PeftLayer):
         self._check_forward_args(x, adapter_names=names)
         gates = self.gates_of(plan.host, tuple(names), x)
         uncalled = any(plan.hooks) or "forward" in plan.uncalled
-        if gates is None or uncalled or plan.host.outgrown():
+        if gates is None or uncalled or plan.host.outgrown() or interposed():
             return self.by_peft(x, adapter_names=names)
         try:
             return plan.host.mixed(x, gates) if gates else self.base_layer(x)
@@ -115,12 +117,15 @@ class FastLayer(PeftLayer):
                     f"{state.path}: the strength of {name!r} is per sample, and PEFT computes this "
                     "layer now, with one for all; use a number"
                 )
-        scaling = vars(self)["scaling"]
+        own = vars(self)
+        kept = {name: own[name] for name in ("scaling", "_active_adapter")}
         try:
-            vars(self)["scaling"] = {n: v * factors.get(n, 1.0) for n, v in scaling.items()}
+            own["scaling"] = {n: v * factors.get(n, 1.0) for n, v in self.scaling.items()}
+            # A DoRA of strength zero is off; one of PEFT's scaling zero still rescales rows.
+            own["_active_adapter"] = [n for n in self.active_adapters if factors.get(n, 1.0) != 0]
             return super().forward(x, *args, **kwargs)
         finally:
-            vars(self)["scaling"] = scaling
+            own.update(kept)
 
     def gates_of(self, host: Host, names: tuple[str, ...], x: Tensor) -> dict[str, Tensor] | None:
         """Gates [batch, rank] of the adapters that are somebody's; None where not fused."""
@@ -129,8 +134,10 @@ class FastLayer(PeftLayer):
             if name not in self.scaling:  # "__base__", or an adapter of other layers
                 continue
             scale = strength(arena, name)
-            plain = name in host.fastlora and not self.lora_bias.get(name)
-            if not plain or isinstance(scale, Tensor) or name in self.lora_variant:
+            adapter = self._fastlora_plan.found.get(name)
+            if adapter is None or adapter.dora or adapter.bias is not None:
+                return None
+            if adapter.dropout.training or isinstance(scale, Tensor):
                 return None
             mask = masks(names, x.device, host.anchor().dtype == torch.float64)[name]
             gates[name] = (mask * (scale * self.scaling[name])).expand(
@@ -167,6 +174,7 @@ class FastLayer(PeftLayer):
             or slot is None
             or name not in host._state.offsets
             or bool(slot.ratio) != bool(value)
+            or not fits_float32(value)
         ):
             return False
         if slot.ratio != value:

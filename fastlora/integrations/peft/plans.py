@@ -22,7 +22,7 @@ class Plan(NamedTuple):
     active: tuple[str, ...]
     fused: bool  # what is active is what the host computes
     in_graph: bool  # so are all adapters: a graph has them all, and strengths of zero
-    drops: bool  # an active adapter has dropout
+    dropouts: tuple[nn.Module, ...]  # of active adapters
     biases: tuple[tuple[str, dict[str, Any]], ...]  # lora_bias: adapters and parameters of theirs
     base: nn.Module
     base_class: type[nn.Module]
@@ -60,14 +60,17 @@ def plan_of(host: Host, base: nn.Module, found: dict[str, Found], active: list[s
     fused = [found[name] for name in active if name in found]
     own = ((n, found[n].bias) for n in active if n in found)
     alone = len(active) == 1 or not any(f.dora for f in fused)  # PEFT's order matters else
+    # PEFT's DoRA of scaling zero still rescales rows to its magnitude; ours is off.
+    silent = any(found[n].dora and not host.fastlora[n].ratio for n in active if n in found)
+    computes = len(fused) == len(active) and alone and not silent
     uncalled = () if host.beside else hooks_of(base)
     return Plan(
         host,
         found,
         tuple(active),
-        fused=len(fused) == len(active) and alone,
-        in_graph=len(fused) == len(active) and alone and bool(found),
-        drops=any(f.drops for f in fused),
+        fused=computes,
+        in_graph=computes and bool(found),
+        dropouts=tuple(f.dropout for f in fused if not isinstance(f.dropout, nn.Identity)),
         biases=tuple((name, bias) for name, bias in own if bias is not None),
         base=base,
         base_class=type(base),

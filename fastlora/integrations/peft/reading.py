@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastlora.adapters.fitting import lora_of
 from fastlora.adapters.lookup import HOST
-from fastlora.adapters.specs import AdapterError, LoRA
+from fastlora.adapters.specs import AdapterError, LoRA, fits_float32
 from fastlora.integrations.peft.hosts import BesideHost, hooks_of, takes
 from fastlora.integrations.peft.slots import PeftSlot, Place
 
@@ -27,7 +27,7 @@ class Found(NamedTuple):
 
     places: dict[str, Place]
     spec: LoRA
-    drops: bool  # its input goes through dropout in training
+    dropout: nn.Module  # which its input goes through
     bias: dict[str, Any] | None  # the parameters with its own "bias" (lora_bias)
     hooks: tuple[Any, ...]  # of its modules
 
@@ -46,7 +46,7 @@ class Found(NamedTuple):
 
 def found_in(layer: LoraLayer) -> dict[str, Found]:
     """The adapters of a layer that fastlora computes; PEFT has to compute the others: variants but
-    DoRA, dtypes that need a cast of the input, scalings that are tensors."""
+    DoRA, dtypes that need a cast of the input, scalings that are tensors or not finite."""
     if layer.ephemeral_gpu_offload or not getattr(layer, "cast_input_dtype_enabled", True):
         return {}
     found = {name: one(layer, name) for name in layer.scaling}
@@ -57,7 +57,8 @@ def one(layer: LoraLayer, name: str) -> Found | None:
     variant, host = layer.lora_variant.get(name), vars(layer).get(HOST)
     if variant is not None and (type(variant) not in DORA or isinstance(host, BesideHost)):
         return None
-    if not isinstance(layer.scaling[name], int | float):
+    scaling = layer.scaling[name]
+    if not isinstance(scaling, int | float) or not fits_float32(scaling):
         return None
     places, modules = parts(layer, name)
     if not places:
@@ -83,7 +84,7 @@ def one(layer: LoraLayer, name: str) -> Found | None:
     up = modules[1] if len(modules) > 1 and layer.lora_bias.get(name) else None
     bias = None if up is None else up._parameters
     hooks = tuple(hook for module in (*modules, dropout) for hook in hooks_of(module))
-    return Found(places, spec, not isinstance(dropout, nn.Identity), bias, hooks)
+    return Found(places, spec, dropout, bias, hooks)
 
 
 def parts(layer: LoraLayer, name: str) -> tuple[dict[str, Place], list[nn.Module]]:

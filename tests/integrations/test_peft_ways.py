@@ -1,0 +1,118 @@
+"""Which way an accelerated layer goes where PEFT's books say something unusual.
+
+The oracle is a copy of the model that nobody has accelerated, in float64.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastlora
+
+pytest.importorskip("peft")
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
+
+X = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def config(targets: list[str], **more: Any) -> LoraConfig:
+    return LoraConfig(r=4, lora_alpha=2, target_modules=targets, init_lora_weights=False, **more)
+
+
+def build(*targets: str, **more: Any) -> Any:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4))
+    return get_peft_model(net, config(list(targets or ("0", "2")), **more)).double().eval()
+
+
+def pair(**more: Any) -> tuple[Any, Any]:
+    """A model, accelerated, and a copy that is not."""
+    model = build(**more)
+    twin = copy.deepcopy(model)
+    fastlora.accelerate(model)
+    return model, twin
+
+
+def layers(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def fused(model: nn.Module) -> list[bool]:
+    return [layer.goes(layer._fastlora_plan) for layer in layers(model)]
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+@torch.no_grad()
+def test_dora_of_scaling_zero_still_rescales_rows():
+    """PEFT's does: its magnitude is not the base's norm. fastlora's own zero is the base layer."""
+    model, twin = pair(use_dora=True)
+    with twin.disable_adapter():
+        base = twin(X)
+    for scaling in (0.0, 1.0, 0.0):
+        for layer in layers(model) + layers(twin):
+            layer.scaling["default"] = scaling
+        close(model(X), twin(X))
+        assert not torch.allclose(model(X), base, rtol=1e-2)
+        assert fused(model) == [bool(scaling)] * 2
+    fastlora.set_scale(model, {"default": 0.0})
+    close(model(X), base)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scaling", [1e39, -1e39, float("inf"), float("nan")])
+def test_scalings_beyond_float32(scaling):
+    """Strengths are float32: such a scaling is PEFT's to compute."""
+    model, twin = pair()
+    for layer in layers(model) + layers(twin):
+        layer.set_scale("default", scaling)
+    close(model(X), twin(X))
+    assert fused(model) == [False, False]
+    for layer in layers(model) + layers(twin):
+        layer.set_scale("default", 1.0)
+    close(model(X), twin(X))
+    assert fused(model) == [True, True]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("names", [None, ["default", "other", "__base__"]])
+def test_a_dropout_in_training_inside_of_a_layer_that_is_not(names):
+    """As of every adapter that PEFT adds to a model in eval mode."""
+    model, twin = pair()
+    for each in (model, twin):
+        torch.manual_seed(1)
+        each.add_adapter("other", config(["0"], lora_dropout=0.5))
+        each.double()
+        each.set_adapter("other")
+    assert not model.training and fused(model) == [False, True]
+    asked = {} if names is None else {"adapter_names": names}
+    results = []
+    for each in (model, twin):
+        torch.manual_seed(2)
+        results.append(each(X, **asked))
+    close(*results)
+    model.eval()
+    assert fused(model) == [True, True]
+    close(model(X), twin.eval()(X))
+
+
+def test_gradients_of_torch_func():
+    """The operators have none that functorch takes; PEFT's own forward pass has."""
+    model, twin = pair()
+    found = [torch.func.jacrev(each)(X[0]) for each in (model, twin)]
+    close(*found)
+    names = ["default", "__base__", "default"]
+    found = [
+        torch.func.grad(lambda x, each=each: each(x, adapter_names=names).sum())(X)
+        for each in (model, twin)
+    ]
+    close(*found)
+    assert fused(model) == [True, True]
