@@ -17,6 +17,7 @@ import fastlora
 pytest.importorskip("peft")
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
+from peft.utils import set_peft_model_state_dict
 
 X = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
@@ -116,3 +117,22 @@ def test_gradients_of_torch_func():
     ]
     close(*found)
     assert fused(model) == [True, True]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["load_state_dict", "load_adapter"])
+def test_a_folded_model_follows_what_is_loaded(how):
+    model, twin = pair()
+    state = {name: 1.25 * tensor for name, tensor in twin.state_dict().items()}
+    adapter = {name: tensor for name, tensor in state.items() if ".lora_" in name}
+    fastlora.fold(model)
+    torch.testing.assert_close(model(X), twin(X), rtol=1e-6, atol=1e-6)
+    for each in (model, twin):
+        if how == "load_state_dict":
+            each.load_state_dict(state)
+        else:
+            saved = {name.replace(".default", ""): tensor for name, tensor in adapter.items()}
+            set_peft_model_state_dict(each, saved)
+    torch.testing.assert_close(model(X), twin(X), rtol=1e-6, atol=1e-6)
+    fastlora.unfold(model)
+    close(model(X), twin(X))

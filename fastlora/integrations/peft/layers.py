@@ -251,6 +251,11 @@ class FastLayer(PeftLayer):
         self.synchronise()
         return result
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        state = vars(self)[HOST]._state
+        state.stale = state.merged  # the base layer and the adapters are read before the next call
+
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)  # type: ignore[misc]
         owned(vars(self)["scaling"], self)
