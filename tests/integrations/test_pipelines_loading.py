@@ -76,6 +76,20 @@ def test_modules_with_their_own_alphas(sd, tmp_path):
     assert wrong.abs().max() > 1e-3  # what this test is for
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_what_is_loaded_computes_fused(sd, dtype):
+    """In every dtype of the model, at once, and so `fastlora.adapters` knows it."""
+    tensors, _ = kohya(sd, [*linears(sd, "unet", "to_q"), *linears(sd, "text_encoder", "q_proj")])
+    pipeline = accelerated(sd)
+    pipeline.to(dtype)
+    pipeline.load_lora_weights(tensors, adapter_name="x")
+    assert fastlora.adapters(pipeline)["x"].rank == 4
+    for component in ("unet", "text_encoder"):
+        model = getattr(pipeline, component)
+        layers = [m for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+        assert layers and all(layer._fastlora_plan.fused for layer in layers)
+
+
 def test_sdxl_with_two_text_encoders(tmp_path):
     pipeline = sdxl()
     places = [

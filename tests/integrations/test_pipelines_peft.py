@@ -131,3 +131,24 @@ def test_an_adapter_that_starts_at_a_timestep():
     torch.testing.assert_close(images, wanted, rtol=0, atol=1e-9)
     assert scalings(pipeline) == encoder
     assert (images - run(pipeline, "sd", steps=4)).abs().max() > 1e-3
+
+
+def test_adapters_that_peft_computes_hear_of_a_call_too():
+    """The scalings of an adapter that diffusers prepares for hot swaps are tensors, which a
+    compiled model reads: PEFT computes with them, and they stay the same tensors."""
+    plain = MAKE["sd"]()
+    pipeline = doubled(plain)
+    fastlora.accelerate(pipeline)
+    pipeline.scheduler = plain.scheduler
+    tensors, updates = peft_style(plain, linears(plain, "unet", "to_q", "conv1"), 0)
+    pipeline.enable_lora_hotswap(target_rank=4)
+    pipeline.load_lora_weights(tensors, adapter_name="a")
+    before = scalings(pipeline)
+    for scale, factor in ((0.5, 0.5), ({"a": 2.0}, 2.0), (0.0, 0.0), (1.0, 1.0)):
+        images = run(pipeline, "sd", cross_attention_kwargs={"scale": scale})
+        wanted = run(changed(plain, updates, factor), "sd")
+        torch.testing.assert_close(images, wanted, rtol=0, atol=1e-9)
+        for place, scaling in scalings(pipeline).items():
+            assert scaling["a"] is before[place]["a"] and scaling["a"] == 1.0
+    with pytest.raises(fastlora.AdapterError, match="PEFT computes its layers, with one strength"):
+        run(pipeline, "sd", 2, cross_attention_kwargs={"scale": {"a": [0.0, 1.0]}})

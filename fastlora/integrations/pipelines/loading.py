@@ -64,6 +64,7 @@ def load_lora_weights(
     if hotswap:
         assert name is not None
         settle_hotswap(models, changes, name)
+    _take_up(models, changes)
 
 
 def _placed(
@@ -152,6 +153,17 @@ def _take_back(models: Mapping[str, nn.Module], before: Mapping[str, set[str]]) 
         for name in _names(model) - before[component]:
             delete_adapter_layers(model, name)
             getattr(model, "peft_config", {}).pop(name, None)
+
+
+def _take_up(models: Mapping[str, nn.Module], changes: Mapping[Target, Change]) -> None:
+    """Has accelerated layers look at what they have got: PEFT makes them with parameters of float32
+    on the meta device, and those of the file come later, in the dtype of the model."""
+    from fastlora.integrations.peft.layers import FastLayer  # PEFT is there by now
+
+    for place in changes:
+        layer = models[place.component].get_submodule(place.path)
+        if isinstance(layer, FastLayer):
+            layer.synchronise()
 
 
 def _way_on(given: Any, name: str | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,20 +16,20 @@ from fastlora.adapters.specs import AdapterError
 
 
 class Strengths:
-    """The adapters of one model: fastlora's, which live in arenas, and layers of PEFT that were not
-    accelerated."""
+    """The adapters of one model: fastlora's, which live in arenas, and those that PEFT alone knows
+    the strengths of, in layers that were not accelerated or that fastlora does not compute."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.before: Changes = strengths(model)
-        self.plain = plain_layers(model)
         self.own_names = known_names(model)
-        self.names = {*self.own_names, *(n for layer in self.plain for n in layer.scaling)}
+        self.plain = plain_layers(model)
+        self.names = {*self.own_names, *(n for _, names in self.plain for n in names)}
 
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Puts all of them back at the end of a block."""
-        plain = [(layer, _copied(layer.scaling)) for layer in self.plain]
+        plain = [(layer, _copied(layer.scaling, names)) for layer, names in self.plain]
         with restoring(self.model, self.before):
             try:
                 yield
@@ -43,10 +43,12 @@ class Strengths:
             arena.check_each(scales)
             arena.check(scales)
         for name, factor in factors.items():
-            if isinstance(factor, Tensor) and any(name in layer.scaling for layer in self.plain):
+            layers = [layer for layer, names in self.plain if name in names]
+            if isinstance(factor, Tensor) and layers:
+                way = "" if HOST in vars(layers[0]) else ": fastlora.accelerate the pipeline again"
                 raise AdapterError(
-                    f"scale of {name!r}: its layers are PEFT's own, which have one strength for "
-                    "all images: fastlora.accelerate the pipeline again"
+                    f"scale of {name!r}: PEFT computes its layers, with one strength for all "
+                    f"images{way}"
                 )
 
     def multiply(self, factors: Mapping[str, float | Tensor]) -> None:
@@ -55,9 +57,9 @@ class Strengths:
         write([(arena, scales, {}) for arena, scales in self._times(factors)])
 
     def multiply_plain(self, factors: Mapping[str, float | Tensor]) -> None:
-        """Multiplies those of PEFT's own layers, once."""
-        for layer in self.plain:
-            for name in layer.scaling:
+        """Multiplies those that PEFT alone knows, once."""
+        for layer, names in self.plain:
+            for name in names:
                 factor = factors.get(name, 1.0)
                 if factor != 1.0:
                     layer.scaling[name] *= factor  # of a tensor that is compiled in: in place
@@ -68,14 +70,23 @@ class Strengths:
             yield arena, new
 
 
-def plain_layers(model: nn.Module) -> list[Any]:
-    """The LoRA layers of PEFT that are none of fastlora's too."""
+def plain_layers(model: nn.Module) -> list[tuple[Any, list[str]]]:
+    """PEFT's LoRA layers with adapters whose strengths are in no arena, and these adapters."""
     if sys.modules.get("peft") is None:
         return []
     from peft.tuners.lora import LoraLayer
 
     modules = {id(module): module for module in (model, *walked(model).children)}
-    return [m for m in modules.values() if isinstance(m, LoraLayer) and HOST not in vars(m)]
+    found = [(m, _alone(m)) for m in modules.values() if isinstance(m, LoraLayer)]
+    return [(layer, names) for layer, names in found if names]
+
+
+def _alone(layer: Any) -> list[str]:
+    """The adapters of a layer of PEFT's whose strengths only that has: all where it was not
+    accelerated; else those that fastlora computes nowhere, as while their scalings are tensors."""
+    host = vars(layer).get(HOST)
+    known = () if host is None else host._state.arena.scales
+    return [name for name in layer.scaling if name not in known]
 
 
 def _product(name: str, scale: float | Tensor, factor: float | Tensor) -> float | Tensor:
@@ -89,8 +100,9 @@ def _product(name: str, scale: float | Tensor, factor: float | Tensor) -> float 
     return scale * factor
 
 
-def _copied(scaling: Mapping[str, Any]) -> dict[str, Any]:
-    return {n: (s, s.clone() if isinstance(s, Tensor) else s) for n, s in scaling.items()}
+def _copied(scaling: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    own = {name: scaling[name] for name in names}
+    return {n: (s, s.clone() if isinstance(s, Tensor) else s) for n, s in own.items()}
 
 
 @torch.no_grad()
