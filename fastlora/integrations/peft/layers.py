@@ -251,8 +251,8 @@ class FastLayer(PeftLayer):
         self.synchronise()
         return result
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
         state = vars(self)[HOST]._state
         state.stale = state.merged  # the base layer and the adapters are read before the next call
 
