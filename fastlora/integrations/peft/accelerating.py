@@ -15,7 +15,7 @@ from fastlora.adapters.arena import Arena
 from fastlora.adapters.hooked import rebind
 from fastlora.adapters.lookup import HOST, arenas, unwrapped
 from fastlora.adapters.specs import AdapterError
-from fastlora.adapters.surgery import check_mergeable, merge
+from fastlora.adapters.surgery import check_mergeable, forget_walks, merge
 from fastlora.integrations.peft.hosts import host_class
 from fastlora.integrations.peft.layers import PRISTINE, FastLayer, fast_class, owned
 
@@ -76,7 +76,7 @@ def restore_layers(model: nn.Module) -> list[str]:
 
     Adapters that are merged stay merged, and are unmerged as PEFT does it.
     """
-    model = unwrapped(model)
+    whole, model = model, unwrapped(model)
     paths, found = [], arenas(model)
     for path, module in model.named_modules():
         vars(module).pop(MARK, None)
@@ -91,6 +91,7 @@ def restore_layers(model: nn.Module) -> list[str]:
             paths.append(path)
     for arena in found:
         arena.layout()
+    forget_walks(whole)  # which would keep the hosts
     return paths
 
 

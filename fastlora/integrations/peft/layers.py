@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from fastlora.adapters.lookup import HOST
 from fastlora.adapters.slots import Slots
 from fastlora.adapters.specs import AdapterError, fits_float32
-from fastlora.adapters.state import interposed
 from fastlora.integrations.peft.hosts import Host, host_class
 from fastlora.integrations.peft.merging import Pristine
 from fastlora.integrations.peft.plans import (
     Plan,
     masks,
+    peft_reads,
     plan_of,
+    ratio,
     strength,
     update_slots,
     with_biases,
@@ -60,6 +61,9 @@ class FastLayer(PeftLayer):
             return self.by_peft(x)
         try:
             y = plan.host.forward(x)
+        except KeyError:  # a parametrisation has taken one of PEFT's parameters away since
+            self.synchronise()
+            return self.by_peft(x)
         except ContractError:  # dtypes that only PEFT casts; or it says what is wrong in its way
             if _is_compiling():
                 raise
@@ -71,19 +75,12 @@ class FastLayer(PeftLayer):
 
     def goes(self, plan: Plan) -> bool:
         """Whether the fused way computes what PEFT's does."""
-        if any(dropout.training for dropout in plan.dropouts):
-            return False  # from the same random numbers
+        for dropout in plan.dropouts:
+            if dropout.training:
+                return False  # from the same random numbers
         if _is_compiling():
             return plan.in_graph
-        base = self.base_layer
-        return (
-            plan.fused
-            and base is plan.base
-            and type(base) is plan.base_class
-            and not any(plan.hooks)
-            and "forward" not in plan.uncalled
-            and not interposed()  # torch.func takes no gradients of the operators
-        )
+        return plan.fused and plan.untouched(self.base_layer)
 
     def special(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """With merged adapters, or arguments: of these the names of an adapter for each sample."""
@@ -92,37 +89,23 @@ class FastLayer(PeftLayer):
             return self.by_peft(x, *args, **kwargs)
         self._check_forward_args(x, adapter_names=names)
         gates = self.gates_of(plan.host, tuple(names), x)
-        uncalled = any(plan.hooks) or "forward" in plan.uncalled
-        if gates is None or uncalled or plan.host.outgrown() or interposed():
+        if gates is None or not plan.untouched(self.base_layer):
             return self.by_peft(x, adapter_names=names)
         try:
+            if plan.host.outgrown():
+                return self.by_peft(x, adapter_names=names)
             return plan.host.mixed(x, gates) if gates else self.base_layer(x)
-        except ContractError:
+        except (ContractError, KeyError):
             return self.by_peft(x, adapter_names=names)
 
     def by_peft(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """PEFT's own forward pass, with the strengths that fastlora's functions have set beside
-        PEFT's scalings. Raises AdapterError for one per sample."""
-        state = vars(self)[HOST]._state
-        factors = {
-            n: s
-            for n in self.scaling
-            if isinstance(s := strength(state.arena, n), Tensor) or s != 1.0
-        }
-        if not factors:
+        """PEFT's own forward pass. Raises AdapterError where a strength is per sample."""
+        changed, own = peft_reads(self, vars(self)[HOST]._state), vars(self)
+        if not changed:
             return super().forward(x, *args, **kwargs)
-        for name, factor in factors.items():
-            if isinstance(factor, Tensor):
-                raise AdapterError(
-                    f"{state.path}: the strength of {name!r} is per sample, and PEFT computes this "
-                    "layer now, with one for all; use a number"
-                )
-        own = vars(self)
-        kept = {name: own[name] for name in ("scaling", "_active_adapter")}
+        kept = {name: own[name] for name in changed}
         try:
-            own["scaling"] = {n: v * factors.get(n, 1.0) for n, v in self.scaling.items()}
-            # A DoRA of strength zero is off; one of PEFT's scaling zero still rescales rows.
-            own["_active_adapter"] = [n for n in self.active_adapters if factors.get(n, 1.0) != 0]
+            own.update(changed)
             return super().forward(x, *args, **kwargs)
         finally:
             own.update(kept)
@@ -137,7 +120,7 @@ class FastLayer(PeftLayer):
             adapter = self._fastlora_plan.found.get(name)
             if adapter is None or adapter.dora or adapter.bias is not None:
                 return None
-            if adapter.dropout.training or isinstance(scale, Tensor):
+            if adapter.dropout.training or isinstance(scale, Tensor) or adapter.watched:
                 return None
             mask = masks(names, x.device, host.anchor().dtype == torch.float64)[name]
             gates[name] = (mask * (scale * self.scaling[name])).expand(
@@ -173,13 +156,15 @@ class FastLayer(PeftLayer):
             host is None
             or slot is None
             or name not in host._state.offsets
-            or bool(slot.ratio) != bool(value)
             or not fits_float32(value)
         ):
             return False
-        if slot.ratio != value:
-            slot.ratio = float(value)
-            host._state.arena.set_ratio(host, name, slot.ratio)
+        new = ratio(self._fastlora_plan.found[name], value)
+        if bool(slot.ratio) != bool(new):
+            return False
+        if slot.ratio != new:
+            slot.ratio = new
+            host._state.arena.set_ratio(host, name, new)
         return True
 
     def synchronise(self) -> None:
@@ -200,8 +185,10 @@ class FastLayer(PeftLayer):
             found = self._fastlora_plan.found
             if tuple(active) == self._fastlora_plan.active:
                 return
-        update_slots(host, found, {n: float(self.scaling[n]) for n in active if n in found})
-        vars(self)["_fastlora_plan"] = plan_of(host, self.base_layer, found, active)
+        update_slots(
+            host, found, {n: ratio(found[n], self.scaling[n]) for n in active if n in found}
+        )
+        vars(self)["_fastlora_plan"] = plan_of(host, self, found, active)
 
     def follow_base(self) -> None:
         """Takes up another base layer, or another class of it: fastlora's own adapters make one."""
@@ -256,9 +243,17 @@ class FastLayer(PeftLayer):
         state = vars(self)[HOST]._state
         state.stale = state.merged  # the base layer and the adapters are read before the next call
 
+    def _replicate_for_data_parallel(self) -> Any:
+        """PEFT's own layer: the host computes on the parameters of this one."""
+        replica = super()._replicate_for_data_parallel()
+        replica.__class__ = type(self).__mro__[2]
+        vars(replica).update(peft_reads(self, vars(self)[HOST]._state))
+        return replica
+
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)  # type: ignore[misc]
-        owned(vars(self)["scaling"], self)
+        if vars(self)["scaling"].owner is None:  # else a shallow copy, which shares it
+            owned(vars(self)["scaling"], self)
         self.synchronise()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -286,5 +281,8 @@ def fast_class(peft: type[LoraLayer]) -> type[FastLayer]:
 
 def blank(peft: type[LoraLayer]) -> FastLayer:
     """A layer without anything in it, for pickle to fill."""
+    from fastlora.integrations.peft.accelerating import install  # which imports this
+
+    install()  # in this process too
     cls = fast_class(peft)
     return cls.__new__(cls)

@@ -9,9 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.adapters.arena import Arena
+from fastlora.adapters.specs import AdapterError
+from fastlora.adapters.state import LayerState, interposed
 from fastlora.integrations.peft.hosts import Host, hooks_of
 from fastlora.integrations.peft.reading import Found
 from fastlora.integrations.peft.slots import PeftSlot
+from fastlora.ops._define import kernels
+
+FAINT = 1e-30
 
 
 class Plan(NamedTuple):
@@ -26,9 +31,24 @@ class Plan(NamedTuple):
     biases: tuple[tuple[str, dict[str, Any]], ...]  # lora_bias: adapters and parameters of theirs
     base: nn.Module
     base_class: type[nn.Module]
-    hooks: tuple[Any, ...]  # of the modules that the fused way does not call
-    uncalled: dict[str, Any]  # the base layer's attributes, where it is one of these; accelerate's
-    # hooks are a forward among them
+    # Of the modules that the fused way does not call, the base layer mostly among them:
+    hooks: tuple[dict[int, Any], ...]
+    attributes: tuple[dict[str, Any], ...]  # accelerate's hooks are a forward among them
+    # PEFT's dicts of its modules, and what was in them: others may put their own there.
+    dicts: tuple[dict[str, Any], ...]
+    children: tuple[Any, ...]
+
+    def untouched(self, base: nn.Module) -> bool:
+        """Whether the base layer is what it was, the modules that the fused way does not call are
+        those that it knows, and nobody asks to hear of their calls or looks on (torch.func takes no
+        gradients of operators)."""
+        if base is not self.base or type(base) is not self.base_class:
+            return False
+        for own in self.attributes:
+            if "forward" in own:
+                return False
+        same = kernels.same_children(self.dicts, self.children)
+        return same and not any(self.hooks) and not interposed()
 
 
 def update_slots(host: Host, found: dict[str, Found], ratios: dict[str, float]) -> None:
@@ -55,15 +75,23 @@ def update_slots(host: Host, found: dict[str, Found], ratios: dict[str, float]) 
     host._state.stale = host._state.merged
 
 
-def plan_of(host: Host, base: nn.Module, found: dict[str, Found], active: list[str]) -> Plan:
+def ratio(adapter: Found, scaling: float) -> float:
+    """The gate of an active adapter of this scaling. PEFT's DoRA of scaling zero still rescales
+    rows to its magnitude, while ours is off at zero: it gets a gate that adds nothing."""
+    return FAINT if adapter.dora and not scaling else float(scaling)
+
+
+def plan_of(host: Host, layer: Any, found: dict[str, Found], active: list[str]) -> Plan:
     """The way of a layer that has these adapters active; `found`: those that fastlora computes."""
+    base = layer.base_layer
     fused = [found[name] for name in active if name in found]
     own = ((n, found[n].bias) for n in active if n in found)
     alone = len(active) == 1 or not any(f.dora for f in fused)  # PEFT's order matters else
-    # PEFT's DoRA of scaling zero still rescales rows to its magnitude; ours is off.
-    silent = any(found[n].dora and not host.fastlora[n].ratio for n in active if n in found)
-    computes = len(fused) == len(active) and alone and not silent
-    uncalled = () if host.beside else hooks_of(base)
+    computes = len(fused) == len(active) and alone
+    uncalled = [module for f in fused for module in f.modules]
+    if not host.beside:
+        uncalled.append(base)
+    dicts = tuple(own._modules for own in (layer.lora_A, layer.lora_B, layer.lora_dropout))
     return Plan(
         host,
         found,
@@ -74,8 +102,10 @@ def plan_of(host: Host, base: nn.Module, found: dict[str, Found], active: list[s
         biases=tuple((name, bias) for name, bias in own if bias is not None),
         base=base,
         base_class=type(base),
-        hooks=(*uncalled, *(hook for f in fused for hook in f.hooks)),
-        uncalled={} if host.beside else vars(base),
+        hooks=tuple(hooks for module in uncalled for hooks in hooks_of(module)),
+        attributes=tuple(vars(module) for module in uncalled),
+        dicts=dicts,
+        children=tuple(child for modules in dicts for child in modules.values()),
     )
 
 
@@ -95,6 +125,26 @@ def with_biases(plan: Plan, y: Tensor) -> Tensor:
 def strength(arena: Arena, name: str) -> float | Tensor:
     """What fastlora's functions have set for an adapter; 1 where they know of none."""
     return arena.scales.get(name, 1.0) if arena.enabled.get(name, True) else 0.0
+
+
+def peft_reads(layer: Any, state: LayerState) -> dict[str, Any]:
+    """What PEFT's own forward pass has to find on a layer for the strengths that fastlora's
+    functions have set; nothing where these are all 1. Raises AdapterError for one per sample."""
+    scaling, changed = {}, False
+    for name, value in layer.scaling.items():
+        factor = strength(state.arena, name)
+        if isinstance(factor, Tensor):
+            raise AdapterError(
+                f"{state.path}: the strength of {name!r} is per sample, and PEFT computes this "
+                "layer now, with one for all; use a number"
+            )
+        changed |= factor != 1.0
+        scaling[name] = value if factor == 1.0 else value * factor
+    if not changed:
+        return {}
+    # A DoRA of strength zero is off; one of PEFT's scaling zero still rescales rows.
+    on = [n for n in layer.active_adapters if n in scaling and strength(state.arena, n) != 0]
+    return {"scaling": scaling, "_active_adapter": on}
 
 
 @lru_cache(8)

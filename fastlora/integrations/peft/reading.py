@@ -29,11 +29,16 @@ class Found(NamedTuple):
     spec: LoRA
     dropout: nn.Module  # which its input goes through
     bias: dict[str, Any] | None  # the parameters with its own "bias" (lora_bias)
-    hooks: tuple[Any, ...]  # of its modules
+    modules: tuple[nn.Module, ...]  # which the fused way does not call, the dropout among them
 
     @property
     def dora(self) -> bool:
         return self.spec.dora
+
+    @property
+    def watched(self) -> bool:
+        """Whether somebody asks to hear of calls that the fused way does not make."""
+        return any("forward" in vars(m) or any(hooks_of(m)) for m in self.modules)
 
     def is_of(self, slot: PeftSlot) -> bool:
         """Whether a slot was made of this."""
@@ -83,8 +88,7 @@ def one(layer: LoraLayer, name: str) -> Found | None:
     dropout = layer.lora_dropout[name]
     up = modules[1] if len(modules) > 1 and layer.lora_bias.get(name) else None
     bias = None if up is None else up._parameters
-    hooks = tuple(hook for module in (*modules, dropout) for hook in hooks_of(module))
-    return Found(places, spec, dropout, bias, hooks)
+    return Found(places, spec, dropout, bias, (*modules, dropout))
 
 
 def parts(layer: LoraLayer, name: str) -> tuple[dict[str, Place], list[nn.Module]]:
