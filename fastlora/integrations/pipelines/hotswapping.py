@@ -1,16 +1,71 @@
-"""After a hot swap: the strengths and the books that PEFT leaves as the last adapter had them."""
+"""Around a hot swap of PEFT's: what it would refuse half-way, what it takes for the old adapter's,
+and the strengths and books that it leaves as the last adapter had them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from fastlora.adapters.specs import AdapterError
 from fastlora.formats.changes import Change, LowRank, Target
 from fastlora.formats.peft_config import write_settings
+
+IGNORED = ("alpha_pattern", "use_rslora", "lora_dropout")  # PEFT wants them equal, and reads none
+ADAPTER = re.compile(r"\.lora_[^.]+\.([^.]+)")  # in a parameter's name
+
+
+def check_hotswap(
+    models: Mapping[str, nn.Module],
+    changes: Mapping[Target, Change],
+    name: str | None,
+    source: str,
+) -> None:
+    """Raises AdapterError for a swap that PEFT or diffusers cannot do: they find out half-way, and
+    then the adapter that was there is lost."""
+    start = f"{source}: hotswap"
+    for component in dict.fromkeys(target.component for target in changes):
+        config = getattr(models[component], "peft_config", {})
+        if component.startswith("text_encoder"):
+            raise AdapterError(f"{start}: diffusers exchanges no adapters of a {component}")
+        if name not in config:
+            raise AdapterError(
+                f"{start}: the {component} has no adapter {name!r} to exchange; it has "
+                f"{sorted(config) or 'none'}"
+            )
+    for place, change in changes.items():
+        layer: Any = models[place.component].get_submodule(place.path)
+        if name not in getattr(layer, "lora_A", ()):
+            raise AdapterError(
+                f"{start}: {place} has no adapter {name!r} to exchange; PEFT brings none where "
+                "there was none: delete_adapters and load"
+            )
+        if change.magnitude is not None or name in layer.lora_variant:
+            raise AdapterError(f"{start}: {place}: PEFT exchanges plain LoRAs alone, no DoRA")
+        if name in layer.merged_adapters:
+            raise AdapterError(f"{start}: {place}: {name!r} is fused; unfuse_lora first")
+
+
+@contextmanager
+def others_kept(models: Mapping[str, nn.Module], name: str) -> Iterator[None]:
+    """Puts back, at the end of a block, what PEFT's swap of an adapter zeroes of others: every
+    parameter in whose key the name occurs, as "a" does in all of them."""
+    kept = [
+        (parameter, parameter.detach().clone())
+        for model in models.values()
+        for key, parameter in model.named_parameters()
+        if name in key and (match := ADAPTER.search(key)) is not None and match[1] != name
+    ]
+    try:
+        yield
+    finally:
+        for parameter, values in kept:
+            parameter.data.copy_(values)
 
 
 def settle_hotswap(
@@ -29,11 +84,11 @@ def settle_hotswap(
                 weights[target.path] = change.weight
         model: Any = models[component]
         settings = write_settings(weights, dora=False, bias=False)
-        for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern"):
+        for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"):
             setattr(model.peft_config[name], key, settings[key])
         for path, low in weights.items():
             layer: Any = model.get_submodule(path)
-            stabilized = layer.use_rslora.get(name, False)
+            layer.use_rslora[name] = stabilized = settings["use_rslora"]
             layer.r[name] = low.rank
             layer.lora_alpha[name] = low.ratio * (math.sqrt(low.rank) if stabilized else low.rank)
             scaling = layer.scaling[name]
