@@ -3,7 +3,6 @@ and the strengths and books that it leaves as the last adapter had them."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from torch import nn
 from fastlora.adapters.specs import AdapterError
 from fastlora.formats.changes import Change, LowRank, Target
 from fastlora.formats.peft_config import write_settings
+from fastlora.integrations.pipelines.peft_state import peft_layers
 
 IGNORED = ("alpha_pattern", "use_rslora", "lora_dropout")  # PEFT wants them equal, and reads none
 ADAPTER = re.compile(r"\.lora_[^.]+\.([^.]+)")  # in a parameter's name
@@ -71,28 +71,35 @@ def others_kept(models: Mapping[str, nn.Module], name: str) -> Iterator[None]:
 def settle_hotswap(
     models: Mapping[str, nn.Module], changes: Mapping[Target, Change], name: str
 ) -> None:
-    """Gives every module of a swapped adapter its own alpha / rank.
+    """Gives every module of a swapped adapter its own alpha / rank, and books that say so.
 
     PEFT takes one for all modules, and `set_scale` later that of the adapter before: its `r` and
-    `lora_alpha` stay. Where the compiled model reads a tensor, it stays the same tensor.
+    `lora_alpha` stay. Ranks are those of the parameters, which may be padded; they are saved so.
+    Where the compiled model reads a tensor, it stays the same tensor.
     """
     for component in dict.fromkeys(target.component for target in changes):
-        weights: dict[str, LowRank] = {}
-        for target, change in changes.items():
-            if target.component == component:
-                assert isinstance(change.weight, LowRank)
-                weights[target.path] = change.weight
         model: Any = models[component]
+        layers = {p: layer for p, layer in peft_layers(model) if name in layer.lora_A}
+        weights: dict[str, LowRank] = {}
+        for path, layer in layers.items():
+            down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+            ratio = ratio_of(changes.get(Target(component, path)))
+            weights[path] = LowRank(down, up, alpha=ratio * down.shape[0])
+            layer.r[name], layer.lora_alpha[name] = down.shape[0], ratio * down.shape[0]
+            layer.use_rslora[name] = False
+            scaling = layer.scaling[name]
+            if isinstance(scaling, torch.Tensor):
+                layer.scaling[name] = scaling.fill_(ratio)
+            else:
+                layer.scaling[name] = ratio
         settings = write_settings(weights, dora=False, bias=False)
         for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"):
             setattr(model.peft_config[name], key, settings[key])
-        for path, low in weights.items():
-            layer: Any = model.get_submodule(path)
-            layer.use_rslora[name] = stabilized = settings["use_rslora"]
-            layer.r[name] = low.rank
-            layer.lora_alpha[name] = low.ratio * (math.sqrt(low.rank) if stabilized else low.rank)
-            scaling = layer.scaling[name]
-            if isinstance(scaling, torch.Tensor):
-                layer.scaling[name] = scaling.fill_(low.ratio)
-            else:
-                layer.scaling[name] = low.ratio
+
+
+def ratio_of(change: Change | None) -> float:
+    """alpha / rank; 1 for a module that the new file has not, whose parameters are zeros now."""
+    if change is None:
+        return 1.0
+    assert isinstance(change.weight, LowRank)
+    return change.weight.ratio
