@@ -252,22 +252,74 @@ def test_strengths_of_the_last_call_do_not_stay(sd):
     same_images(pipeline, sd, updates)
 
 
-def test_a_hot_swap(sd):
+@pytest.mark.parametrize("prepared", [True, False])
+def test_a_hot_swap(sd, prepared, tmp_path):
     """Every module has the alpha / rank of its own, also after `set_adapters`: trap e."""
     places = linears(sd, "unet", "to_q", "to_k")
     first, _ = kohya(sd, places, seed=1)
     second, updates = kohya(sd, places[::-1], seed=2)
     pipeline = accelerated(sd)
-    pipeline.enable_lora_hotswap(target_rank=4)
+    if prepared:
+        pipeline.enable_lora_hotswap(target_rank=4)
     pipeline.load_lora_weights(first, adapter_name="x")
     pipeline.load_lora_weights(second, adapter_name="x", hotswap=True)
     config = pipeline.unet.peft_config["x"]
-    assert config.alpha_pattern and config.rank_pattern  # those of the second
+    assert config.alpha_pattern
     same_images(pipeline, sd, updates)
+    tensors = peft.get_peft_model_state_dict(pipeline.unet, adapter_name="x")
+    pipeline.save_lora_weights(tmp_path, tensors, unet_lora_adapter_metadata=config.to_dict())
+    again = accelerated(sd)
+    again.load_lora_weights(tmp_path)
+    same_images(again, sd, updates)
     pipeline.set_adapters("x", 0.5)
     same_images(pipeline, sd, updates, scale=0.5)
     with pytest.raises(fastlora.AdapterError, match="no adapter 'y' to exchange; it has"):
         pipeline.load_lora_weights(second, adapter_name="y", hotswap=True)
+
+
+def test_a_hot_swap_leaves_the_rest_alone(sd):
+    """PEFT zeroes parameters of other adapters where the name occurs in their keys, and exchanges
+    the tensors that it is given for those that it had."""
+    places = linears(sd, "unet", "to_q", "to_k")
+    files = [kohya(sd, places[::step], seed=seed) for seed, step in enumerate((1, -1, 1))]
+    copies = [{key: tensor.clone() for key, tensor in tensors.items()} for tensors, _ in files]
+    pipeline = accelerated(sd)
+    pipeline.load_lora_weights(files[0][0], adapter_name="a")  # in every "lora_A"
+    pipeline.load_lora_weights(files[1][0], adapter_name="b")
+    for number in (1, 2, 0, 2):
+        pipeline.load_lora_weights(files[number][0], adapter_name="a", hotswap=True)
+    for (tensors, _), before in zip(files, copies, strict=True):
+        assert all(torch.equal(tensors[key], before[key]) for key in before)
+    same_images(pipeline, sd, files[1][1])  # as "b" is active
+    pipeline.set_adapters("a")
+    same_images(pipeline, sd, files[2][1])
+
+
+def test_hot_swaps_that_peft_cannot_do(sd):
+    """Before it finds out, and the adapter that was there is lost."""
+    place = linears(sd, "unet", "to_q")
+    old, _ = kohya(sd, place)
+    text, _ = kohya(sd, [*place, *linears(sd, "text_encoder", "q_proj")])
+    more, _ = kohya(sd, [*place, *linears(sd, "unet", "to_k")])
+    dora = dict(old)
+    for key in old:
+        if key.endswith("up.weight"):
+            name = key.removesuffix(".lora_up.weight")
+            dora[f"{name}.dora_scale"] = torch.ones(len(old[key]), 1, dtype=torch.float64)
+    pipeline = accelerated(sd)
+    pipeline.load_lora_weights(old, adapter_name="x")
+    before = run(pipeline, "sd")
+    for new, why in (
+        (text, "diffusers exchanges no adapters of a text_encoder"),
+        (more, "to_k has no adapter 'x' to exchange"),
+        (dora, "PEFT exchanges plain LoRAs alone"),
+    ):
+        with pytest.raises(fastlora.AdapterError, match=why):
+            pipeline.load_lora_weights(new, adapter_name="x", hotswap=True)
+        assert torch.equal(run(pipeline, "sd"), before)
+    pipeline.fuse_lora()
+    with pytest.raises(fastlora.AdapterError, match="is fused; unfuse_lora first"):
+        pipeline.load_lora_weights(old, adapter_name="x", hotswap=True)
 
 
 def test_pefts_folder(sd, tmp_path):
@@ -357,16 +409,45 @@ def test_what_fits_is_said_to_load_without_the_rest(sd):
     assert "fastlora.load(pipe, path, name='x', strict=False) loads" in str(caught.value)
 
 
-def test_a_load_that_fails_half_way_is_taken_back(sd):
-    """diffusers does not know the style of a text encoder's file without attention, and says so
-    after the UNet has its adapter."""
-    both, _ = kohya(sd, [*linears(sd, "unet", "to_q"), *linears(sd, "text_encoder", "fc1")])
+def test_text_encoders_without_attention_in_a_file(sd):
+    """diffusers tells the style of a text encoder's file by its attention; of PEFT's keys for
+    other layers alone it says that it cannot."""
+    for ends in (["fc1"], ["fc1", "q_proj"]):
+        places = [*linears(sd, "unet", "to_q"), *linears(sd, "text_encoder", *ends)]
+        tensors, updates = kohya(sd, places)
+        pipeline = accelerated(sd)
+        pipeline.load_lora_weights(tensors, adapter_name="x")
+        same_images(pipeline, sd, updates)
+
+
+def test_a_load_that_fails_half_way_is_taken_back(sd, monkeypatch):
+    """With the second component, after the UNet has its adapter: nothing is left of it, and what
+    was active before is."""
+    places = [*linears(sd, "unet", "to_q"), *linears(sd, "text_encoder", "q_proj")]
+    tensors, _ = kohya(sd, places)
     pipeline = accelerated(sd)
     plain = run(pipeline, "sd")
-    with pytest.raises(ValueError, match="infer state dict type"):
-        pipeline.load_lora_weights(both, adapter_name="x")
-    assert not any(pipeline.get_list_adapters().values())
+
+    def fail(*_, **__):
+        raise MemoryError("stop")
+
+    def failing():
+        with monkeypatch.context() as patch, pytest.raises(MemoryError, match="stop"):
+            patch.setattr(pipeline.__class__, "load_lora_into_text_encoder", fail, raising=False)
+            pipeline.load_lora_weights(tensors, adapter_name="x")
+
+    failing()
+    assert untouched(pipeline)
     assert torch.equal(run(pipeline, "sd"), plain)
-    fits = {key: value for key, value in both.items() if key.startswith("lora_unet")}
-    pipeline.load_lora_weights(fits, adapter_name="x")
-    assert pipeline.get_list_adapters() == {"unet": ["x"]}
+    for seed, name in enumerate("ab"):
+        other, _ = kohya(sd, linears(sd, "unet", "to_k"), seed)
+        pipeline.load_lora_weights(other, adapter_name=name)
+    pipeline.set_adapters(["a", "b"], [0.5, 2.0])
+    before = run(pipeline, "sd")
+    failing()
+    assert torch.equal(run(pipeline, "sd"), before)
+    assert pipeline.get_list_adapters() == {"unet": ["a", "b"]}
+    assert pipeline.get_active_adapters() == ["a", "b"]
+    assert not any("lora" in name for name, _ in pipeline.unet.named_modules() if "to_q" in name)
+    pipeline.load_lora_weights(tensors, adapter_name="x")
+    assert pipeline.get_active_adapters() == ["x"]

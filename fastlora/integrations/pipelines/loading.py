@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +17,13 @@ from fastlora.formats import detect, diffusers
 from fastlora.formats.changes import AdapterFile, Change, Target
 from fastlora.formats.files import FormatError
 from fastlora.integrations.pipelines.fitting import Unfit, fitted
-from fastlora.integrations.pipelines.hotswapping import settle_hotswap
+from fastlora.integrations.pipelines.hotswapping import (
+    IGNORED,
+    check_hotswap,
+    others_kept,
+    settle_hotswap,
+)
+from fastlora.integrations.pipelines.peft_state import Before, take_up
 from fastlora.integrations.pipelines.prepared import Prepared
 from fastlora.integrations.pipelines.reading import Source, read
 
@@ -39,32 +46,39 @@ def load_lora_weights(
         base.load_lora_weights(pipe, given, adapter_name=name, hotswap=hotswap, **kwargs)
         return
     changes = _placed(base, models, source, _way_on(given, name))
-    _check_name(models, changes, name, hotswap, source)
+    if hotswap:
+        check_hotswap(models, changes, name, source.name)
+    else:
+        _check_name(models, changes, name, source.name)
     try:
         packed = diffusers.pack(changes)
     except FormatError as error:
         raise AdapterError(f"{source.name}: {error}\n{_way_on(given, name)}) loads it") from None
     settings = json.loads(packed.metadata[diffusers.SETTINGS])
-    if hotswap:  # PEFT wants equal patterns there, of which it makes no use
-        for component, model in models.items():
-            config = getattr(model, "peft_config", {}).get(name)
-            if f"{component}.alpha_pattern" in settings and config is not None:
-                settings[f"{component}.alpha_pattern"] = config.alpha_pattern
-    before = {component: _names(model) for component, model in models.items()}
+    if hotswap:
+        for component in {target.component for target in changes}:
+            config = models[component].peft_config[name]  # type: ignore[index]
+            settings |= {f"{component}.{key}": getattr(config, key) for key in IGNORED}
+    before = [Before(model) for model in models.values()]
+    tensors = packed.tensors
+    if hotswap or isinstance(given, Mapping):
+        # PEFT takes them as its own: the next swap writes into them, or exchanges them for others.
+        tensors = {key: tensor.clone() for key, tensor in tensors.items()}
     stale = vars(pipe).pop("_lora_scale", None)  # of the last call, by which encoders were scaled
     try:
-        exact = Prepared(packed.tensors, settings)
-        base.load_lora_weights(pipe, exact, adapter_name=name, hotswap=hotswap, **kwargs)
+        exact = Prepared(tensors, settings)
+        with others_kept(models, name) if hotswap and name else nullcontext():
+            base.load_lora_weights(pipe, exact, adapter_name=name, hotswap=hotswap, **kwargs)
     except BaseException:
-        _take_back(models, before)
+        for model in before:
+            model.put_back()
         raise
     finally:
         if stale is not None:
             vars(pipe)["_lora_scale"] = stale
-    if hotswap:
-        assert name is not None
+    if hotswap and name:
         settle_hotswap(models, changes, name)
-    _take_up(models, changes)
+    take_up(models, changes)
 
 
 def _placed(
@@ -122,48 +136,12 @@ def _is_control(pipe: Any, source: Source) -> bool:
 
 
 def _check_name(
-    models: Mapping[str, nn.Module],
-    changes: Mapping[Target, Change],
-    name: str | None,
-    hotswap: bool,
-    source: Source,
+    models: Mapping[str, nn.Module], changes: Mapping[Target, Change], name: str | None, source: str
 ) -> None:
     """Before the first of several models is changed."""
     for component in dict.fromkeys(target.component for target in changes):
-        known = name in _names(models[component])
-        if known and not hotswap:
-            raise AdapterError(f"{source.name}: the {component} has an adapter {name!r} already")
-        if hotswap and not known:
-            raise AdapterError(
-                f"{source.name}: hotswap: the {component} has no adapter {name!r} to exchange; it "
-                f"has {sorted(_names(models[component])) or 'none'}"
-            )
-
-
-def _names(model: nn.Module) -> set[str]:
-    config = getattr(model, "peft_config", None)
-    return set(config) if isinstance(config, Mapping) else set()
-
-
-def _take_back(models: Mapping[str, nn.Module], before: Mapping[str, set[str]]) -> None:
-    """Removes what a load that failed half-way has put into the first of several models."""
-    from diffusers.utils.peft_utils import delete_adapter_layers
-
-    for component, model in models.items():
-        for name in _names(model) - before[component]:
-            delete_adapter_layers(model, name)
-            getattr(model, "peft_config", {}).pop(name, None)
-
-
-def _take_up(models: Mapping[str, nn.Module], changes: Mapping[Target, Change]) -> None:
-    """Has accelerated layers look at what they have got: PEFT makes them with parameters of float32
-    on the meta device, and those of the file come later, in the dtype of the model."""
-    from fastlora.integrations.peft.layers import FastLayer  # PEFT is there by now
-
-    for place in changes:
-        layer = models[place.component].get_submodule(place.path)
-        if isinstance(layer, FastLayer):
-            layer.synchronise()
+        if name in getattr(models[component], "peft_config", ()):
+            raise AdapterError(f"{source}: the {component} has an adapter {name!r} already")
 
 
 def _way_on(given: Any, name: str | None) -> str:

@@ -35,4 +35,15 @@ def lora_state_dict(base: Any, given: Any, kwargs: Mapping[str, Any]) -> Any:
     if tensors.keys() != given.keys():  # these are its own names, which it has to leave alone
         changed = sorted(tensors.keys() ^ given.keys())
         raise RuntimeError(f"{base.__name__}.lora_state_dict renames {', '.join(changed[:3])}")
-    return (tensors, *alphas, given.settings)
+    named = {_in_text_encoders(key): tensor for key, tensor in tensors.items()}
+    return (named, *alphas, given.settings)
+
+
+def _in_text_encoders(key: str) -> str:
+    """The key in diffusers' older style, by which it tells a text encoder's file: it takes PEFT's
+    for its own where there is attention in it alone."""
+    if not key.startswith("text_encoder"):
+        return key
+    return key.replace(".lora_A.weight", ".lora_linear_layer.down.weight").replace(
+        ".lora_B.weight", ".lora_linear_layer.up.weight"
+    )
