@@ -8,8 +8,11 @@ whose slots are views of PEFT's (`slots.py`).
 
 from fastlora.integrations.peft.accelerating import (
     accelerate_layers,
+    install,
     is_accelerated,
     restore_layers,
 )
 
 __all__ = ["accelerate_layers", "is_accelerated", "restore_layers"]
+
+install()  # also where a pickle is the first to ask for these layers

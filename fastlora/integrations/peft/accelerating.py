@@ -32,7 +32,6 @@ def accelerate_layers(model: nn.Module) -> tuple[list[str], dict[str, str]]:
     they are and named. Raises AdapterError, and changes nothing, where parts of the model that were
     accelerated before have different strengths of one adapter.
     """
-    install()
     model = unwrapped(model)
     left, new = {}, {}
     for path, module in model.named_modules():

@@ -281,8 +281,5 @@ def fast_class(peft: type[LoraLayer]) -> type[FastLayer]:
 
 def blank(peft: type[LoraLayer]) -> FastLayer:
     """A layer without anything in it, for pickle to fill."""
-    from fastlora.integrations.peft.accelerating import install  # which imports this
-
-    install()  # in this process too
     cls = fast_class(peft)
     return cls.__new__(cls)
