@@ -9,6 +9,7 @@ import copy
 import gc
 import importlib
 import io
+import sys
 import weakref
 from typing import Any
 
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 import fastlora
-import fastlora.integrations.peft
 
 pytest.importorskip("peft")
 from peft import LoraConfig, get_peft_model
@@ -275,7 +275,7 @@ def test_layers_that_come_into_a_model_read_by_another_process(monkeypatch):
     file.seek(0)
     inject: Any = BaseTuner.inject_adapter
     monkeypatch.setattr(BaseTuner, "inject_adapter", inject.__wrapped__)  # PEFT's, as there
-    importlib.reload(fastlora.integrations.peft)  # which the pickle imports
+    importlib.reload(sys.modules["fastlora.integrations.peft"])  # which the pickle imports
     read = torch.load(file, weights_only=False)
     read.add_adapter("other", config(["2"]))
     assert fused(read.eval()) == [True, True]
