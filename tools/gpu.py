@@ -64,6 +64,8 @@ BENCHMARKS = {
     "sampler step": ["bench/bench_sampler.py"],
     "memory": ["bench/bench_memory.py"],
     "loops": ["bench/bench_loop.py", "bench/bench_schedulers.py"],
+    "pipelines": ["bench/bench_pipelines.py"],
+    "swaps": ["bench/bench_swap.py"],
     # Jobs of the CPU: on a GPU's machine they say so and measure nothing.
     "files": ["bench/bench_load.py", "bench/bench_files.py"],
 }  # fmt: skip
