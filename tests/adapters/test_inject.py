@@ -329,7 +329,7 @@ def test_a_failure_half_way_changes_nothing(monkeypatch) -> None:
             raise MemoryError
         return original(*args, **kwargs)
 
-    for file, target in (("inject", "kaiming_uniform"), ("factor_cache", "factors")):
+    for file, target in (("building", "kaiming_uniform"), ("factor_cache", "factors")):
         module = sys.modules[f"fastlora.adapters.{file}"]
         original = getattr(module, target)
         monkeypatch.setattr(module, target, failing)
