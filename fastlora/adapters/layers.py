@@ -124,6 +124,13 @@ class AdaptedLinear(LinearForward, nn.Linear):
 
 @adapts(nn.Conv2d)
 class AdaptedConv2d(Adapted, nn.Conv2d):
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A layer that is made of this class is a plain one: PEFT makes D and U of a convolution
+        with its type."""
+        if (args or kwargs) and not cls.foreign:
+            return nn.Conv2d(*args, **kwargs)
+        return super().__new__(cls)
+
     def with_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._conv_forward(x, weight, bias)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastlora.adapters.adapted import Adapted
 from fastlora.adapters.arena import Scale, checked, require_finite, slots_of
 from fastlora.adapters.attaching import attach, check_name, check_per_sample, check_room, take_slot
-from fastlora.adapters.components import Models, components_of
+from fastlora.adapters.components import Models, components_of, same
 from fastlora.adapters.control import apply
 from fastlora.adapters.fitting import placed, require_range
 from fastlora.adapters.folding import check_strengths, folded_by, refolding
@@ -98,8 +98,9 @@ def swap(model: Models, name: str, new: Prepared, scale: float | Tensor | None =
     others it is `remove` and `load` at once. Within a reserve, compiled and captured graphs follow.
 
     `model`: what `prepare` was given. A part of a pipeline that the new file has nothing for loses
-    `name`. Raises AdapterError, and changes nothing, for another model, where a reserve has no
-    room, and for a strength that `set_scale` would refuse.
+    `name`, one that had nothing of it gets the strength of the others. Raises AdapterError, and
+    changes nothing, for another model, where a reserve has no room, for a strength that `set_scale`
+    would refuse, and where such a part would get one of several strengths.
     """
     models = components_of(model, "swap")
     if not isinstance(new, Prepared):
@@ -108,27 +109,47 @@ def swap(model: Models, name: str, new: Prepared, scale: float | Tensor | None =
     absent = sorted(set(new.parts) - set(models))
     if absent:
         raise AdapterError(f"swap: {new.path} is for {absent[0]!r}, got {sorted(models)}")
+    strengths = strengths_of(models, name, set(new.parts), scale)
     exchanges = [
-        Exchange(part, name, new.parts.get(component, ()), scale)
+        Exchange(part, name, new.parts.get(component, ()), *strengths[component])
         for component, part in models.items()
     ]
     for exchange in exchanges:
         exchange.run()
 
 
+def strengths_of(
+    models: Mapping[str, nn.Module], name: str, wanted: set[str], scale: Scale | None
+) -> dict[str, tuple[Scale, bool]]:
+    """The strength and the switch of an adapter after a swap, by component: those that it has, with
+    the strength `scale` if there is one, and in components that have nothing of it those of the
+    others. Raises AdapterError where these differ, and the component is one of those `wanted`."""
+    own: dict[str, tuple[Scale, bool]] = {}
+    for component, part in models.items():
+        for arena in arenas(part):
+            if name in arena.scales:
+                kept = arena.scales[name] if scale is None else scale
+                own.setdefault(component, (kept, arena.enabled[name]))
+    default = next(iter(own.values()), (1.0 if scale is None else scale, True))
+    new = sorted(wanted - set(own))
+    if new and not all(same(s, default[0]) and on == default[1] for s, on in own.values()):
+        raise AdapterError(
+            f"swap: {name!r} has different strengths, or is on in some alone, of {sorted(own)}, "
+            f"and comes to {new[0]!r} now; give it one first (set_scale, enable)"
+        )
+    return {component: own.get(component, default) for component in models}
+
+
 class Exchange:
     """What a swap does to one model: found out, or refused, before anything is changed."""
 
     def __init__(
-        self, model: nn.Module, name: str, ready: tuple[Ready, ...], scale: Scale | None
+        self, model: nn.Module, name: str, ready: tuple[Ready, ...], scale: Scale, on: bool
     ) -> None:
-        self.model, self.name = model, name
+        self.model, self.name, self.scale, self.on = model, name, scale, on
         self.arenas = [arena for arena in arenas(model) if name in arena.scales]
         if ready and not self.arenas:
             check_name(model, name)
-        own = [(arena.scales[name], arena.enabled[name]) for arena in self.arenas]
-        self.scale, self.on = own[0] if own else (1.0, True)
-        self.scale = self.scale if scale is None else scale
         self.check_strength({path: slot for path, _, slot in ready})
         self.same: list[tuple[Any, Any]] = []  # LoRASlots: values are written over
         self.come: dict[str, tuple[Any, Slot]] = {}

@@ -223,6 +223,23 @@ def test_models_by_component(folder: Path) -> None:
     close(models["unet"], donors["unet"])
     close(models["text_encoder"], base())
     assert fastlora.adapters(models["text_encoder"]) == {}
+    # The strength and the switch that it has are those of a part to which it comes.
+    fastlora.set_scale(models, {"x": 0.5})
+    fastlora.disable(models, "x")
+    fastlora.swap(models, "x", both)
+    infos = [fastlora.adapters(model)["x"] for model in models.values()]
+    assert [(info.scale, info.enabled) for info in infos] == [(0.5, False)] * 2
+    fastlora.enable(models["unet"], "x")
+    before = fastlora.adapters(models)
+    three = {**models, "text_encoder_2": base()}
+    third = fastlora.prepare({"text_encoder_2": three["text_encoder_2"]}, file(folder, "one"))
+    parts = {"text_encoder_2": third.parts["text_encoder_2"], **both.parts}
+    to_three = fastlora.Prepared(third.path, third.format, (), {}, parts)
+    with pytest.raises(fastlora.AdapterError, match="comes to 'text_encoder_2' now; give it one"):
+        fastlora.swap(three, "x", to_three)
+    assert fastlora.adapters(models) == before
+    fastlora.swap(models, "x", both)  # each has one of its own
+    assert fastlora.adapters(models) == before
 
 
 def test_what_does_not_fit_is_refused_and_nothing_changes(folder: Path) -> None:

@@ -409,6 +409,21 @@ def test_what_fits_is_said_to_load_without_the_rest(sd):
     assert "fastlora.load(pipe, path, name='x', strict=False) loads" in str(caught.value)
 
 
+def test_pefts_adapters_come_to_layers_that_have_native_ones(sd, tmp_path):
+    """PEFT makes the parts of its convolutions of the class that it finds there."""
+    places = [*linears(sd, "unet", "to_q", "conv1"), *linears(sd, "text_encoder", "q_proj")]
+    (native, one), (tensors, two) = kohya(sd, places, seed=1), kohya(sd, places[::-1], seed=2)
+    save_file(native, tmp_path / "native.safetensors")
+    pipeline = accelerated(sd)
+    fastlora.load(pipeline, tmp_path / "native.safetensors", name="n")
+    pipeline.load_lora_weights(tensors, adapter_name="p")
+    same_images(pipeline, sd, {place: one[place] + two[place] for place in one})
+    fastlora.remove(pipeline, "n")
+    same_images(pipeline, sd, two)
+    pipeline.unload_lora_weights()
+    assert untouched(pipeline)
+
+
 def test_text_encoders_without_attention_in_a_file(sd):
     """diffusers tells the style of a text encoder's file by its attention; of PEFT's keys for
     other layers alone it says that it cannot."""
