@@ -171,6 +171,7 @@ def test_keys_that_fit_nothing(sd):
     for extra, why in (
         ({"lora_unet_mid_block_nowhere.lora_down.weight": torch.ones(1, 4)}, "mid_block"),
         ({"something.else": torch.ones(1)}, "something.else"),
+        ({"something.else": 1.0}, "expected tensors, got 'something.else': float"),
     ):
         pipeline = accelerated(sd)
         with pytest.raises(ValueError, match=why):

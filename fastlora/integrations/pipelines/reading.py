@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, is_tensor
 
 from fastlora.formats import detect, files
 from fastlora.formats.changes import AdapterFile
@@ -40,8 +40,11 @@ class Source(NamedTuple):
 
 def read(given: Any, kwargs: Mapping[str, Any]) -> Source:
     """A dict of tensors as it is, a safetensors file of this machine, or what diffusers' own code
-    gets for these arguments: from the Hub, or of a pickle."""
+    gets for these arguments: from the Hub, or of a pickle. Raises FormatError for a bad one."""
     if isinstance(given, Mapping):
+        others = [f"{key!r}: {type(t).__name__}" for key, t in given.items() if not is_tensor(t)]
+        if others:
+            raise FormatError(f"the state dict: expected tensors, got {', '.join(others[:3])}")
         return Source("the state dict", dict(given), {}, None)
     local = _local(given, kwargs)
     if local is None:
